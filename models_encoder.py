@@ -1,0 +1,135 @@
+"""A ViT on patch vectors: what student, momentum encoder and every method of pre-training share.
+
+Read downwards: patches, positions, `Encoder`, and its blocks. Letters as in models_lut.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+# --------------------------------------------------------------------------------------------------------
+# Patches and positions
+# --------------------------------------------------------------------------------------------------------
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images [B, C, H, W] into patch vectors [B, L, P], each ordered (row, column, channel)."""
+    B, C, H, W = images.shape
+    p = patch_size
+    x = images.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)  # [B, L, P]
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: patch vectors [B, L, P] to images [B, C, H, W]."""
+    B, _, P = patches.shape
+    p, (rows, cols) = patch_size, grid_size
+    x = patches.reshape(B, rows, cols, p, p, P // (p * p))
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, P // (p * p), rows * p, cols * p)  # [B, C, H, W]
+
+
+def take(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` [B, K] of each image's tokens [B, N, D]: [B, K, D]."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def fixed_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
+    """2-D sin-cos positions [1, 1 + L, dim] in MAE's order, zeros for cls in front.
+
+    timm stacks (sin, cos) x (row, column); MAE's layout is (column, row) x (sin, cos).
+    """
+    table = build_sincos2d_pos_embed(list(grid_size), dim)  # [L, dim]
+    table = table.reshape(-1, 2, 2, dim // 4).transpose(1, 2).flip(1).reshape(-1, dim)
+    return torch.cat([torch.zeros(1, dim), table]).unsqueeze(0)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Encoder
+# --------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A ViT on patch vectors, with MAE's state-dict keys.
+
+    Args: `img_size` and `patch_size` in pixels, each side of the image a multiple of the patch.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        if img_size[0] % patch_size or img_size[1] % patch_size:
+            raise ValueError(f"img_size {img_size} is no multiple of patch_size {patch_size}")
+        if embed_dim % 4 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} must be a multiple of 4 and of num_heads {num_heads}")
+        self.shape = dict(
+            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
+            depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+        )  # fmt: skip
+        self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
+        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_buffer("pos_embed", fixed_positions(embed_dim, self.grid_size))
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.blocks = nn.ModuleList(vit_block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Patch vectors [B, N, P] to tokens [B, N, D]: the patch convolution as a matrix product.
+
+        On vectors and not on the image, so that hidden patches are never embedded.
+        """
+        kernel = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, P] as (row, column, channel)
+        return F.linear(patches, kernel, self.patch_embed.proj.bias)
+
+    def encode(self, patches: Tensor, visible_ids: Tensor | None = None) -> Tensor:
+        """Patch vectors [B, L, P], of which `visible_ids` [B, V] are seen (None: all), to [B, 1 + V, D]."""
+        positions = self.pos_embed[:, 1:].expand(patches.shape[0], -1, -1)
+        if visible_ids is not None:
+            patches, positions = take(patches, visible_ids), take(positions, visible_ids)
+        return self.attend(self.embed(patches) + positions)
+
+    def attend(self, tokens: Tensor) -> Tensor:
+        """Patch tokens with their positions [B, N, D] to [B, 1 + N, D]: cls in front, blocks, norm."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+        x = torch.cat([cls, tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Mean of the patch tokens of whole images [B, C, H, W]: [B, D], what kNN and probes read."""
+        return self.encode(patchify(images, self.patch_size))[:, 1:].mean(dim=1)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Depth of each parameter for timm's layer-wise lr decay: stem, then block by block, then the rest."""
+        return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=[(r"^blocks\.(\d+)", None)])
+
+
+def vit_block(dim: int, num_heads: int, mlp_ratio: float, block: type[Block] = Block) -> Block:
+    """A pre-norm ViT block with biases and LayerNorm eps 1e-6, as MAE."""
+    return block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation of one module; the patch projection counts as a linear layer."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim > 2 else module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
