@@ -1,0 +1,307 @@
+"""Where images are: folders, tar files, embedded digits, and the readers of timm and torchvision.
+
+`open_images` finds them; a source gives image number i undecoded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from util.errors import UserError
+from util.shards import read_shard
+
+
+class BadImage(Exception):
+    """An image that cannot be read or decoded; the message says why, not which."""
+
+
+# --------------------------------------------------------------------------------------------------------
+# Sources: a list of encoded images, by index
+# --------------------------------------------------------------------------------------------------------
+
+
+class ImageSource(Protocol):
+    """Images by index, undecoded, with the name of each and its label where it has one."""
+
+    labels: list[int] | None
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes | Image.Image | Tensor:
+        """Encoded bytes, a PIL image, or pixels [C, h, w]."""
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+
+
+@dataclass
+class FileSource:
+    """Image files in a folder."""
+
+    paths: list[str]
+    labels: list[int] | None
+    class_names: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes."""
+        with open(self.paths[index], "rb") as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return self.paths[index]
+
+
+@dataclass
+class TarSource:
+    """Image files inside uncompressed .tar files.
+
+    Members are read by their offset (`pread`), not through `tarfile`: an open `tarfile` has one position, which
+    forked loader processes would share.
+    """
+
+    members: list[tuple[str, str, int, int]]  # (tar file, name, offset, bytes)
+    labels: list[int] | None
+    class_names: list[str] | None
+    _files: dict[tuple[int, str], int] = field(default_factory=dict)  # (process, tar file) -> descriptor
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def read(self, index: int) -> bytes:
+        """The member's bytes."""
+        tar, _, offset, size = self.members[index]
+        key = (os.getpid(), tar)
+        if key not in self._files:
+            self._files[key] = os.open(tar, os.O_RDONLY)
+        return os.pread(self._files[key], size, offset)
+
+    def name(self, index: int) -> str:
+        """tar file and member."""
+        tar, name, _, _ = self.members[index]
+        return f"{tar}:{name}"
+
+
+@dataclass
+class ArraySource:
+    """Images that are in memory already."""
+
+    images: Tensor  # [N, C, h, w] uint8
+    labels: list[int] | None
+    class_names: list[str] | None
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        """Pixels [C, h, w]."""
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        """Number in the data set."""
+        return f"{self.title}[{index}]"
+
+
+@dataclass
+class ReaderSource:
+    """A reader of timm's that yields (file, label), or a data set of torchvision's: (PIL image, label)."""
+
+    dataset: Any
+    title: str
+    labels: list[int] | None = None
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> bytes | Image.Image:
+        """The image, decoded or not."""
+        try:
+            image = self.dataset[index][0]
+            if isinstance(image, Image.Image):
+                return image
+            with image as file:
+                return file.read()
+        except Exception as error:  # each reader raises its own
+            raise BadImage(f"{type(error).__name__}: {error}") from error
+
+    def name(self, index: int) -> str:
+        """Number in the data set."""
+        return f"{self.title}[{index}]"
+
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+READERS = ("torch", "hfds", "hfids", "tfds", "wds")
+
+
+def open_images(data_path: str, dataset: str, split: str, flag: str = "--data_path") -> ImageSource | IterableDataset:
+    """The images of a split, found as DataConfig describes.
+
+    Raises:
+        UserError: nothing there, unreadable, or without a single image.
+    """
+    if dataset == "digits":
+        return digits(split)
+    if dataset:
+        return open_reader(dataset, data_path, split)
+    path = Path(data_path)
+    if not os.path.exists(path):
+        raise UserError(f"{flag} {path}: there is no such file or folder")
+    path = split_path(path, split) or path
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise UserError(f"{flag} {path}: may not be read, check its permissions")
+    if path.is_file():
+        if path.suffix != ".tar":
+            raise UserError(f"{flag} {path}: is a {path.suffix or 'plain'} file, give a folder or a .tar file")
+        return open_tars(path, [path], split, flag)
+    tars = sorted(path.glob("*.tar"))
+    return open_tars(path, tars, split, flag) if tars else open_folder(path, flag)
+
+
+def split_path(root: Path, split: str) -> Path | None:
+    """`root`/train or `root`/train.tar (for val: SPLIT_NAMES in their order), or None."""
+    for name in SPLIT_NAMES[split]:
+        if os.path.isdir(root / name):
+            return root / name
+        if os.path.isfile(root / f"{name}.tar"):
+            return root / f"{name}.tar"
+    return None
+
+
+def find_validation(data_path: str, dataset: str, val_path: str) -> ImageSource | None:
+    """The labelled images for the monitors: --val_path, or what lies beside the training images, or None."""
+    if val_path:
+        return labelled_or_none(open_images(val_path, "", "val", "--val_path"))
+    if dataset:
+        try:
+            return labelled_or_none(open_images(data_path, dataset, "val"))
+        except UserError:
+            return None
+    path = Path(data_path)
+    beside = split_path(path.parent if path.stem in SPLIT_NAMES["train"] else path, "val")
+    return labelled_or_none(open_images(str(beside), "", "val")) if beside else None
+
+
+def labelled_or_none(source: ImageSource | IterableDataset) -> ImageSource | None:
+    """The source, unless it is a stream or has no labels of at least two classes."""
+    return source if getattr(source, "labels", None) and len(set(source.labels)) > 1 else None
+
+
+def same_classes(train: ImageSource, val: ImageSource | None) -> bool:
+    """Whether both are labelled, with the same class names (or numbers where there are no names)."""
+    return val is not None and train.labels is not None and train.class_names == val.class_names
+
+
+def open_folder(path: Path, flag: str) -> FileSource:
+    """Image files below `path`; the name of the folder that holds a file is its class."""
+
+    def stop(error: OSError) -> None:  # otherwise os.walk leaves out what it cannot list
+        raise UserError(f"{flag} {error.filename}: cannot be listed ({error.strerror})") from error
+
+    found = []
+    for folder, _, names in os.walk(path, followlinks=True, onerror=stop):
+        inside = folder.removeprefix(str(path))
+        found += [
+            (os.path.join(folder, name), os.path.basename(inside))
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+        ]
+    if not found:
+        raise UserError(f"{flag} {path}: holds no images ({' '.join(IMAGE_EXTENSIONS)}) at any depth")
+    paths, folders = zip(*sorted(found), strict=True)
+    return FileSource(list(paths), *number_classes(folders))
+
+
+def open_tars(root: Path, tars: list[Path], split: str, flag: str) -> TarSource:
+    """Image files in .tar files, below train/ (or val/) where there is one; classes are folders, as on disk."""
+    shards = [read_shard(tar) for tar in tars]  # None where the .tar is not one of scripts/prepare_data.py
+    members = [shard.members if shard else tar_members(tar, flag) for tar, shard in zip(tars, shards, strict=True)]
+    found = [(str(tar), *member) for tar, inside in zip(tars, members, strict=True) for member in inside]
+    classes = next((shard.classes for shard in shards if shard), None)
+    tops = [PurePosixPath(name).parts[0] for _, name, _, _ in found]
+    chosen = next((name for name in SPLIT_NAMES[split] if name in tops), None)
+    if chosen and classes is None:  # in a shard it is a class of that name
+        found = [member for member, top in zip(found, tops, strict=True) if top == chosen]
+    if not found:
+        raise UserError(f"{flag} {root}: holds no images ({' '.join(IMAGE_EXTENSIONS)})")
+    found.sort()
+    folders = [PurePosixPath(name).parent.name for _, name, _, _ in found]
+    unlisted = set(folders) - set(folders if classes is None else classes)
+    if unlisted:
+        raise UserError(f"{flag} {root}: holds shards of several data sets, only one has a class {min(unlisted)!r}")
+    return TarSource(found, *number_classes(folders, classes))
+
+
+def tar_members(tar: Path, flag: str) -> list[tuple[str, int, int]]:
+    """Name, offset and bytes of each image, by looking through the file: 4 s for 100,000."""
+    import tarfile
+
+    try:
+        with tarfile.open(tar, "r:") as file:
+            found = [
+                (member.name, member.offset_data, member.size)
+                for member in file
+                if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_EXTENSIONS
+            ]
+            file.fileobj.seek(file.offset)  # tarfile takes a damaged header for the end
+            if file.fileobj.read(512) != bytes(512):
+                raise tarfile.ReadError(f"truncated or damaged after {file.offset} bytes")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{flag} {tar}: cannot be read as an uncompressed .tar ({error})") from error
+    return found
+
+
+def number_classes(folders: Sequence[str], classes: list[str] | None = None) -> tuple[list[int], list[str]]:
+    """Labels and class names: as listed, or in the lexical order of torchvision's ImageFolder ("10" before "2")."""
+    classes = sorted(set(folders)) if classes is None else classes
+    numbers = {name: i for i, name in enumerate(classes)}
+    return [numbers[folder] for folder in folders], classes
+
+
+def digits(split: str) -> ArraySource:
+    """scikit-learn's 8x8 handwritten digits, 1 channel; each fifth one is for validation."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    keep = (np.arange(len(data.target)) % 5 == 0) == (split != "train")
+    pixels = torch.from_numpy(np.round(data.images[keep] * (255 / 16)).astype(np.uint8))
+    return ArraySource(pixels.unsqueeze(1), data.target[keep].tolist(), [str(n) for n in range(10)], "digits")
+
+
+def open_reader(dataset: str, data_path: str, split: str) -> ReaderSource | IterableDataset:
+    """A data set by its name in timm's `create_dataset`; streams (wds/, tfds/, hfids/) come as IterableDataset."""
+    from timm.data import create_dataset
+
+    if dataset.partition("/")[0] not in READERS:
+        raise UserError(
+            f"--dataset {dataset}: unknown, give digits or a reader ({', '.join(READERS)}) and a name: torch/cifar10"
+        )
+    split = {"val": "validation"}.get(split, split)  # what all readers know it by
+    try:
+        found = create_dataset(dataset, root=data_path or None, split=split, is_training=split == "train")
+    except Exception as error:  # each reader raises its own; all of them mean that the name or place is wrong
+        raise UserError(
+            f"--dataset {dataset}: cannot be opened under --data_path {data_path!r}, split {split}"
+            f" ({type(error).__name__}: {error})"
+        ) from error
+    if isinstance(found, IterableDataset):
+        return found
+    labels = [int(label) for label in getattr(found, "targets", ())] or None
+    found = getattr(found, "reader", found)  # timm's class around its reader skips bad images unasked
+    return ReaderSource(found, dataset, labels, getattr(found, "classes", None))
