@@ -1,0 +1,78 @@
+"""One update of pre-training.
+
+`PretrainTrainer.update` reads like the paper: schedule, target, student, the sum of losses, backward, optimiser step,
+one momentum update. Letters as in models_lut.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models_lut import Targets
+from util.cache import CachedImages
+from util.data import Batch, DrawnBatch, Normalise
+from util.device_views import apply_photometry_rows
+from util.pretrain_config import PretrainConfig
+from util.schedules import momentum_decay
+from util.training import Trainer
+
+
+@dataclass
+class PretrainTrainer(Trainer):
+    """`state.model` is the student, `state.model_ema` the momentum encoder g (None: MAE)."""
+
+    config: PretrainConfig
+    images: CachedImages | None = None  # on the device (--cache device)
+    normalise: Normalise = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.normalise = Normalise(self.config.pixel_mean, self.config.pixel_std, self.device)
+
+    def to_device(self, batch: Batch | DrawnBatch) -> Batch:
+        """Views [B, num_views, C, H, W] uint8 and noise; what the loader left to be done to the views is done here."""
+        noise = batch.noise.to(self.device, non_blocking=True)
+        if isinstance(batch, DrawnBatch):
+            crops = batch.crops.to(self.device, non_blocking=True)
+            views = self.images.cut(batch.read_index.to(self.device, non_blocking=True), crops, self.config.image_size)
+        else:
+            views = batch.views.to(self.device, non_blocking=True)
+        if batch.photometry.numel():
+            views = torch.stack([views[:, 0], apply_photometry_rows(views[:, 1], batch.photometry)], dim=1)
+        return Batch(views, noise, batch.index, batch.read_index, batch.photometry)
+
+    def update(self, batches: list[Batch]) -> None:
+        """One optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already.
+
+        With accumulation the heads' BatchNorm sees one batch at a time; all else equals one large batch.
+        """
+        config, state = self.config, self.state
+        self.begin_update()
+        for i, batch in enumerate(batches):
+            views = self.normalise(batch.views).transpose(0, 1)  # [2, B, C, H, W]
+            with self.gradients_stay_local(unless=i == len(batches) - 1), self.autocast():
+                targets = self.context_targets(views, batch.noise)  # v̂
+                seen = views if config.views == "symmetric" and targets is not None else views[:1]
+                losses = self.model(seen, batch.noise, targets)
+                loss = config.w_mim * losses.mim + config.loss_weight_bc * losses.bc  # Eq. 3
+            state.scaler.scale(loss / len(batches)).backward()
+            self.note(loss=loss)
+            if config.w_mim > 0:
+                self.note(mim=losses.mim)
+            if targets is not None:
+                self.note(bc=losses.bc)
+        taken = self.step_optimizer(batches)
+        if taken and state.model_ema is not None:
+            decay = momentum_decay(state.updates, self.total_updates, config.momentum, config.momentum_end)
+            state.model_ema.update(state.model, decay)
+        state.updates += 1
+
+    def context_targets(self, views: Tensor, noise: Tensor) -> Targets | None:
+        """For each view that the student sees, what the momentum encoder makes of the other one."""
+        g = self.state.model_ema
+        if g is None:
+            return None
+        return g(views[1:] if self.config.views == "asymmetric" else views.flip(0), noise)

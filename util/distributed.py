@@ -1,0 +1,202 @@
+"""Processes: start-up under torchrun, SLURM or alone, and the few collectives that we need."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from util.errors import UserError
+from util.stop import end_with_launcher
+
+
+def world_size() -> int:
+    """Number of processes, known from the launcher before the process group exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process's number."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return rank() == 0
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; `auto` is cuda where there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no device has that name, use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine has no usable GPU, use --device cpu")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and device.index is not None and device.index >= gpus:
+        raise UserError(f"--device {name}: this machine has {gpus} GPUs, counted from 0")
+    if device.type == "cuda" and device.index is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= gpus:
+            raise UserError(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {gpus}")
+        device = torch.device("cuda", local_rank)
+    return device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The process group as `start_processes` found or made it."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def start_processes(device_name: str, backend: str = "auto", timeout_minutes: float = 30) -> Processes:
+    """Join the other processes where a launcher (torchrun) says that there are any."""
+    end_with_launcher()
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():
+        if backend == "auto":
+            backend = "nccl" if device.type == "cuda" else "gloo"
+        if not dist.is_backend_available(backend):
+            raise UserError(f"--dist_backend {backend}: not in this build of torch, use auto, nccl or gloo")
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return Processes(rank(), world_size(), device)
+
+
+def stop_processes() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of all ranks' x, which is overwritten."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """The rows [W*N, D] of all ranks' x [N, D], without gradient, and the place of this rank's first one."""
+    if not dist.is_initialized():
+        return x.detach(), 0
+    rows = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.detach().contiguous())
+    return rows, dist.get_rank() * len(x)
+
+
+def any_rank(flag: Tensor) -> bool:
+    """Whether the 0-dim bool is true on any rank; waits for the device."""
+    flag = flag.float()
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def replicated(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of which each rank has a copy; the sharded ones are left out."""
+    return {name: x for name, x in module.state_dict().items() if not isinstance(x, DTensor)}
+
+
+def broadcast_module(module: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers."""
+    if dist.is_initialized():
+        for tensor in replicated(module).values():
+            dist.broadcast(tensor, src=0)
+
+
+def checksum(x: Tensor) -> Tensor:
+    """A number, int64, that tells tensors with other bits or another order apart."""
+    bits = x.detach().contiguous().flatten().view(torch.int32 if x.element_size() >= 4 else torch.uint8).long()
+    return (bits * torch.arange(1, len(bits) + 1, device=x.device)).sum()  # wraps, alike on every rank
+
+
+def check_in_sync(module: nn.Module, name: str) -> None:
+    """RuntimeError unless all ranks hold the same weights: ranks that drift apart train nothing useful."""
+    tensors = replicated(module)
+    if not dist.is_initialized() or not tensors:
+        return
+    sums = torch.stack([checksum(x) for x in tensors.values()])
+    least, most = sums.clone(), sums.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        drifted = [key for key, same in zip(tensors, (least == most).tolist(), strict=True) if not same]
+        raise RuntimeError(f"the {name} differs between ranks, first in {drifted[0]}")
+
+
+# --------------------------------------------------------------------------------------------------------
+# BatchNorm over all processes
+# --------------------------------------------------------------------------------------------------------
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class CPUSyncBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the batches of all ranks, for CPU: torch.nn.SyncBatchNorm refuses CPU tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D] to [B, D]; the same number of rows B on every rank."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.normalise(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The same in fp32, with the statistics of all ranks, which go into the running ones."""
+        count = x.shape[0] * dist.get_world_size()
+        mean = _SumOverRanks.apply(x.sum(0)) / count
+        var = _SumOverRanks.apply((x - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)  # unbiased, as BatchNorm keeps it
+        x = (x - mean) * (var + self.eps).rsqrt()
+        return x * self.weight + self.bias if self.affine else x
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let every BatchNorm see the batches of all ranks; a single process keeps plain BatchNorm."""
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm1d:
+                synced = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+                synced.load_state_dict(child.state_dict())
+                setattr(parent, name, synced)
+    return model

@@ -1,0 +1,67 @@
+"""Exceptions that a person reads as one line, and the one place that prints them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+RUN_ERROR_STATUS = 1
+USER_ERROR_STATUS = 2  # what argparse and tyro exit with, so that scripts see one status for bad input
+REQUEUE_STATUS = 75  # EX_TEMPFAIL: saved and stopped before the end, run the same command again
+
+
+class UserError(ValueError):
+    """A wrong flag, file or data set: the message is one line naming the flag, its value and the fix.
+
+    Anything else that is raised is a bug of ours and keeps its traceback.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on though its input was right: diverged, out of disk. One line says what and why."""
+
+
+class Requeue(Exception):
+    """The run stopped before its end because it was asked to, and has saved: the message says why and where."""
+
+
+def exit_with_error(program: str, message: str, status: int) -> NoReturn:
+    """Print `program: error: message` as one line on stderr and exit."""
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def loaders_death(error: BaseException) -> BaseException | None:
+    """What torch's DataLoader raised when one of its processes died or hung, if that is what `error` comes from.
+
+    It is raised wherever the program stands, so that other errors may lie over it: a file left unfinished, say.
+    """
+    found: BaseException | None = error
+    while found is not None and "DataLoader" not in str(found):
+        found = found.__cause__ or found.__context__
+    return found
+
+
+def run_main(program: str, main: Callable[[], None]) -> None:
+    """Run a script's main; UserError, RunError and Requeue become one line on stderr, with status 2, 1 and 75."""
+    try:
+        main()
+    except UserError as error:
+        # from a loader process it comes wrapped in that process's traceback, its own message last
+        exit_with_error(program, str(error).rpartition(f"{UserError.__name__}: ")[2], USER_ERROR_STATUS)
+    except RunError as error:
+        exit_with_error(program, str(error), RUN_ERROR_STATUS)
+    except RuntimeError as error:
+        death = loaders_death(error)
+        if death is None:
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
+        for loader in multiprocessing.active_children():
+            loader.kill()  # one that hangs would otherwise be waited for at the exit, for ever
+        exit_with_error(program, f"a loader process died or hung: {death}; see --loader_timeout", RUN_ERROR_STATUS)
+    except Requeue as stop:
+        print(f"{program}: {stop}", file=sys.stderr)
+        raise SystemExit(REQUEUE_STATUS) from None

@@ -1,0 +1,119 @@
+"""Pictures of reconstructions. Letters: B samples, C channels, L patches of side p."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models_encoder import patchify, unpatchify
+
+GAP = 2  # white pixels between cells
+MIN_CELL_SIDE = 128  # smaller images are enlarged until their longer side is about this
+HIDDEN_GREY = 0.5
+
+
+def as_grid(cells: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [rows, columns, H, W, 3] as one, [height, width, 3], with white gaps.
+
+    Small ones are enlarged by a whole factor, so pixels stay sharp.
+    """
+    factor = max(1, MIN_CELL_SIDE // max(cells.shape[2:4]))
+    cells = cells.repeat(factor, axis=2).repeat(factor, axis=3)
+    cells = np.pad(cells, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    rows, columns, height, width, _ = cells.shape
+    return cells.swapaxes(1, 2).reshape(rows * height, columns * width, 3)[:-GAP, :-GAP]
+
+
+@torch.no_grad()
+def reconstruction_cells(
+    images: Tensor,
+    mask: Tensor,
+    prediction: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix_loss: bool,
+) -> np.ndarray:
+    """Four pictures of each sample: input | masked | reconstruction | reconstruction with the visible pasted in.
+
+    With `norm_pix_loss` the model predicts patches normalised by their own mean and variance, which only
+    the true patch knows: its mean and variance (unbiased, plus 1e-6) are used to undo that. Such pictures
+    therefore get brightness and contrast of each patch from the truth, and only its pattern from the model.
+    The third one shows the prediction for visible patches too, which no loss ever asks for.
+
+    Args:
+        images: [B, C, H, W], normalised with `mean` and `std`. One or two channels: the first is drawn, in
+            grey; three or more: the first three.
+        mask: [B, L], 1 or True = hidden, L = (H/p)(W/p), row by row.
+        prediction: [B, L, p·p·C], a patch in the order row, column, channel.
+        mean, std: one number per channel.
+
+    Returns:
+        uint8 [B, 4, H, W, 3].
+    """
+    images, prediction = images.detach().float().cpu(), prediction.detach().float().cpu()
+    grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    target = patchify(images, patch_size)  # [B, L, p·p·C]
+    if norm_pix_loss:
+        variance, patch_mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as the loss has it
+        prediction = prediction * (variance + 1e-6).sqrt() + patch_mean
+    hidden = unpatchify(mask.bool().cpu()[:, :, None].expand_as(target), patch_size, grid_size)  # [B, C, H, W]
+
+    original = colours(images, mean, std)
+    reconstruction = colours(unpatchify(prediction, patch_size, grid_size), mean, std)
+    masked = original.masked_fill(hidden, HIDDEN_GREY)
+    pasted = torch.where(hidden, reconstruction, original)
+    return drawable(torch.stack([original, masked, reconstruction, pasted], dim=1))
+
+
+def colours(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images [..., C, H, W] back to pixels, of which those of a photograph lie in [0, 1]."""
+    return normalised * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+
+
+def drawable(images: Tensor) -> np.ndarray:
+    """Pixels [..., C, H, W] in [0, 1] to uint8 [..., H, W, 3]: the first channel in grey, or the first three."""
+    channels = images.shape[-3]
+    shown = images[..., :3, :, :] if channels >= 3 else images[..., :1, :, :].expand(*images.shape[:-3], 3, -1, -1)
+    return (shown.clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
+
+
+def save_png(array: np.ndarray, path: str | Path) -> None:
+    """Write a uint8 picture [height, width, 3] as PNG, making its folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, format="PNG")
+
+
+MOST_NAMED_CLASSES = 40  # more names than that cannot be read
+
+
+def confusion_picture(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix [K, K] (row: true class, column: said) as shares of each row, into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    named = len(names) <= MOST_NAMED_CLASSES
+    side = min(4 + 0.28 * len(names), 14)
+    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("said")
+    axes.set_ylabel("true class")
+    if named:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 15:
+        for (row, column), share in np.ndenumerate(shares):
+            if confusion[row, column]:
+                colour = "white" if share > 0.5 else "black"
+                axes.text(column, row, confusion[row, column], ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, shrink=0.7, label="share of the true class")
+    figure.savefig(path)

@@ -1,0 +1,60 @@
+"""What a run came to: one JSON line per finished run in `results.jsonl` of its folder, for tables to collect."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from util.logs import git_state
+
+RESULTS_FILE = "results.jsonl"
+
+
+def append_result(
+    output_dir: str | Path, stage: str, config: Mapping[str, Any], metrics: Mapping[str, float], seconds: float
+) -> None:
+    """Append the outcome of a run.
+
+    Args:
+        stage: `pretrain`, `finetune`, `linprobe`, `probe`, ...
+        metrics: by name; accuracies in %.
+        seconds: of this process; a run that was resumed has a line for its last part only.
+    """
+    commit, dirty = git_state(Path(__file__).resolve().parent.parent)
+    line = {
+        "stage": stage,
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "seconds": round(seconds, 1),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "config": dict(config),
+    }
+    path = Path(output_dir) / RESULTS_FILE
+    cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut_short else "") + json.dumps(line) + "\n")
+
+
+def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's `results.jsonl`, oldest first; none where it did not finish.
+
+    A line that a crash cut short is named on stderr and does not count.
+    """
+    path = Path(output_dir) / RESULTS_FILE
+    found = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and {"stage", "metrics", "config"} <= line.keys():
+            found.append(line)
+        else:
+            print(f"WARNING: {path}, line {number}: is cut short or no result, it does not count", file=sys.stderr)
+    return found

@@ -1,0 +1,229 @@
+"""One run from its first to its last epoch: folder, checkpoints, resume, processes. The same for every main."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from util.checkpoint import CheckpointStore, load_checkpoint
+from util.config import as_dict
+from util.cost import count_parameters
+from util.data import BatchOrder
+from util.distributed import Processes, barrier, check_in_sync, is_main, world_size
+from util.errors import Requeue, UserError
+from util.logs import RunLog, format_duration, write_run_info
+from util.sharding import is_sharded
+from util.sources import ImageSource
+from util.training import Trainer, reached, train_one_epoch
+
+# `look(epochs, last)` after each epoch, on all ranks: the value by which the best checkpoint is chosen, or None
+Look = Callable[[int, bool], float | None]
+
+
+def open_store(config: Any) -> CheckpointStore:
+    """The checkpoints in --output_dir; the folder is made if need be.
+
+    Raises:
+        UserError: it cannot be written, or another run writes there.
+    """
+    path = writable_folder(config.output_dir, "output_dir")
+    store = CheckpointStore(path, config.keep_last, config.keep_every, "best" in config.save_periods)
+    if is_main():
+        store.lock()
+    return store
+
+
+def writable_folder(path: str | Path, flag: str) -> Path:
+    """The folder that a flag names, made if need be; UserError where it cannot be written."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: cannot be written ({error.strerror}), choose another") from error
+    return path
+
+
+def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] | None:
+    """The checkpoint that --resume or --auto_resume asks for; a folder with checkpoints is never begun anew."""
+    if config.resume:
+        return load_checkpoint(Path(config.resume), flag="--resume")
+    found = store.load_latest()
+    if found is None:
+        return None
+    if not config.auto_resume:
+        raise UserError(
+            f"--output_dir {config.output_dir}: holds {found[1].name} of an earlier run;"
+            " add --auto_resume to go on with it, or choose another folder"
+        )
+    return found[0]
+
+
+def fit_to_processes(config: Any) -> Any:
+    """With --elastic: the settings with as many passes of as many images as keep the images of the saved run's update.
+
+    Raises:
+        UserError: they cannot be shared out among these processes.
+    """
+    if not config.elastic:
+        return config
+    store = CheckpointStore(Path(config.output_dir), config.keep_last, config.keep_every, keep_best=False)
+    saved = load_checkpoint(Path(config.resume)) if config.resume else (store.load_latest() or ({},))[0]
+    total = saved.get("binding_settings", {}).get("effective batch")
+    if total is None or total == config.effective_batch:
+        return config
+    batch_size, accum_iter = share_batch(total, world_size(), config.batch_size, "--elastic")
+    return dataclasses.replace(config, batch_size=batch_size, accum_iter=accum_iter)
+
+
+def share_batch(images: int, processes: int, most: int, flag: str) -> tuple[int, int]:
+    """batch_size (at most `most`) and accum_iter, so that all processes together see so many images per update.
+
+    Raises:
+        UserError: naming `flag`, they cannot be shared out.
+    """
+    if images % processes:
+        raise UserError(f"{flag}: the {images} images of an update cannot be shared by {processes} processes")
+    share = images // processes
+    batch_size = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+    return batch_size, share // batch_size
+
+
+def check_batch(config: Any, order: BatchOrder) -> None:
+    """UserError where an epoch would not hold a single update."""
+    if order.updates_per_epoch == 0:
+        raise UserError(
+            f"--batch_size {config.batch_size}: x --accum_iter {config.accum_iter} x {order.world_size} processes ="
+            f" {config.effective_batch} images per update, but the data set has {order.num_samples}; make it smaller"
+        )
+
+
+def transform_blocks(model: nn.Module, config: Any) -> None:
+    """In place, what --checkpoint_activations and --compile ask for; names and weights stay."""
+    blocks = [block for name in ("blocks", "decoder_blocks") for block in getattr(model, name, ())]
+    if config.checkpoint_activations:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if config.compile != "none":
+        # shapes are static: an epoch has no short last batch, evaluation and monitor run uncompiled
+        for module in blocks if config.compile == "block" else [model]:
+            module.compile(dynamic=False)
+
+
+def parallel(model: nn.Module, config: Any, device: torch.device) -> nn.Module:
+    """The model as the engine calls it: gradients averaged over the processes."""
+    if not torch.distributed.is_initialized() or is_sharded(model):
+        return model
+    # running statistics are the same on every rank already: BatchNorm is synchronised
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.14
+    devices = [device] if device.type == "cuda" else None
+    static = config.accum_iter == 1  # the same parameters take part each time; no_sync() does not go with it
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, static_graph=static, **{flag: False})
+
+
+def open_log(config: Any, trainer: Trainer, processes: Processes, images: int) -> RunLog:
+    """The log of this run, its settings written and said."""
+    state = trainer.state
+    log = RunLog(config.output_dir, config.log_dir or config.output_dir, is_main(), resume_step=state.updates)
+    if is_main():
+        write_run_info(config.output_dir, as_dict(config))
+    dtype = "fp32" if trainer.dtype is None else str(trainer.dtype).removeprefix("torch.")
+    log.text(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+    log.text(
+        f"{images} images, {trainer.updates_per_epoch} updates of {config.effective_batch} per epoch;"
+        f" {count_parameters(state.model) / 1e6:.1f} M parameters on {processes.world_size} x"
+        f" {processes.device.type}, {dtype}; peak lr {config.peak_lr:.3g}"
+    )
+    if state.updates:
+        log.text(f"resumed after update {state.updates}")
+    return log
+
+
+def train(
+    trainer: Trainer,
+    loader: DataLoader,
+    order: BatchOrder,
+    source: ImageSource,
+    store: CheckpointStore,
+    log: RunLog,
+    look: Look,
+    binding: dict[str, Any],
+) -> float:
+    """All epochs from where the state stands, with a look and a checkpoint between them; returns the seconds it took.
+
+    `binding`: what a run that resumes from these checkpoints must share with this one.
+
+    Raises:
+        Requeue: on all ranks together, after a checkpoint: a signal or --max_minutes asked for an early stop.
+    """
+    config, state = trainer.config, trainer.state
+    trainer.stop.listen()
+    trainer.before_update = store.raise_failure
+    begin = time.monotonic()
+    first_epoch, order.start_update = divmod(state.updates, order.updates_per_epoch)
+    stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
+    try:
+        for epoch in range(first_epoch, config.epochs):
+            order.epoch = epoch
+            if stream is not None:
+                stream.epoch = epoch
+            updates = order.updates_per_epoch - order.start_update
+            train_one_epoch(trainer, loader, None if stream else source, updates, epoch, log)
+            if state.updates < order.updates_per_epoch * (epoch + 1) and not reached(config.max_steps, state.updates):
+                save(trainer, store, None, binding)
+                store.wait()
+                raise Requeue(
+                    f"stopped by {trainer.stop.reason} and saved after update {state.updates}; to be requeued"
+                )
+            order.start_update = 0
+
+            last = reached(config.max_steps, state.updates) or epoch + 1 == config.epochs
+            metric = look(epoch + 1, last)
+            if (
+                last
+                or (epoch + 1) % config.save_freq == 0
+                or (config.keep_every and (epoch + 1) % config.keep_every == 0)
+            ):
+                save(trainer, store, metric, binding)
+            if last:
+                break
+        if first_epoch >= config.epochs:  # killed between its last checkpoint and its result
+            look(config.epochs, True)
+        store.wait()
+    finally:
+        store.unlock()
+    seconds = time.monotonic() - begin
+    log.text(f"done: {state.updates} updates in {format_duration(seconds)}, see {config.output_dir}")
+    return seconds
+
+
+def save(trainer: Trainer, store: CheckpointStore, metric: float | None, binding: dict[str, Any]) -> None:
+    """A checkpoint of this moment, written by one rank once all of them hold the same weights."""
+    state = trainer.state
+    check_in_sync(state.model, "model")
+    if state.model_ema is not None:
+        check_in_sync(state.model_ema, "model that follows it")
+    saved = state.state_dict()  # on all ranks: what is sharded is gathered
+    if is_main():
+        epoch, rest = divmod(state.updates, trainer.updates_per_epoch)
+        about = {"epoch": epoch - 1, "config": as_dict(trainer.config), "binding_settings": binding}
+        name_after = epoch if rest else epoch - 1  # the epoch under way, or the last one finished
+        write = store.save_in_background if trainer.config.save_in_background else store.save
+        write(saved | about, epoch=name_after, step=state.updates, metric=metric, mid_epoch=rest > 0)
+    barrier()
