@@ -1,0 +1,125 @@
+"""One update of a classifier, and its evaluation: the same for fine-tuning and linear probing.
+
+Letters: B images, C channels, H x W pixels, K classes, N images of the evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from util.classifier_config import ClassifierConfig
+from util.data import LabelledBatch, Normalise, seed_generators
+from util.distributed import rank, sum_over_ranks
+from util.sharding import local
+from util.training import Trainer
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels [B] to mixed ones, targets [B, K]
+
+
+@dataclass
+class ClassifierTrainer(Trainer):
+    """`state.model` is the classifier, `state.model_ema` the moving average of its weights or None."""
+
+    config: ClassifierConfig
+    mix: Mix | None = None  # Mixup and CutMix, which smooth the labels too
+    smoothing: float = 0.0  # of the labels, without `mix`
+    ema_decay: float = 0.0
+
+    def to_device(self, batch: LabelledBatch) -> LabelledBatch:
+        """Images and labels."""
+        images, labels = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.labels))
+        return batch._replace(images=images, labels=labels)
+
+    def update(self, batches: list[LabelledBatch]) -> None:
+        """One optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already."""
+        state = self.state
+        seed_generators(self.config.seed, state.updates, rank(), device=self.device)  # for stochastic depth and Mixup
+        self.begin_update()
+        for i, batch in enumerate(batches):
+            images, targets = batch.images, batch.labels
+            if self.mix is not None:
+                images, targets = self.mix(images, targets)
+            with self.gradients_stay_local(unless=i == len(batches) - 1), self.autocast():
+                logits = self.model(images)  # [B, K]
+            smoothing = self.smoothing if self.mix is None else 0.0
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            state.scaler.scale(loss / len(batches)).backward()
+            self.note(loss=loss)
+        taken = self.step_optimizer(batches)
+        if taken and state.model_ema is not None:
+            self.update_average()
+        state.updates += 1
+
+    def update_average(self) -> None:
+        """average <- decay * average + (1 - decay) * weights."""
+        with torch.no_grad():
+            mine, theirs = ([local(p) for p in m.parameters()] for m in (self.state.model_ema, self.state.model))
+            get_ema_multi_avg_fn(self.ema_decay)(mine, theirs, None)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    """Of all images together, each counted once."""
+
+    loss: float  # mean cross-entropy
+    top1: float  # %
+    top5: float  # %, of the K best where there are fewer than five classes
+    images: int  # N
+    confusion: Tensor  # [K, K] int64 on the CPU: row the true class, column the one that was said
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What goes into a log."""
+        return {"val_loss": self.loss, "top1": self.top1, "top5": self.top5}
+
+    @property
+    def per_class(self) -> Tensor:
+        """[K] accuracy of each class in %, nan where the evaluation has none of it."""
+        return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # the last batch is short: no compilation for its sake
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    normalise: Normalise,
+    num_classes: int,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> Scores:
+    """Scores of a classifier over the images of all ranks.
+
+    `loader` yields uint8 images and labels; ranks hold disjoint parts, of any sizes, also none (or every image is
+    on one of them). The sums travel, not the means, so that each image weighs the same.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct in the first five, images
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for pixels, labels in loader:
+        images, labels = normalise(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+        with autocast:
+            logits = model(images)
+        logits = logits.float()
+        best = logits.topk(min(5, num_classes), dim=1).indices  # [B, 5]
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (best == labels[:, None]).sum()
+        sums[2] += len(labels)
+        confusion += (labels * num_classes + best[:, 0]).bincount(minlength=num_classes**2).view_as(confusion)
+    model.train(was_training)
+    loss, in_five, images = sum_over_ranks(sums).tolist()
+    confusion = sum_over_ranks(confusion).cpu()
+    correct = int(confusion.diagonal().sum())
+    return Scores(loss / images, 100 * correct / images, 100 * in_five / images, int(images), confusion)

@@ -1,0 +1,70 @@
+"""Fine-tune a pre-trained encoder as a classifier, train one from scratch, or evaluate one.
+
+    python main_finetune.py --recipe digits_finetune --finetune output/quickstart/checkpoint-79.pth
+    torchrun --nproc_per_node=8 main_finetune.py --recipe finetune_vit_base --finetune RUN/checkpoint-1599.pth \
+        --data_path IMAGENET --output_dir TUNED
+    python main_finetune.py --eval --resume TUNED/checkpoint-best.pth --model vit_base_patch16 --data_path IMAGENET
+
+`--help` lists all flags, `--dry_run` shows what a command would do. To go on after an interruption, run the same
+command with --auto_resume.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+
+from engine_finetune import ClassifierTrainer
+from models_vit import Classifier
+from util.amp import grad_scaler
+from util.classification import prepare, start_from, train_classifier
+from util.classifier_config import FinetuneConfig
+from util.command_line import parse_config
+from util.distributed import stop_processes
+from util.errors import run_main
+from util.optim import build_optimizer
+from util.run import parallel, transform_blocks
+from util.sharding import shard
+from util.training import TrainState
+
+
+def main() -> None:
+    """Settings, data, classifier, then the epochs."""
+    run = prepare(parse_config(FinetuneConfig, sys.argv[1:], Path(__file__).name))
+    config, device, num_classes = run.config, run.processes.device, run.data.num_classes
+
+    # ---- model: images -> logits -----------------------------------------------------------------------
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    model = Classifier(**config.model_arguments(num_classes))
+    said = start_from(model, config)
+    model.to(device)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if config.model_ema else None
+    shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
+    skeleton = shard(model, average, device) if shards else None
+    transform_blocks(model, config)
+    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
+    state = TrainState(model, average, optimizer, grad_scaler(run.dtype, device), skeleton=skeleton)
+    state.updates = config.start_epoch * run.order.updates_per_epoch
+
+    # ---- the run ---------------------------------------------------------------------------------------
+    trainer = ClassifierTrainer(
+        config,
+        state,
+        parallel(model, config, device),
+        device,
+        run.dtype,
+        run.order.updates_per_epoch,
+        mix=Mixup(**config.mixup_arguments(num_classes)) if config.mixes else None,
+        smoothing=config.smoothing,
+        ema_decay=config.model_ema_decay,
+    )
+    train_classifier(trainer, run, "finetune", said)
+    stop_processes()
+
+
+if __name__ == "__main__":
+    run_main(Path(__file__).name, main)

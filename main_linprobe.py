@@ -1,0 +1,55 @@
+"""Train a linear layer on a frozen encoder, by MAE's protocol: LARS, BatchNorm without affine, crop and flip only.
+
+    python main_linprobe.py --recipe digits_linprobe --finetune output/quickstart/checkpoint-79.pth
+    torchrun --nproc_per_node=8 main_linprobe.py --recipe linprobe_vit_base --finetune RUN/checkpoint-1599.pth \
+        --data_path IMAGENET --output_dir PROBED
+
+The cls token is probed, or with --global_pool the mean of the patch tokens. scripts/probe.py is the way for people in a
+hurry. `--help` lists all flags; to go on after an interruption, run the same command with --auto_resume.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from engine_finetune import ClassifierTrainer
+from models_vit import LinearProbe
+from util.amp import grad_scaler
+from util.classification import prepare, start_from, train_classifier
+from util.classifier_config import LinprobeConfig
+from util.command_line import parse_config
+from util.distributed import stop_processes, synchronise_batch_norm
+from util.errors import run_main
+from util.optim import build_lars
+from util.run import parallel, transform_blocks
+from util.training import TrainState
+
+
+def main() -> None:
+    """Settings, data, probe, then the epochs."""
+    run = prepare(parse_config(LinprobeConfig, sys.argv[1:], Path(__file__).name))
+    config, device = run.config, run.processes.device
+
+    # ---- model: images -> frozen features -> logits ----------------------------------------------------
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    model = LinearProbe(**config.model_arguments(run.data.num_classes))
+    said = start_from(model, config)
+    model = synchronise_batch_norm(model, device).to(device)
+    transform_blocks(model, config)
+    optimizer = build_lars(model, config.peak_lr, config.weight_decay)
+    state = TrainState(model, None, optimizer, grad_scaler(run.dtype, device))
+    state.updates = config.start_epoch * run.order.updates_per_epoch
+
+    # ---- the run ---------------------------------------------------------------------------------------
+    trainer = ClassifierTrainer(
+        config, state, parallel(model, config, device), device, run.dtype, run.order.updates_per_epoch
+    )
+    train_classifier(trainer, run, "linprobe", said)
+    stop_processes()
+
+
+if __name__ == "__main__":
+    run_main(Path(__file__).name, main)

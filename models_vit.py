@@ -1,0 +1,98 @@
+"""Classifiers on a pre-trained encoder: timm's VisionTransformer, under timm's names.
+
+`Classifier` is trained as a whole (fine-tuning); `LinearProbe` keeps the encoder frozen and in eval mode.
+
+Letters: B images, C channels, H x W pixels, L patches, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models_encoder import fixed_positions
+
+Pool = Literal["avg", "token"]  # mean of the patch tokens, or the cls token
+
+
+class Classifier(VisionTransformer):
+    """A ViT with a linear head, [B, C, H, W] to logits [B, K].
+
+    `pool="avg"`: mean of the patch tokens, then a LayerNorm of its own (`fc_norm`), as MAE fine-tunes; `"token"`:
+    LayerNorm (`norm`), then the cls token. Positions start as the fixed sines of pre-training and are trained.
+
+    Args:
+        architecture: a value of models_lut.ARCHITECTURES; its decoder is not looked at.
+        img_size: height and width in pixels, multiples of `patch_size`.
+        drop_path: rate of stochastic depth at the last block, falling linearly to 0 at the first.
+        head_std: standard deviation of the head's first weights; MAE takes 2e-5 to fine-tune.
+        vit: more arguments of timm's VisionTransformer.
+    """
+
+    def __init__(
+        self,
+        architecture: dict[str, Any],
+        *,
+        img_size: tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        num_classes: int,
+        pool: Pool = "avg",
+        drop_path: float = 0.0,
+        head_std: float = 2e-5,
+        **vit: Any,
+    ):
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=architecture["embed_dim"],
+            depth=architecture["depth"],
+            num_heads=architecture["num_heads"],
+            global_pool=pool,
+            drop_path_rate=drop_path,
+            **vit,
+        )
+        with torch.no_grad():
+            self.pos_embed.copy_(fixed_positions(self.embed_dim, self.patch_embed.grid_size))
+        if num_classes:
+            trunc_normal_(self.head.weight, std=head_std)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Depth of each parameter for layer-wise lr decay: stem, block by block, then norm and head at full rate.
+
+        timm's own would count the last norm to the last block; MAE (and Table D) give it the head's rate.
+        """
+        return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=[(r"^blocks\.(\d+)", None)])
+
+
+class LinearProbe(Classifier):
+    """MAE's linear probe: BatchNorm without affine parameters and a linear layer on a frozen encoder.
+
+    The features are those of the encoder as it was pre-trained: all tokens through its last norm, then the cls token
+    or the mean of the patch tokens (which is what L_BC trains). `train()` leaves the encoder in eval mode.
+    """
+
+    def __init__(self, architecture: dict[str, Any], *, num_classes: int, head_std: float = 0.01, **vit: Any):
+        super().__init__(architecture, num_classes=num_classes, head_std=head_std, fc_norm=False, **vit)
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), self.head)
+
+    def train(self, mode: bool = True) -> LinearProbe:
+        """Train the head only: no running statistic and no dropout of the encoder may move."""
+        super().train(False)
+        self.head.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, K]; no graph is kept of the encoder."""
+        with torch.no_grad():
+            features = self.forward_head(self.forward_features(images), pre_logits=True)  # [B, D]
+        return self.head(features)

@@ -1,0 +1,194 @@
+"""What frozen features know: kNN and linear probes of a checkpoint against a random network.
+
+    python scripts/probe.py RUN/checkpoint-59.pth
+    python scripts/probe.py mae_pretrain_vit_base.pth --model mae_vit_base_patch16 --data_path IMAGENET --sweep
+
+The data set is the one of the run, or --data_path / --dataset. Rows: a random encoder of the same shape, the
+student, the momentum encoder. Columns: kNN, logistic regression on standardised features with few and with all labels,
+and with --sweep linear heads of all pairs of learning rate and weight decay, trained at once; in % of the validation
+images. Features are computed once for each row, without augmentation: a probe by MAE's protocol is main_linprobe.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from tyro.conf import Positional
+
+from models_encoder import Encoder, patchify
+from models_vit import Pool
+from util.command_line import parse_config
+from util.config import check, config_from_dict
+from util.data import Normalise
+from util.distributed import choose_device
+from util.errors import UserError, run_main
+from util.interop import load_weights, read_weights
+from util.monitor import labelled_loader
+from util.pretrain_config import PretrainConfig
+from util.probe import extract_features, few_labels, knn_accuracy, linear_sweep, logistic_probe_accuracy
+from util.progress import with_progress
+from util.results import append_result
+from util.sources import find_validation, open_images, same_classes
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Probe the frozen encoders of a checkpoint."""
+
+    checkpoint: Positional[str]
+    """a checkpoint of ours, MAE's, LUT's release or timm's; one of another program needs --model and a data set"""
+    model: str = ""
+    """as for main_pretrain.py; default: that of the run"""
+    data_path: str = ""
+    """labelled images, train and val as for main_pretrain.py; default: those of the run"""
+    dataset: str = ""
+    """a reader's name as for main_pretrain.py; default: that of the run"""
+    val_path: str = ""
+    """labelled validation images; default: beside the training images"""
+    input_size: tuple[int, ...] = ()
+    """pixels, one number or height and width; default: that of the run, else the model's own"""
+    pool: Pool = "avg"
+    """features: mean of the patch tokens, or the cls token"""
+    knn_k: int = 20
+    """neighbours that vote"""
+    knn_temperature: float = 0.07
+    """a vote weighs exp(cosine / temperature)"""
+    labels_per_class: int = 10
+    """for the probe with few labels; 0: without it"""
+    repeats: int = 5
+    """random subsets that the probe with few labels is averaged over"""
+    logistic: bool = True
+    """logistic regression with all labels"""
+    sweep: bool = False
+    """linear heads by SGD, with all pairs of --sweep_lr and --sweep_weight_decay"""
+    sweep_lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """learning rates, per step of 256 images"""
+    sweep_weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    """weight decays"""
+    sweep_epochs: int = 30
+    """passes over the features"""
+    most_images: int = 50_000
+    """most images of each split"""
+    num_workers: int = 0
+    """loader processes"""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu"""
+    output_dir: str = ""
+    """results.jsonl; default: beside the checkpoint"""
+
+    def __post_init__(self) -> None:
+        for flag in ("repeats", "most_images", "knn_k", "sweep_epochs"):
+            check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
+        check(self.labels_per_class >= 0, "labels_per_class", self.labels_per_class, "must be 0 or more")
+        check(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")
+        check(bool(self.sweep_lr), "sweep_lr", "", "give at least one")
+        check(all(lr > 0 for lr in self.sweep_lr), "sweep_lr", self.sweep_lr, "must be above 0")
+        check(bool(self.sweep_weight_decay), "sweep_weight_decay", "", "give at least one")
+        check(all(d >= 0 for d in self.sweep_weight_decay), "sweep_weight_decay", self.sweep_weight_decay, "0 or more")
+
+
+def main() -> None:
+    """Print the table."""
+    config = parse_config(ProbeConfig, sys.argv[1:], Path(__file__).name)
+    begin = time.monotonic()
+    device = choose_device(config.device)
+    run = settings_of(config)
+    dataset = run.dataset_name if config.dataset or not config.data_path else ""
+    train = open_images(run.data_path, dataset, "train")
+    val = find_validation(run.data_path, dataset, run.val_path)
+    if not same_classes(train, val):
+        where = f"--data_path {run.data_path}" if run.data_path else f"--dataset {dataset}"
+        raise UserError(f"{where}: a probe needs train/ and val/ with the same class folders")
+    normalise = Normalise(run.pixel_mean, run.pixel_std, device)
+    loaders = [
+        labelled_loader(source, config.most_images, run.image_size, run.in_chans, config.num_workers)
+        for source in (train, val)
+    ]
+
+    print(f"{Path(config.checkpoint).name}: {run.model}, {len(train)} training and {len(val)} validation images")
+    results: dict[str, float] = {}
+    for name, encoder in encoders(run, config.checkpoint):
+        encoder = encoder.to(device).eval()
+
+        def encode(pixels: Tensor, encoder: Encoder = encoder) -> Tensor:
+            return features(encoder, normalise(pixels.to(device)), config.pool)
+
+        splits = [extract_features(encode, with_progress(loader, f"features, {name}")) for loader in loaders]
+        row = scores(config, *splits[0], *splits[1])
+        if not results:
+            print(f"{'encoder':<18}" + "".join(f"{title:>28}" for title in row))
+        print(f"{name:<18}" + "".join(f"{said:>28}" for _, said in row.values()), flush=True)
+        results |= {f"{name}, {title}": value for title, (value, _) in row.items()}
+    folder = Path(config.output_dir) if config.output_dir else Path(config.checkpoint).resolve().parent
+    append_result(folder, "probe", asdict(config), results, time.monotonic() - begin)
+
+
+def settings_of(config: ProbeConfig) -> PretrainConfig:
+    """The run's settings, or those that the flags give for a file of another program."""
+    saved = read_weights(Path(config.checkpoint), flag="checkpoint").config
+    given = {name: getattr(config, name) for name in ("model", "data_path", "dataset", "val_path", "input_size")}
+    given = {name: value for name, value in given.items() if value}
+    if saved is not None and "mask_ratio" in saved:
+        run = config_from_dict(PretrainConfig, saved | {"recipe": ""})
+        if "data_path" in given:
+            given |= {"dataset": config.dataset, "val_path": config.val_path}
+        return config_from_dict(PretrainConfig, vars(run) | given)
+    if not config.model:
+        raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")
+    return config_from_dict(PretrainConfig, given)
+
+
+def encoders(run: PretrainConfig, path: str) -> Iterator[tuple[str, Encoder]]:
+    """Name and encoder of each row; the random one has the first weights of a run with these settings."""
+    torch.manual_seed(run.seed)
+    random = run.student_type(**run.model_arguments)
+    yield "random", random
+    encoder = Encoder(**random.shape)
+    load_weights(encoder, Path(path), "student", flag="checkpoint")
+    yield "student", encoder
+    try:
+        read_weights(Path(path), "momentum", flag="checkpoint")
+    except UserError:  # there is none
+        return
+    encoder = Encoder(**random.shape)
+    load_weights(encoder, Path(path), "momentum", flag="checkpoint")
+    yield "momentum encoder", encoder
+
+
+def features(encoder: Encoder, images: Tensor, pool: Pool) -> Tensor:
+    """[B, C, H, W] to [B, D]."""
+    return encoder.features(images) if pool == "avg" else encoder.encode(patchify(images, encoder.patch_size))[:, 0]
+
+
+def scores(
+    config: ProbeConfig, train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor
+) -> dict[str, tuple[float, str]]:
+    """Title of each column -> accuracy in %, and what to show of it."""
+    splits = (train_x, train_y, val_x, val_y)
+    knn = knn_accuracy(*splits, k=config.knn_k, temperature=config.knn_temperature)
+    row = {f"kNN, k {config.knn_k}": (knn, f"{knn:.1f}")}
+    if config.labels_per_class:
+        subsets = [few_labels(train_y, config.labels_per_class, seed) for seed in range(config.repeats)]
+        few = torch.tensor([logistic_probe_accuracy(train_x[i], train_y[i], val_x, val_y, seed=0) for i in subsets])
+        title = f"logistic, {config.labels_per_class} labels/class"
+        row[title] = (few.mean().item(), f"{few.mean():.1f} ± {few.std(correction=0):.1f}")
+    if config.logistic:
+        full = logistic_probe_accuracy(*splits, seed=0)
+        row["logistic, all labels"] = (full, f"{full:.1f}")
+    if config.sweep:
+        grid = (config.sweep_lr, config.sweep_weight_decay, config.sweep_epochs)
+        found = linear_sweep(*splits, *grid, batch_size=256, seed=0)
+        row["linear, sweep"] = (found.accuracy, f"{found.accuracy:.1f} (lr {found.lr:g}, wd {found.weight_decay:g})")
+    return row
+
+
+if __name__ == "__main__":
+    run_main(Path(__file__).name, main)

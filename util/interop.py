@@ -1,0 +1,230 @@
+"""Weights from other programs: MAE, LUT's release, timm, our own runs. Strict, with a report of what matched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+from models_encoder import fixed_positions
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+
+Weights = Literal["student", "momentum"]
+WRAPPERS = ("module.", "_orig_mod.")  # left in names by DistributedDataParallel and torch.compile
+PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor; names as in our models."""
+
+    layout: str  # which program's file it is
+    loaded: tuple[str, ...]
+    resampled: tuple[str, ...]  # among the loaded, changed to fit: `name: how`
+    missing: tuple[str, ...]  # of the model, left as initialised: not in the file, or their part is incomplete there
+    mismatched: tuple[str, ...]  # among the missing, there with another shape: `name: shape instead of shape`
+    unexpected: tuple[str, ...]  # in the file, not used
+
+    def __str__(self) -> str:
+        """One line; a part that is wholly missing or unused is named as one."""
+        lists = {
+            "left as initialised": by_part(self.missing),
+            "of another shape": shortened(list(self.mismatched)),
+            "not used": by_part(self.unexpected),
+            "resampled": ", ".join(self.resampled),
+        }
+        said = [f"{title}: {names}" for title, names in lists.items() if names]
+        return "; ".join([f"{self.layout}, {len(self.loaded)} tensors loaded", *said])
+
+
+def by_part(names: tuple[str, ...]) -> str:
+    """Names of the encoder in full, those of other parts counted."""
+    count = Counter(part_of(name) for name in names)
+    encoder = [name for name in names if part_of(name) == "encoder"]
+    return ", ".join(encoder + [f"{part} ({n} tensors)" for part, n in count.items() if part != "encoder"])
+
+
+# --------------------------------------------------------------------------------------------------------
+# Reading a file under our names
+# --------------------------------------------------------------------------------------------------------
+
+
+class WeightsFile(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: dict[str, Tensor]  # under MAE's names, which are ours
+    layout: str  # which program's file it is
+    config: dict[str, Any] | None  # the settings of the run, where it is one of ours
+
+
+def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_from") -> WeightsFile:
+    """The weights in a checkpoint of ours, of MAE, LUT's release or timm; code in the file is refused.
+
+    Raises:
+        UserError: unreadable, no state dict in it, or no momentum encoder where that is asked for.
+    """
+    checkpoint = load_checkpoint(path, flag)
+    config = checkpoint.get("config")
+    config = config if isinstance(config, dict) else None
+    if weights == "momentum":
+        if not isinstance(checkpoint.get("model_ema"), dict):
+            raise UserError(f"{flag} {path}: holds no momentum encoder (model_ema), ask for the student's weights")
+        followed = tensors_of(checkpoint["model_ema"])
+        state = {name.removeprefix("ema."): tensor for name, tensor in followed.items()}
+        moving_average = "head.weight" in state or "fc_norm.weight" in state
+        return WeightsFile(state, "ViT, moving average" if moving_average else "LUT, momentum encoder", config)
+    state = tensors_of(next((checkpoint[k] for k in ("model", "state_dict") if k in checkpoint), checkpoint))
+    if not state:
+        raise UserError(f"{flag} {path}: holds no tensors, is it a checkpoint?")
+    return WeightsFile(state, layout_of(state, "model" in checkpoint), config)
+
+
+def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
+    """Which program writes such names; `wrapped`: under the key `model`, as MAE does."""
+    if "head.weight" in state or "fc_norm.weight" in state:
+        return "ViT classifier"
+    if "decoder.weight" in state:
+        return "SimMIM, student"
+    if "predictor.0.weight" in state:
+        return "LUT, student"
+    if "mask_token" in state:
+        return "MAE with decoder"
+    return "MAE encoder" if wrapped else "timm ViT"
+
+
+def tensors_of(state: object) -> dict[str, Tensor]:
+    """The tensors in a state dict, without the prefixes of wrappers; empty where it is none."""
+    if not isinstance(state, dict):
+        return {}
+    found = {}
+    for name, tensor in state.items():
+        if isinstance(name, str) and isinstance(tensor, Tensor):
+            for prefix in WRAPPERS:
+                name = name.replace(prefix, "", 1) if name.startswith(prefix) else name
+            found[name] = tensor
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------
+# Loading into a model
+# --------------------------------------------------------------------------------------------------------
+
+
+def part_of(name: str) -> str:
+    """`encoder`, `decoder`, `head` (projector or classifier), `predictor`, `mask_head`, `mask_predictor` or `fc_norm`:
+    what is loaded as a whole or not at all."""
+    if name.startswith("decoder") or name == "mask_token":
+        return "decoder"
+    part = name.split(".")[0]
+    return part if part in ("head", "predictor", "mask_head", "mask_predictor", "fc_norm") else "encoder"
+
+
+def load_weights(
+    model: nn.Module, path: Path, weights: Weights = "student", flag: str = "--init_from", whole: bool = False
+) -> LoadReport:
+    """Load a file into LUT, MomentumEncoder, Classifier or LinearProbe.
+
+    The encoder must match tensor by tensor. Decoder, heads and `fc_norm` are loaded where the file holds the whole of
+    them, and else stay as they are. Positions of another grid, patches of another size and other channel counts are
+    resampled.
+
+    Args:
+        whole: every tensor of the model must match, not those of the encoder alone.
+
+    Raises:
+        UserError: a tensor that must match is missing or has a shape that cannot be resampled.
+    """
+    state, layout, _ = read_weights(path, weights, flag)
+    own = model.state_dict()
+    state, resampled = fit(state, own, model.patch_embed.grid_size)
+    wrong = {
+        name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name not in state or state[name].shape != tensor.shape
+    }
+    refused = [f"{name} ({how})" for name, how in wrong.items() if whole or part_of(name) == "encoder"]
+    if refused:
+        raise UserError(
+            f"{flag} {path}: {len(refused)} tensors of the {'model' if whole else 'encoder'} do not fit:"
+            f" {shortened(refused)};"
+            f" the file ({layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
+        )
+    incomplete = {part_of(name) for name in wrong}
+    loaded = {name: state[name] for name in own if part_of(name) not in incomplete}
+    model.load_state_dict(loaded, strict=False)
+    return LoadReport(
+        layout=layout,
+        loaded=tuple(loaded),
+        resampled=tuple(f"{name}: {how}" for name, how in resampled.items() if name in loaded),
+        missing=tuple(name for name in own if name not in loaded),
+        mismatched=tuple(f"{name}: {how}" for name, how in wrong.items() if name in state),
+        unexpected=tuple(name for name in state if name not in loaded),
+    )
+
+
+def fit(
+    state: dict[str, Tensor], own: dict[str, Tensor], grid_size: tuple[int, int]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Resample what depends on image size, patch size and channels; the rest as it is. Also: name -> how."""
+    state, resampled = dict(state), {}
+    kernel, wanted = state.get(PATCH_KERNEL), own[PATCH_KERNEL]
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[0] == wanted.shape[0]:
+        changes = []
+        if kernel.shape[1] != wanted.shape[1]:
+            changes.append(f"{kernel.shape[1]} to {wanted.shape[1]} channels")
+            kernel = adapt_channels(kernel, wanted.shape[1])
+        if kernel.shape[2:] != wanted.shape[2:]:
+            changes.append(f"patch {list(kernel.shape[2:])} to {list(wanted.shape[2:])}")
+            kernel = resample_patch_embed(kernel, list(wanted.shape[2:]))
+        if changes:
+            resampled[PATCH_KERNEL] = " and ".join(changes)
+        state[PATCH_KERNEL] = kernel
+    for name in (POSITIONS, DECODER_POSITIONS):
+        if name not in state or name not in own or state[name].shape == own[name].shape:
+            continue
+        positions, length = state[name], own[name].shape[1]
+        if positions.ndim == 3 and positions.shape[2] == own[name].shape[2] and is_square(positions.shape[1] - 1):
+            state[name], how = resample_positions(positions, grid_size)
+            resampled[name] = f"{positions.shape[1]} to {length} positions, {how}"
+    return state, resampled
+
+
+def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
+    """A patch kernel [D, C, p, p] for another number of channels that gives grey images the same tokens.
+
+    One channel sees the sum of the old ones; more channels repeat them in turn, with the same sum.
+    """
+    total = kernel.sum(dim=1, keepdim=True)
+    if in_chans == 1:
+        return total
+    repeated = kernel[:, torch.arange(in_chans) % kernel.shape[1]]
+    surplus = repeated.sum(dim=1, keepdim=True) - total  # what repeating adds, taken from all channels alike
+    return repeated - surplus / in_chans
+
+
+def is_square(number: int) -> bool:
+    """Whether a grid of so many patches is square."""
+    return number > 0 and round(number**0.5) ** 2 == number
+
+
+def resample_positions(positions: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, str]:
+    """Positions [1, 1 + L', D] of a square grid for another grid [1, 1 + L, D], and how they were made.
+
+    MAE's positions are fixed sines and are computed for any grid exactly. Learned ones (timm, and those of a
+    classifier) are interpolated.
+    """
+    side, dim = round((positions.shape[1] - 1) ** 0.5), positions.shape[2]
+    if torch.allclose(positions.float(), fixed_positions(dim, (side, side)), atol=1e-4):
+        return fixed_positions(dim, grid_size), "sines computed for the new grid"
+    return resample_abs_pos_embed(positions, list(grid_size), num_prefix_tokens=1), "interpolated"
+
+
+def shortened(names: list[str], most: int = 6) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
