@@ -1,0 +1,230 @@
+"""Tables as people see them: the paper's numbers beside those of our runs, as text, Markdown, LaTeX or a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from util.table_plan import Options, Work, deviations, outcome_in, shared_flags, work_behind
+from util.tables import STAGES, Column, Row, Score, Table
+
+Against = Literal["paper", "baseline"]
+MISSING = "–"  # not run, or not to its end
+NO_COUNTERPART = "n/a"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the paper and ours."""
+
+    paper: Score | None
+    ours: tuple[float, ...] = ()  # one per seed, in %
+    missing: str = ""  # what stands there without any; empty: a competitor's row, or a tool that does not exist
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds."""
+        return statistics.mean(self.ours) if self.ours else None
+
+    @property
+    def shown(self) -> str:
+        """Mean ± standard deviation (n - 1) over the seeds."""
+        if not self.ours:
+            return self.missing
+        spread = f" ± {statistics.stdev(self.ours):.1f}" if len(self.ours) > 1 else ""
+        return f"{self.mean:.1f}{spread}"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A table with what our runs have given."""
+
+    table: Table
+    cells: tuple[dict[str, Cell], ...]  # per row, by the column's key
+    remarks: tuple[str, ...]  # runs with other settings than planned
+
+    @property
+    def baseline(self) -> dict[str, Cell]:
+        """The cells of the first row that is ours; empty where none is."""
+        rows = zip(self.table.rows, self.cells, strict=True)
+        return next((cells for row, cells in rows if row.recipes), {})
+
+
+def fill(table: Table, options: Options) -> Filled:
+    """Collect the results of all seeds there are."""
+    remarks: dict[str, None] = {}  # in order, each once
+    cells = tuple(
+        {column.key: fill_cell(row, column, options, remarks) for column in table.columns} for row in table.rows
+    )
+    return Filled(table, cells, tuple(remarks))
+
+
+def fill_cell(row: Row, column: Column, options: Options, remarks: dict[str, None]) -> Cell:
+    """One cell; adds a remark for a run that was not as planned."""
+    paper = row.paper.get(column.key)
+    if not column.stage or column.key not in row.recipes:
+        return Cell(paper)
+    work = work_behind(row, column, options.scale)
+    if work is None:
+        return Cell(paper, missing=NO_COUNTERPART)
+    return Cell(paper, tuple(results(work, column.stage, options, remarks)), MISSING)
+
+
+def results(work: Work, stage: str, options: Options, remarks: dict[str, None]) -> list[float]:
+    """The metric of the stage for each seed that has finished."""
+    found = []
+    for folder in sorted((options.folder / options.scale.name / work.name).glob(f"seed_*/{stage}")):
+        outcome = outcome_in(folder, stage)
+        if outcome is None or STAGES[stage].metric not in outcome.metrics:
+            continue
+        found.append(outcome.metrics[STAGES[stage].metric])
+        others = deviations(shared_flags(work, stage, options)[1], outcome)
+        if others:
+            remarks[f"{work.name}, {folder.parent.name}, {stage} ran with other settings: {', '.join(others)}"] = None
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------
+# Text, Markdown, LaTeX
+# --------------------------------------------------------------------------------------------------------
+
+
+def grid(filled: Filled, against: Against) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of strings: labels, then for each column the paper's number, ours, a difference, then seeds.
+
+    Args:
+        against: the difference is to the paper; or both the paper's and ours are to the first row of ours, which
+            is what compares where data and models are not the paper's.
+    """
+    titles, rows = list(filled.table.labels), [list(row.labels) for row in filled.table.rows]
+    for column in filled.table.columns:
+        for title, show in parts(filled, column, against):
+            titles.append(f"{column.title}, {title}")
+            for shown, cells in zip(rows, filled.cells, strict=True):
+                shown.append(show(cells[column.key]))
+    if any(column.stage for column in filled.table.columns):
+        titles.append("seeds")
+        for row, shown, cells in zip(filled.table.rows, rows, filled.cells, strict=True):
+            shown.append(seeds(cells, filled.table) if row.recipes else "")
+    return titles, rows
+
+
+def parts(filled: Filled, column: Column, against: Against) -> list[tuple[str, Callable[[Cell], str]]]:
+    """Titles of the columns that a column is shown in, and what each makes of a cell."""
+    first = filled.baseline.get(column.key, Cell(None))
+    in_paper = any(column.key in row.paper for row in filled.table.rows)
+    paper = [("paper", lambda cell: str(cell.paper or ""))] if in_paper else []
+    if not column.stage:
+        return paper
+    found = [*paper, ("ours", lambda cell: cell.shown)]
+    if against == "paper":
+        return [*found, ("diff.", lambda cell: difference(cell.mean, value(cell.paper)))] if in_paper else found
+    if in_paper:
+        found.append(("Δ paper", lambda cell: difference(value(cell.paper), value(first.paper), cell is first)))
+    return [*found, ("Δ ours", lambda cell: difference(cell.mean, first.mean, cell is first))]
+
+
+def value(score: Score | None) -> float | None:
+    """The number alone."""
+    return None if score is None else score.value
+
+
+def difference(a: float | None, b: float | None, same: bool = False) -> str:
+    """a - b with its sign; empty where one is missing, or both are the same cell."""
+    return "" if a is None or b is None or same else f"{a - b:+.1f}"
+
+
+def seeds(cells: dict[str, Cell], table: Table) -> str:
+    """How many there are; the fewest and the most where columns differ."""
+    numbers = [len(cells[column.key].ours) for column in table.columns if column.stage]
+    return str(numbers[0]) if len(set(numbers)) == 1 else f"{min(numbers)}–{max(numbers)}"
+
+
+def as_text(titles: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
+    """Columns under each other, numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(n) if i < labels else cell.rjust(n)
+            for i, (cell, n) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(titles), line(["-" * n for n in widths]), *map(line, rows)])
+
+
+def as_markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
+    """A table of GitHub's Markdown."""
+    rule = ["---" if i < labels else "---:" for i in range(len(titles))]
+    cleaned = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, rule, *cleaned))
+
+
+LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{"±": "$\\pm$", "†": "$\\dagger$", "‡": "$\\ddagger$", "Δ": "$\\Delta$", "–": "--", "~": "\\textasciitilde{}"},
+}
+
+
+def as_latex(titles: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
+    """A tabular with booktabs' rules."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells) + " \\\\"
+
+    shape = "l" * labels + "r" * (len(titles) - labels)
+    body = [line(titles), "\\midrule", *map(line, rows)]
+    return "\n".join([f"\\begin{{tabular}}{{{shape}}}", "\\toprule", *body, "\\bottomrule", "\\end{tabular}"])
+
+
+FORMATS = {"text": as_text, "markdown": as_markdown, "latex": as_latex}
+
+
+def render(filled: Filled, against: Against, style: Literal["text", "markdown", "latex"]) -> str:
+    """The whole table."""
+    titles, rows = grid(filled, against)
+    return FORMATS[style](titles, rows, len(filled.table.labels))
+
+
+# --------------------------------------------------------------------------------------------------------
+# Picture
+# --------------------------------------------------------------------------------------------------------
+
+
+def draw(filled: Filled, against: Against, path: Path) -> None:
+    """Draw the paper's numbers and ours (with the spread of the seeds) as points, a panel per column, into a PNG.
+
+    `against` the baseline: their distances from the first row of ours.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    table, columns = filled.table, filled.table.columns
+    figure = Figure(figsize=(2 + 3 * len(columns), 1.5 + 0.4 * len(table.rows)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for panel, column in zip(panels, columns, strict=True):
+        first = filled.baseline.get(column.key, Cell(None)) if against == "baseline" else Cell(Score(0.0), (0.0,))
+        cells = [(place, row[column.key]) for place, row in enumerate(filled.cells)]
+        paper = [(value(cell.paper) - value(first.paper), place) for place, cell in cells if cell.paper and first.paper]
+        ours = [
+            (cell.mean - first.mean, place, statistics.stdev(cell.ours) if len(cell.ours) > 1 else 0.0)
+            for place, cell in cells
+            if cell.ours and first.ours
+        ]
+        panel.plot([x for x, _ in paper], [y - 0.12 for _, y in paper], "s", color="#6c7a92", label="paper")
+        x, y, spread = ([point[i] for point in ours] for i in range(3))
+        panel.errorbar(x, [place + 0.12 for place in y], xerr=spread, fmt="o", color="#d1495b", capsize=3, label="ours")
+        panel.set_title(column.title)
+        panel.set_xlabel("%" if against == "paper" else "points above the first row")
+        panel.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(table.rows)), [row.name for row in table.rows])
+    panels[0].set_ylim(len(table.rows) - 0.5, -0.5)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(table.heading.partition(";")[0], fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
