@@ -1,0 +1,300 @@
+"""What a ViT looks at and what its features hold: the paper's figures for any checkpoints, side by side.
+
+    python scripts/analyze.py attention --checkpoint MAE.pth LUT.pth --image cat.jpg --query 7,7 --input_size 480
+    python scripts/analyze.py gradcam   --checkpoint TUNED/checkpoint-best.pth --image cat.jpg dog.jpg
+    python scripts/analyze.py distance  --checkpoint MAE.pth LUT.pth --data_path IMAGENET --most_images 50000
+    python scripts/analyze.py spectrum  --checkpoint MAE.pth LUT.pth --data_path IMAGENET --most_images 50000
+    python scripts/analyze.py features  --checkpoint MAE.pth LUT.pth --data_path IMAGENET --method tsne
+    python scripts/analyze.py compare   --checkpoint MAE.pth LUT.pth --data_path IMAGENET
+
+A checkpoint is one of ours (--weights momentum: its momentum encoder), of MAE, LUT's release or timm, a fine-tuned
+classifier or linear probe, `timm:NAME` (random weights) or `timm:NAME=FILE`. --output_dir gets pictures (.png) and
+the numbers (.json); compare makes all of them and one page (.html). Flags of a command: `analyze.py COMMAND --help`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from tyro.conf import arg
+
+from models_vit import Pool
+from util.command_line import parse_config
+from util.config import as_dict, check, nearest
+from util.distributed import choose_device
+from util.errors import UserError, run_main
+from util.figures import save_figure
+from util.images import find_images
+from util.interop import Weights
+from util.page import Section, page
+from util.studies import (
+    Images,
+    Study,
+    attention_study,
+    distance_study,
+    features_study,
+    gradcam_study,
+    spectrum_study,
+)
+from util.vit import NamedViT, open_vit
+
+# --------------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """What all commands share: models, images, output."""
+
+    checkpoint: tuple[str, ...]
+    """one or more: a file of ours, MAE's, LUT's release or timm's, `timm:NAME` (random weights), `timm:NAME=FILE`"""
+    label: tuple[str, ...] = ()
+    """what to call each checkpoint; default: its folder and number"""
+    weights: tuple[Weights, ...] = ("student",)
+    """which of the two encoders: one for all checkpoints, or one for each"""
+    num_heads: int | None = None
+    """attention heads; default: of the run's settings, or of the known model of that width"""
+    input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
+    """pixels, one number or height and width (224, 480); default: the model's own. Positions are resampled"""
+    image: tuple[str, ...] = ()
+    """image files to look at, instead of a data set"""
+    data_path: str = ""
+    """images as for main_pretrain.py, labelled or not"""
+    dataset: str = ""
+    """a reader's name as for main_pretrain.py; default without --image and --data_path: digits"""
+    split: Literal["train", "val"] = "val"
+    """of the data set"""
+    most_images: int = 5000
+    """images of the data set that are looked at, drawn with --seed"""
+    show: int = 4
+    """how many of them are drawn in pictures of images; --image: all"""
+    batch_size: int = 32
+    """images per forward pass"""
+    num_workers: int = 0
+    """loader processes"""
+    seed: int = 0
+    """of the choice of images, and of t-SNE"""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu"""
+    output_dir: str = "output/analysis"
+    """where pictures and numbers go"""
+
+    def __post_init__(self) -> None:
+        count = len(self.checkpoint)
+        check(count >= 1, "checkpoint", "", "give at least one")
+        check(len(self.label) in (0, count), "label", self.label, f"give one for each of {count} checkpoints, or none")
+        fix = f"give one for all, or one for each of {count} checkpoints"
+        check(len(self.weights) in (1, count), "weights", self.weights, fix)
+        check(len(self.input_size) <= 2, "input_size", self.input_size, "give one number, or height and width")
+        check(all(n >= 1 for n in self.input_size), "input_size", self.input_size, "must be 1 or more")
+        check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
+        for flag in ("most_images", "show", "batch_size"):
+            check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
+        check(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in 0..2^32 - 1")
+
+
+@dataclass(frozen=True)
+class AttentionConfig(AnalyzeConfig):
+    """How query patches attend, mean over heads and head by head (Figures 1, A, B)."""
+
+    query: tuple[str, ...] = ()
+    """row,col of patches, counted from 0 in the grid of the first checkpoint; default: the centre"""
+    layer: int = -1
+    """block, counted from 0, or from the end if negative"""
+    heads: tuple[int, ...] = ()
+    """heads to show and to average, counted from 0; default: all"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for query in self.query:
+            numbers = query.split(",")
+            check(len(numbers) == 2 and all(n.isdecimal() for n in numbers), "query", query, "give row,col as 7,7")
+
+    @property
+    def queries(self) -> list[tuple[int, int]]:
+        """--query as numbers."""
+        return [(int(row), int(column)) for row, column in (query.split(",") for query in self.query)]
+
+    def study(self, vits: list[NamedViT], images: Images) -> Study:
+        """Look."""
+        return attention_study(vits, images, self.queries, self.layer, self.heads)
+
+
+@dataclass(frozen=True)
+class GradcamConfig(AnalyzeConfig):
+    """Which patches make the class, or an encoder's feature (Grad-CAM, Figure 3)."""
+
+    layer: int = -1
+    """block whose attention reads the tokens, counted from 0, or from the end if negative"""
+    target_class: int | None = None
+    """of a classifier; default: the most likely one of each image"""
+
+    def study(self, vits: list[NamedViT], images: Images) -> Study:
+        """Look."""
+        return gradcam_study(vits, images, self.layer, self.target_class)
+
+
+@dataclass(frozen=True)
+class DistanceConfig(AnalyzeConfig):
+    """How far attention reaches, per head and layer, over a data set (Figure 4a, Eq. 4)."""
+
+    last_layers: int = 3
+    """how many blocks from the end; 0: all"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.last_layers >= 0, "last_layers", self.last_layers, "must be 0 (all) or more")
+
+    def study(self, vits: list[NamedViT], images: Images) -> Study:
+        """Look."""
+        return distance_study(vits, images, self.last_layers)
+
+
+@dataclass(frozen=True)
+class SpectrumConfig(AnalyzeConfig):
+    """Singular values of the features' covariance per layer, and the difference of two models (Figure 4b)."""
+
+    pool: Pool = "avg"
+    """an image's feature: mean of the patch tokens, or the cls token"""
+
+    def study(self, vits: list[NamedViT], images: Images) -> Study:
+        """Look."""
+        return spectrum_study(vits, images, self.pool)
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(AnalyzeConfig):
+    """Features in the plane, patch tokens as colours, nearest neighbours."""
+
+    pool: Pool = "avg"
+    """an image's feature: mean of the patch tokens, or the cls token"""
+    method: Literal["pca", "tsne"] = "pca"
+    """how features come into the plane"""
+    neighbours: int = 5
+    """nearest neighbours that are shown"""
+    map_images: int = 2000
+    """most images in the plane and among the neighbours"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag in ("neighbours", "map_images"):
+            check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
+
+    def study(self, vits: list[NamedViT], images: Images) -> Study:
+        """Look."""
+        images = replace(images, order=images.order[: self.map_images])
+        return features_study(vits, images, self.pool, self.method, self.neighbours, self.seed)
+
+
+@dataclass(frozen=True)
+class CompareConfig(AttentionConfig, GradcamConfig, DistanceConfig, SpectrumConfig, FeaturesConfig):
+    """All of these for two checkpoints, and a page with everything."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(self.checkpoint) == 2, "checkpoint", self.checkpoint, "compare takes two")
+        check(not self.image, "image", self.image, "compare goes over a data set, give --data_path or --dataset")
+
+
+COMMANDS: dict[str, type[AnalyzeConfig]] = {
+    "attention": AttentionConfig,
+    "gradcam": GradcamConfig,
+    "distance": DistanceConfig,
+    "spectrum": SpectrumConfig,
+    "features": FeaturesConfig,
+    "compare": CompareConfig,
+}
+
+# --------------------------------------------------------------------------------------------------------
+# The script
+# --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Open models and images, look, write."""
+    command, flags = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return
+    if command not in COMMANDS:
+        raise UserError(f"COMMAND {command}: unknown{nearest(command, COMMANDS)} (one of {', '.join(COMMANDS)})")
+    config = parse_config(COMMANDS[command], flags, f"{Path(__file__).name} {command}")
+    images = find_images(
+        config.image, config.data_path, config.dataset, config.split, most=config.most_images, show=config.show,
+        seed=config.seed, batch_size=config.batch_size, num_workers=config.num_workers,
+    )  # fmt: skip
+    vits = open_models(config)
+    folder = Path(config.output_dir)
+    names = [name for name in COMMANDS if name != "compare"] if command == "compare" else [command]
+    sections = []
+    for name in names:
+        study = COMMANDS[name].study(config, vits, images)
+        pictures = write(study, folder, name, config, vits)
+        sections.append(Section(study.title, study.text, [path.read_bytes() for path in pictures], study.table))
+    if command == "compare":
+        data = config.dataset or config.data_path or "digits"
+        facts = [*(f"{vit.label}: {vit.said}" for vit in vits), f"Data: {len(images.order)} images of {data}"]
+        write_page(" and ".join(vit.label for vit in vits), facts, sections, folder / "compare.html")
+
+
+def open_models(config: AnalyzeConfig) -> list[NamedViT]:
+    """Every checkpoint, each with what became of its tensors printed."""
+    device, count = choose_device(config.device), len(config.checkpoint)
+    weights = config.weights * count if len(config.weights) == 1 else config.weights
+    labels = config.label or ("",) * count
+    vits = []
+    for name, which, label in zip(config.checkpoint, weights, labels, strict=True):
+        vits.append(open_vit(name, which, label, config.input_size, config.num_heads, device))
+        print(f"{vits[-1].label}: {vits[-1].said}", flush=True)
+    return vits
+
+
+def write(study: Study, folder: Path, name: str, config: AnalyzeConfig, vits: list[NamedViT]) -> list[Path]:
+    """NAME.png, further pictures, NAME.json; the main numbers on the terminal. The pictures' paths."""
+    pictures = [folder / f"{name}{ending}.png" for ending in study.figures]
+    try:
+        for path, figure in zip(pictures, study.figures.values(), strict=True):
+            save_figure(figure, path)
+        models = [{"label": vit.label, "input_size": list(vit.size), "weights": vit.said} for vit in vits]
+        numbers = {"command": name, "config": as_dict(config), "opened": models, **study.numbers}
+        text = json.dumps(numbers, default=plain, allow_nan=False)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror or error})") from error
+    print(aligned(study.table), end="")
+    print(f"{study.title}: {', '.join(map(str, pictures))}, {name}.json", flush=True)
+    return pictures
+
+
+def aligned(table: list[list[str]]) -> str:
+    """The table's lines, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
+    return "".join("  ".join(row) + "\n" for row in rows)
+
+
+def plain(value: Any) -> Any:
+    """For JSON: arrays to lists, in seven significant digits."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        digits = np.vectorize(lambda x: float(f"{x:.7g}"), otypes=[float])
+        return digits(value).tolist()
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
+
+
+def write_page(title: str, facts: list[str], sections: list[Section], path: Path) -> None:
+    """Everything in one file."""
+    path.write_text(page(title, facts, sections, "Made by scripts/analyze.py compare."), encoding="utf-8")
+    print(f"page: {path} ({path.stat().st_size / 2**20:.1f} MB)")
+
+
+if __name__ == "__main__":
+    run_main(Path(__file__).name, main)

@@ -1,0 +1,172 @@
+"""Reconstructions: image | masked | reconstruction | reconstruction with the visible patches pasted in.
+
+    python scripts/visualize.py RUN/checkpoint-399.pth --image cat.jpg dog.jpg --mask_ratio 0.5 0.75 0.9 --seed 0 1
+    python scripts/visualize.py mae_visualize_vit_base.pth --target pixels --image cat.jpg
+    python scripts/visualize.py --animate RUN --output RUN/growth.gif
+
+A checkpoint is one of pre-training, of ours, MAE's or LUT's release, with its decoder. --animate takes all checkpoints
+in a run's folder (keep more of them with --save_periods last every_10_epochs). Beside --output lies a .json with the
+errors.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from matplotlib.figure import Figure
+from PIL import Image
+from tyro.conf import Positional, arg
+
+from util.checkpoint import CheckpointStore
+from util.command_line import parse_config
+from util.config import as_dict, check
+from util.distributed import choose_device
+from util.errors import UserError, run_main
+from util.figures import save_figure
+from util.images import Images, find_images
+from util.progress import progress
+from util.reconstruction import (
+    Target,
+    open_autoencoder,
+    reconstruction_figure,
+    reconstruction_numbers,
+    reconstructions,
+)
+from util.vit import NamedViT
+
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 500, 2500
+GIF_DPI = 100
+
+
+@dataclass(frozen=True)
+class VisualizeConfig:
+    """Reconstruct images by a checkpoint, or by all checkpoints of a run."""
+
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
+    """a checkpoint of pre-training, with its decoder"""
+    animate: str = ""
+    """folder of a run instead: a GIF over its checkpoints"""
+    target: Target = "run"
+    """what the decoder predicts, normalised patches (trained with --norm_pix_loss) or pixels; run: as the file says"""
+    num_heads: int | None = None
+    """attention heads of the encoder; default: of the run's settings, or of the known model of that width"""
+    decoder_num_heads: int | None = None
+    """attention heads of the decoder; default: of the known model of that width"""
+
+    image: tuple[str, ...] = ()
+    """image files; default: the first few of a data set"""
+    data_path: str = ""
+    """images as for main_pretrain.py"""
+    dataset: str = ""
+    """a reader's name as for main_pretrain.py; default without --image and --data_path: digits"""
+    split: Literal["train", "val"] = "val"
+    """of the data set"""
+    show: int = 4
+    """images of the data set"""
+    input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
+    """pixels, one number or height and width; default: the model's own"""
+    mask_ratio: tuple[float, ...] = (0.75,)
+    """shares of patches to hide"""
+    seed: tuple[int, ...] = (0,)
+    """of the masks; the first one also chooses images from a data set"""
+
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu"""
+    output: str = ""
+    """picture to write; default: output/reconstruction.png, with --animate .gif"""
+
+    def __post_init__(self) -> None:
+        check(bool(self.checkpoint) != bool(self.animate), "animate", self.animate, "give CHECKPOINT or --animate RUN")
+        check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
+        check(self.show >= 1, "show", self.show, "must be 1 or more")
+        check(len(self.input_size) <= 2, "input_size", self.input_size, "give one number, or height and width")
+        check(all(n >= 1 for n in self.input_size), "input_size", self.input_size, "must be 1 or more")
+        for flag in ("mask_ratio", "seed"):
+            check(bool(getattr(self, flag)), flag, "", "give at least one")
+        for ratio in self.mask_ratio:
+            check(0 < ratio < 1, "mask_ratio", ratio, "must lie between 0 and 1, as 0.75")
+        for seed in self.seed:
+            check(0 <= seed < 2**32, "seed", seed, "must lie in 0..2^32 - 1")
+        suffix = self.path.suffix.lower()
+        check(suffix == self.wanted_suffix, "output", self.output, f"is written as {self.wanted_suffix}")
+
+    @property
+    def wanted_suffix(self) -> str:
+        """Of the output."""
+        return ".gif" if self.animate else ".png"
+
+    @property
+    def path(self) -> Path:
+        """--output, the default filled in."""
+        return Path(self.output or f"output/reconstruction{self.wanted_suffix}")
+
+
+def main() -> None:
+    """Reconstruct and write."""
+    config = parse_config(VisualizeConfig, sys.argv[1:], Path(__file__).name)
+    images = find_images(
+        config.image, config.data_path, config.dataset, config.split, most=config.show, show=config.show,
+        seed=config.seed[0],
+    )  # fmt: skip
+    try:
+        numbers = animate(config, images) if config.animate else draw(config, images)
+        text = json.dumps({"config": as_dict(config), "reconstructions": numbers}, indent=1)
+        config.path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {config.path}: cannot be written ({error.strerror or error})") from error
+    print(f"{config.path} and {config.path.with_suffix('.json').name}")
+
+
+def opened(config: VisualizeConfig, path: Path) -> NamedViT:
+    """A checkpoint with its decoder."""
+    heads = (config.num_heads, config.decoder_num_heads)
+    return open_autoencoder(path, config.target, config.input_size, heads, choose_device(config.device))
+
+
+def draw(config: VisualizeConfig, images: Images) -> list[dict]:
+    """One picture; the errors."""
+    vit = opened(config, Path(config.checkpoint))
+    print(vit.said)
+    found = reconstructions(vit, images, config.mask_ratio, config.seed)
+    save_figure(reconstruction_figure(vit, images, found, f"Reconstructions by {vit.label}"), config.path)
+    return reconstruction_numbers(images, found)
+
+
+def animate(config: VisualizeConfig, images: Images) -> list[dict]:
+    """A frame for each checkpoint of a run, oldest first; the errors of all."""
+    folder = Path(config.animate)
+    checkpoints = CheckpointStore(folder, 1, None, keep_best=False).list()
+    if len(checkpoints) < 2:
+        raise UserError(
+            f"--animate {folder}: holds {len(checkpoints)} complete checkpoints, two are needed;"
+            " a run keeps more with --save_periods last every_10_epochs"
+        )
+    frames, numbers = [], []
+    for path, manifest in progress(checkpoints, len(checkpoints), f"frames of {folder}", "checkpoints"):
+        vit = opened(config, path)
+        found = reconstructions(vit, images, config.mask_ratio, config.seed)
+        when = f"update {manifest.step}" if "-step" in path.name else f"epoch {manifest.epoch + 1}"
+        frames.append(frame(reconstruction_figure(vit, images, found, f"{folder.resolve().name}, after {when}")))
+        numbers += [{"checkpoint": path.name, **each} for each in reconstruction_numbers(images, found)]
+    config.path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_FRAME_MILLISECONDS]
+    frames[0].save(config.path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return numbers
+
+
+def frame(figure: Figure) -> Image.Image:
+    """A figure as a picture of 256 colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=GIF_DPI)
+    return Image.open(buffer).convert("RGB").quantize(256)
+
+
+if __name__ == "__main__":
+    run_main(Path(__file__).name, main)
