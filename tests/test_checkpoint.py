@@ -1,0 +1,196 @@
+"""The checkpoint store against what disks and kills do to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from util.checkpoint import BEST, TEMPORARY, CheckpointStore, load_checkpoint, manifest_path, read_manifest
+from util.errors import RunError, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def state(number: int, size: int = 1000) -> dict:
+    return {"model": {"x": torch.full((size,), float(number))}, "updates": number}
+
+
+def store(folder: Path, keep_last: int = 2, keep_every: int | None = None, keep_best: bool = True) -> CheckpointStore:
+    return CheckpointStore(folder, keep_last, keep_every, keep_best)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix == ".pth"}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    assert store(tmp_path).load_latest() is None
+    path = store(tmp_path).save(state(7), epoch=3, step=7)
+    assert path.name == "checkpoint-3.pth"
+    loaded, found = store(tmp_path).load_latest()
+    assert found == path
+    assert torch.equal(loaded["model"]["x"], state(7)["model"]["x"])
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, path.name + ".json"}  # no litter
+
+
+def test_the_newest_is_the_one_with_most_updates(tmp_path):
+    store(tmp_path).save(state(10), epoch=9, step=10)
+    store(tmp_path).save(state(13), epoch=10, step=13, mid_epoch=True)
+    loaded, path = store(tmp_path).load_latest()
+    assert (loaded["updates"], path.name) == (13, "checkpoint-10-step13.pth")
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keep_last=st.integers(1, 4),
+    keep_every=st.none() | st.integers(1, 5),
+    metrics=st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=9),
+)
+def test_retention_against_the_policy_s_words(tmp_path_factory, keep_last, keep_every, metrics):
+    folder = tmp_path_factory.mktemp("store")
+    for epoch, metric in enumerate(metrics):
+        # re-opened each time, as by a run that is interrupted after every epoch
+        store(folder, keep_last, keep_every).save(state(epoch, 1), epoch=epoch, step=epoch + 1, metric=metric)
+    epochs = range(len(metrics))
+    kept = {e for e in epochs if e >= len(metrics) - keep_last or (keep_every and (e + 1) % keep_every == 0)}
+    expected = {f"checkpoint-{e}.pth" for e in kept}
+    measured = [m for m in metrics if m is not None]
+    if measured:
+        expected.add(BEST)
+        best = load_checkpoint(folder / BEST)["updates"]
+        assert best == metrics.index(max(measured))  # the first of equals
+    assert names(folder) == expected
+    assert all(read_manifest(folder / name) is not None for name in expected)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, capsys, share):
+    store(tmp_path).save(state(1), epoch=0, step=1)
+    newest = store(tmp_path).save(state(2), epoch=1, step=2)
+    os.truncate(newest, int(newest.stat().st_size * share))
+    loaded, path = store(tmp_path).load_latest()
+    assert (loaded["updates"], path.name) == (1, "checkpoint-0.pth")
+    assert "checkpoint-1.pth: is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_flipped_bit_is_found(tmp_path, capsys, seed):
+    store(tmp_path).save(state(1), epoch=0, step=1)
+    newest = store(tmp_path).save(state(2), epoch=1, step=2)
+    content = bytearray(newest.read_bytes())
+    content[random.Random(seed).randrange(len(content))] ^= 1 << seed
+    newest.write_bytes(content)
+    assert store(tmp_path).load_latest()[0]["updates"] == 1
+    assert "SHA-256" in capsys.readouterr().err
+    with pytest.raises(UserError, match="SHA-256"):
+        load_checkpoint(newest)
+
+
+def test_when_all_are_bad_nothing_is_begun_anew(tmp_path):
+    for epoch in (0, 1):
+        path = store(tmp_path).save(state(epoch), epoch=epoch, step=epoch + 1)
+        os.truncate(path, 10)
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        store(tmp_path).load_latest()
+
+
+def test_a_file_without_manifest_is_taken_last_and_said_so(tmp_path, capsys):
+    store(tmp_path).save(state(1), epoch=0, step=1)
+    torch.save(state(2), tmp_path / "checkpoint-1.pth")
+    assert store(tmp_path).load_latest()[0]["updates"] == 1
+    manifest_path(tmp_path / "checkpoint-0.pth").unlink()
+    (tmp_path / "checkpoint-0.pth").unlink()
+    assert store(tmp_path).load_latest()[0]["updates"] == 2
+    assert "no manifest" in capsys.readouterr().err
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import torch
+from util.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), 2, None, True)
+print("ready", flush=True)
+for n in range(1, 10_000):
+    store.save({"x": torch.full((300_000,), float(n)), "updates": n}, epoch=n, step=n, metric=float(n))
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_during_saves_leaves_a_complete_checkpoint(tmp_path, kills):
+    rng = random.Random(0)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(ROOT)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.05 + 0.2 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in tmp_path.glob("checkpoint-*.pth"):  # whatever has a final name is whole
+            n = load_checkpoint(path)["updates"]
+            assert load_checkpoint(path)["x"].eq(n).all()
+        with contextlib.suppress(FileNotFoundError):  # killed before the first was saved
+            newest = max(json.loads(p.read_text())["step"] for p in tmp_path.glob("checkpoint-*.json"))
+            assert store(tmp_path).load_latest()[0]["updates"] == newest
+    store(tmp_path).save(state(99_999), epoch=99_999, step=99_999)
+    assert not list(tmp_path.glob(f"{TEMPORARY}*"))
+
+
+def test_a_full_disk_is_an_error_and_harms_nothing(small_disk):
+    store(small_disk).save(state(1), epoch=0, step=1)
+    before = {path.name: path.read_bytes() for path in small_disk.iterdir()}
+    with pytest.raises(RunError, match=r"checkpoint-1\.pth could not be saved"):
+        store(small_disk).save(state(2, size=1_000_000), epoch=1, step=2)
+    assert {path.name: path.read_bytes() for path in small_disk.iterdir()} == before
+
+
+class Evil:
+    """Runs a command when it is unpickled the ordinary way."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("writer", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, writer):
+    path, touched = tmp_path / "checkpoint-0.pth", tmp_path / "touched"
+    writer({"model": Evil(touched)}, path)
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_checkpoint(path)
+    assert not touched.exists()
+    pickle.loads(pickle.dumps(Evil(touched)))  # the trap does work
+    assert touched.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(range(256)) * 2])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_checkpoint_is_one_line(tmp_path, content, suffix):
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        load_checkpoint(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_checkpoint_must_be_a_dict(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds a list, not a checkpoint"):
+        load_checkpoint(tmp_path / "list.pth")

@@ -1,0 +1,246 @@
+"""Two real processes against one with both batches; devices and what a launcher says."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from util.distributed import (
+    CPUSyncBatchNorm,
+    broadcast_module,
+    check_in_sync,
+    choose_device,
+    is_main,
+    start_processes,
+    synchronise_batch_norm,
+    world_size,
+)
+from util.errors import UserError
+
+ROWS, WIDTH, STEPS = 5, 4, 3  # per rank, of an input, of training
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+def batch_norm(affine: bool = True) -> nn.BatchNorm1d:
+    norm = nn.BatchNorm1d(WIDTH, momentum=0.3, affine=affine).double()
+    for i, p in enumerate(norm.parameters()):
+        nn.init.uniform_(p, generator=torch.Generator().manual_seed(i))
+    return norm
+
+
+def synced(affine: bool = True) -> CPUSyncBatchNorm:
+    """The same, with the class under test."""
+    norm = CPUSyncBatchNorm(WIDTH, momentum=0.3, affine=affine).double()
+    norm.load_state_dict(batch_norm(affine).state_dict())
+    return norm
+
+
+def batches(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of both ranks, not centred, and the gradients of the outputs, [2, ROWS, WIDTH] each."""
+    generator = torch.Generator().manual_seed(step)
+    x, grad = torch.randn(2, 2, ROWS, WIDTH, generator=generator, dtype=torch.float64)
+    return 3 * x + torch.arange(2)[:, None, None] - 5, grad
+
+
+def steps(norm: nn.Module, ranks: slice | int) -> list[dict[str, torch.Tensor]]:
+    """What `norm` computes from the inputs of these ranks, step by step."""
+    found = []
+    for step in range(STEPS):
+        x, grad = (z[ranks].reshape(-1, WIDTH).clone() for z in batches(step))
+        norm.zero_grad()
+        y = norm(x.requires_grad_())
+        y.backward(grad)
+        gradients = {f"gradient of {name}": p.grad.clone() for name, p in norm.named_parameters()}
+        buffers = {name: b.clone() for name, b in norm.named_buffers()}
+        found.append({"output": y.detach(), "gradient of the input": x.grad} | gradients | buffers)
+    found.append({"output in eval mode": norm.eval()(x).detach()})
+    return found
+
+
+def drifted_layer(rank: int) -> nn.Linear:
+    """The same on both ranks but for the last bit of one number."""
+    layer = nn.Linear(100, 100)
+    for p in layer.parameters():
+        nn.init.ones_(p)
+    layer.weight.data[3, 4] += rank * 2**-23
+    return layer
+
+
+def complaint(call, *arguments) -> str:
+    """The message of what it raises, or nothing."""
+    try:
+        call(*arguments)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def under_autocast(norm: nn.Module) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norm(nn.Linear(WIDTH, WIDTH)(torch.randn(ROWS, WIDTH))).float().sum().backward()
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """All that takes two processes; the tests below look at what it saves."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for affine in (True, False):
+        found[f"affine {affine}"] = steps(synced(affine), rank)
+
+    norm = batch_norm()
+    for x in norm.state_dict().values():
+        x += rank + 1
+    broadcast_module(norm)
+    found["broadcast"] = {name: x.clone() for name, x in norm.state_dict().items()}
+
+    found["equal"] = complaint(check_in_sync, norm, "student")
+    found["drifted"] = complaint(check_in_sync, drifted_layer(rank), "student")
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[1.0, 2.0] if rank else [2.0, 1.0]])
+    found["swapped"] = complaint(check_in_sync, layer, "student")
+    found["bfloat16"] = complaint(under_autocast, CPUSyncBatchNorm(WIDTH))
+    torch.save(found, f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(one_of_two, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+
+
+@needs_gloo
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_of_two_processes_is_that_of_one_with_both_batches(ranks, affine):
+    alone = steps(batch_norm(affine), slice(None))
+    first, second = (found[f"affine {affine}"] for found in ranks)
+    for expected, a, b in zip(alone, first, second, strict=True):
+        assert set(expected) == set(a) == set(b)
+        for name, x in expected.items():
+            if name in ("gradient of weight", "gradient of bias"):
+                found = a[name] + b[name]  # DistributedDataParallel adds them up
+            elif name.startswith(("output", "gradient")):
+                found = torch.cat([a[name], b[name]])
+                found = found[ROWS:] if len(x) == ROWS else found
+            else:
+                found = a[name]
+                assert torch.equal(a[name], b[name]), name
+            torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@needs_gloo
+def test_broadcast_gives_both_what_the_first_has(ranks):
+    for name, x in batch_norm().state_dict().items():
+        for found in ranks:
+            torch.testing.assert_close(found["broadcast"][name], x + 1, rtol=0, atol=0, msg=name)
+
+
+@needs_gloo
+def test_processes_that_drift_apart_are_noticed_by_both(ranks):
+    assert [found["equal"] for found in ranks] == ["", ""]
+    assert [found["drifted"] for found in ranks] == 2 * ["the student differs between ranks, first in weight"]
+
+
+@needs_gloo
+def test_weights_that_differ_but_add_up_to_the_same_are_noticed(ranks):
+    assert [found["swapped"] for found in ranks] == 2 * ["the student differs between ranks, first in weight"]
+
+
+@needs_gloo
+def test_batch_norm_of_two_processes_under_autocast(ranks):
+    assert [found["bfloat16"] for found in ranks] == ["", ""]
+
+
+# ---- one process -------------------------------------------------------------------------------------------
+
+
+def test_synchronised_batch_norm_keeps_names_and_numbers(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    inner = nn.Sequential(batch_norm(affine=False), nn.LayerNorm(WIDTH))
+    model = nn.Sequential(nn.Linear(3, WIDTH), batch_norm(), inner).float()
+    model[2][0].running_mean += 2
+    plain = copy.deepcopy(model)
+    assert synchronise_batch_norm(model, torch.device("cpu")) is model
+    assert not any(isinstance(module, CPUSyncBatchNorm) for module in model.modules())  # one process
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = synchronise_batch_norm(model, torch.device("cpu"))
+    assert [type(m) for m in (found[1], found[2][0], found[2][1])] == [*2 * [CPUSyncBatchNorm], nn.LayerNorm]
+    assert (found[1].momentum, found[1].eps) == (0.3, 1e-5)
+    assert list(found.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in found.state_dict().items())
+
+
+def test_without_a_group_synchronised_batch_norm_is_plain():
+    for found, expected in zip(steps(synced(), 0), steps(batch_norm(), 0), strict=True):
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    processes = start_processes("cpu")
+    assert (processes.rank, processes.world_size, processes.device) == (0, 1, torch.device("cpu"))
+    assert not dist.is_initialized()
+    norm = batch_norm()
+    broadcast_module(norm)
+    check_in_sync(norm, "student")
+    assert all(torch.equal(x, batch_norm().state_dict()[name]) for name, x in norm.state_dict().items())
+
+
+def test_the_launcher_s_numbers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        assert (world_size(), is_main()) == (8, rank == 0)
+    with pytest.raises(UserError, match="--dist_backend smoke: not in this build of torch, use auto, nccl or gloo"):
+        start_processes("cpu", backend="smoke")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name", "local_rank", "device"),
+    [
+        (0, "auto", 0, "cpu"),
+        (0, "cpu", 1, "cpu"),
+        (2, "auto", 1, "cuda:1"),
+        (2, "cuda", 0, "cuda:0"),
+        (2, "cuda:1", 0, "cuda:1"),
+        (2, "cpu", 1, "cpu"),
+    ],
+)
+def test_device(monkeypatch, gpus, name, local_rank, device):
+    pretend(monkeypatch, gpus, local_rank)
+    assert choose_device(name) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name", "local_rank", "said"),
+    [
+        (0, "cuda", 0, "--device cuda: this machine has no usable GPU, use --device cpu"),
+        (0, "cuda:1", 0, "--device cuda:1: this machine has no usable GPU, use --device cpu"),
+        (2, "gpu", 0, "--device gpu: no device has that name, use auto, cpu, cuda or cuda:1"),
+        (2, "cuda", 2, "--nproc_per_node: process 2 has no GPU, this machine has 2"),
+        (2, "cuda:7", 0, "--device cuda:7: this machine has 2 GPUs, counted from 0"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch, gpus, name, local_rank, said):
+    pretend(monkeypatch, gpus, local_rank)
+    with pytest.raises(UserError, match=said):
+        choose_device(name)
+
+
+def pretend(monkeypatch, gpus: int, local_rank: int) -> None:
+    """A machine with so many GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))

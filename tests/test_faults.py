@@ -1,0 +1,380 @@
+"""Faults that a run must survive, made to happen: signals, dead and hung processes, NaN, two runs in one folder.
+
+docs/FAULTS.md says which test belongs to which fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY, write_images
+from ranks import PATIENCE, Ranks, children, newest_step, same_end, send, updates, wait_until
+from util.checkpoint import CheckpointStore, load_checkpoint
+from util.errors import REQUEUE_STATUS, RunError
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, Path]:
+    """Images, and the run of one process that nothing interrupts."""
+    root = tmp_path_factory.mktemp("one")
+    write_images(root / "images", 32)
+    with Ranks(command(root / "images", root / "run")) as ranks:
+        assert ranks.finish()[0][0] == 0
+    return root / "images", root / "run"
+
+
+def command(images: Path, output: Path, *flags: str) -> list[str]:
+    """A pre-training of 4 updates per epoch of 8 images, whatever the number of ranks."""
+    shared = f"{TINY} --head_norm_layer LN --epochs 60 --auto_resume"
+    return ["main_pretrain.py", *shared.split(), "--data_path", str(images), "--output_dir", str(output), *flags]
+
+
+# ---- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "numbers", [["SIGTERM"], ["SIGUSR1"], ["SIGUSR2"], ["SIGTERM", "SIGUSR2", "SIGUSR2", "SIGTERM"]]
+)
+def test_a_signal_saves_once_and_asks_for_a_requeue(whole, tmp_path, numbers):
+    images, expected = whole
+    run = tmp_path / "run"
+    with Ranks(command(images, run)) as ranks:
+        wait_until(lambda: updates(run) >= 6)
+        for number in numbers:
+            ranks.signal(signal.Signals[number])
+        ((status, said),) = ranks.finish()
+    assert status == REQUEUE_STATUS
+    # of signals that came together any may be the first that Python looks at
+    assert any(f"stopped by {number} and saved after update {newest_step(run)};" in said for number in numbers)
+    assert len(said.splitlines()) == 1
+    assert len(list(run.glob("checkpoint-*-step*.pth"))) <= 1  # none where the signal came at an epoch's end
+    with Ranks(command(images, run)) as ranks:
+        assert ranks.finish()[0][0] == 0
+    same_end(run, expected)
+
+
+@pytest.fixture(scope="module")
+def two_whole(tmp_path_factory) -> tuple[Path, Path]:
+    """Images, and the run of two processes that nothing interrupts."""
+    root = tmp_path_factory.mktemp("two")
+    write_images(root / "images", 32)
+    with Ranks(command(root / "images", root / "run", "--batch_size", "4"), 2) as ranks:
+        assert [status for status, _ in ranks.finish()] == [0, 0]
+    return root / "images", root / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asleep", [False, True], ids=["", "while the other rank sleeps"])
+def test_a_signal_to_one_rank_stops_both_at_one_update(two_whole, tmp_path, asleep):
+    images, expected = two_whole
+    run = tmp_path / "run"
+    flags = command(images, run, "--batch_size", "4")
+    with Ranks(flags, 2) as ranks:
+        wait_until(lambda: updates(run) >= 6)
+        if asleep:  # rank 1 is then inside a collective, or soon will be
+            ranks.signal(signal.SIGSTOP, rank=0)
+            time.sleep(1)
+        ranks.signal(signal.SIGUSR2, rank=1)
+        if asleep:
+            time.sleep(1)
+            ranks.signal(signal.SIGCONT, rank=0)
+        ends = ranks.finish()
+    assert [status for status, _ in ends] == 2 * [REQUEUE_STATUS]
+    assert "stopped by another rank" in ends[0][1]
+    assert "stopped by SIGUSR2" in ends[1][1]
+    with Ranks(flags, 2) as ranks:
+        assert [status for status, _ in ranks.finish()] == [0, 0]
+    same_end(run, expected)
+
+
+@pytest.mark.parametrize("during", ["save", "look"])
+def test_a_signal_during_a_save_or_an_evaluation_waits_for_its_end(
+    pretrain, flat_folder, tmp_path, monkeypatch, during
+):
+    flags = ("--data_path", flat_folder, "--epochs 3 --monitor_freq 1")
+    expected = tmp_path / "expected"
+    pretrain(*flags, output=expected)
+
+    def signalling(original, times=[0]):  # noqa: B006 - counts over both runs
+        def call(*arguments, **keywords):
+            times[0] += 1
+            if times[0] == 2:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return original(*arguments, **keywords)
+
+        return call
+
+    owner, name = (torch, "save") if during == "save" else (__import__("main_pretrain").Monitor, "look")
+    monkeypatch.setattr(owner, name, signalling(getattr(owner, name)))
+    with pytest.raises(SystemExit) as stop:
+        pretrain(*flags)
+    assert stop.value.code == REQUEUE_STATUS
+    run = tmp_path / "run"
+    assert not list(run.glob(".unfinished-*"))
+    found = CheckpointStore(run, 9, None, keep_best=False).list()
+    assert all(load_checkpoint(path)["updates"] == manifest.step for path, manifest in found)  # hashes hold
+    pretrain(*flags, "--auto_resume")
+    same_end(run, expected)
+
+
+def test_the_clock_stops_a_run_too(pretrain, flat_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--data_path", flat_folder, "--epochs 500 --max_minutes 0.01")
+    assert stop.value.code == REQUEUE_STATUS
+    assert "stopped by --max_minutes 0.01 and saved after update" in capsys.readouterr().err
+    assert newest_step(tmp_path / "run") > 0
+
+
+# ---- resume --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
+def test_a_resume_in_mid_epoch_does_not_depend_on_loader_processes(pretrain, flat_folder, tmp_path, before, after):
+    flags, whole, parts = ("--data_path", flat_folder), tmp_path / "whole", tmp_path / "parts"
+    expected = pretrain(*flags, output=whole)
+    pretrain(*flags, f"--max_steps 6 --num_workers {before}", output=parts)
+    log = pretrain(*flags, f"--auto_resume --num_workers {after}", output=parts)
+    assert [line["loss"] for line in log] == [line["loss"] for line in expected]
+    same_end(parts, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_needs_elastic(two_whole, tmp_path, before, after):
+    images, expected = two_whole
+    run = tmp_path / "run"
+    batch = {1: "8", 2: "4"}
+    with Ranks(command(images, run, "--batch_size", batch[before], "--max_steps", "6"), before) as ranks:
+        assert {status for status, _ in ranks.finish()} == {0}
+    with Ranks(command(images, run, "--batch_size", batch[after]), after) as ranks:
+        for status, said in ranks.finish():
+            assert status == 2
+            assert (
+                f"processes is {after} here but {before} in the checkpoint, make them equal, or add --elastic" in said
+            )
+    # the same flags as before the change: the batch follows
+    with Ranks(command(images, run, "--batch_size", batch[before], "--elastic"), after) as ranks:
+        assert {status for status, _ in ranks.finish()} == {0}
+    logs = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run, expected)
+    ]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    curves = [[line["loss"] for line in log] for log in logs]
+    assert curves[0] == pytest.approx(curves[1], rel=2e-3)  # another order of sums, over 240 updates
+    assert curves[0][:12] == pytest.approx(curves[1][:12], abs=1e-5)
+
+
+# ---- dead and hung processes -----------------------------------------------------------------------------------
+
+
+def torchrun(*arguments: str) -> list[str]:
+    """torchrun for two workers on this machine."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_killed_workers_and_a_bit_equal_end(two_whole, tmp_path, monkeypatch):
+    images, _ = two_whole
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    long = ("--batch_size", "4", "--epochs", "200")
+    with Ranks(command(images, expected, *long), 2) as ranks:
+        assert [status for status, _ in ranks.finish()] == [0, 0]
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    chance, kills = random.Random(0), 0
+    with Ranks([*torchrun("--max-restarts=20"), *command(images, run, *long)]) as agent:
+        while kills < 20:
+            step = newest_step(run)
+            wait_until(lambda step=step: newest_step(run) > step)
+            time.sleep(chance.uniform(0, 0.2))  # in an update, a save, between two epochs
+            workers = [p for p in children(agent.processes[0].pid) if "main_pretrain" in command_of(p)]
+            send(chance.choice(workers), signal.SIGKILL)
+            kills += 1
+        ((status, said),) = agent.finish()
+    assert status == 0, said[-2000:]
+    assert newest_step(run) == 800
+    same_end(run, expected)
+
+
+def command_of(pid: int) -> str:
+    """How a process was called; nothing for one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+@linux
+@pytest.mark.slow
+def test_workers_end_with_torchrun_s_agent(two_whole, tmp_path):
+    images, _ = two_whole
+    run = tmp_path / "run"
+    with Ranks([*torchrun(), *command(images, run, "--batch_size", "4", "--epochs", "2000")]) as agent:
+        wait_until(lambda: newest_step(run) > 0)
+        workers = children(agent.processes[0].pid)
+        assert len(workers) >= 2
+        agent.signal(signal.SIGKILL)
+        wait_until(lambda: not any(is_running(worker) for worker in workers), seconds=20)
+    step = newest_step(run)
+    time.sleep(2)
+    assert newest_step(run) == step  # no orphan saves
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["killed", "hung"])
+def test_a_dead_or_hung_loader_process_ends_the_run(flat_folder, tmp_path, fault):
+    run = tmp_path / "run"
+    flags = ["--num_workers", "1", "--epochs", "2000", "--loader_timeout", "5"]
+    with Ranks(command(flat_folder, run, *flags)) as ranks:
+        wait_until(lambda: updates(run) >= 4)
+        for loader in children(ranks.processes[0].pid):
+            send(loader, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+        begin = time.monotonic()
+        ((status, said),) = ranks.finish()
+    assert time.monotonic() - begin < PATIENCE / 4
+    assert status == 1
+    assert "a loader process died or hung" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_folder(flat_folder, tmp_path):
+    run = tmp_path / "run"
+    with Ranks(command(flat_folder, run, "--epochs", "2000")) as first:
+        wait_until(lambda: updates(run) >= 2)
+        with Ranks(command(flat_folder, run)) as second:
+            ((status, said),) = second.finish()
+        assert status == 2
+        assert f"another run writes there (process {first.processes[0].pid} on " in said
+        first.signal(signal.SIGKILL)
+        first.finish()
+    with Ranks(command(flat_folder, run, "--max_steps", str(newest_step(run) + 1), "--epochs", "2000")) as third:
+        assert third.finish()[0][0] == 0  # the dead hold no lock
+
+
+# ---- losses that are not finite --------------------------------------------------------------------------------
+
+# the decoder's loss is not a number in some updates of one rank
+POISONED = """
+import os, sys
+import main_pretrain
+from models_lut import LUT
+from util.errors import run_main
+calls, original, rank, bad = [0], LUT.mim_loss, int(os.environ["RANK"]), {bad}
+def mim_loss(self, *arguments):
+    calls[0] += 1
+    loss = original(self, *arguments)
+    return loss * float("nan") if rank == {rank} and calls[0] in bad else loss
+LUT.mim_loss = mim_loss
+run_main("main_pretrain.py", main_pretrain.main)
+"""
+
+
+def poisoned(images: Path, output: Path, rank: int, bad: set[int], *flags: str) -> list[str]:
+    return ["-c", POISONED.format(rank=rank, bad=bad), *command(images, output, "--batch_size", "4", *flags)[1:]]
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_stops_all_and_is_explained(two_whole, tmp_path):
+    images, _ = two_whole
+    run = tmp_path / "run"
+    with Ranks(poisoned(images, run, 1, {6}, "--print_freq", "3", "--save_freq", "1"), 2) as ranks:
+        ends = ranks.finish()
+    for status, said in ends:
+        assert status == 1
+        assert "the loss is no longer finite: update 6 (loss nan" in said
+        assert len([line for line in said.splitlines() if "error" in line]) == 1
+    (report,) = [json.loads(line) for line in (run / "nonfinite.json").read_text().splitlines()]
+    assert report["update"] == 6
+    assert report["ranks"][1]["losses"]["mim"] == "nan"
+    assert report["gradient_norms"]["decoder_blocks.0"] == "nan"
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).tolist()  # of epoch 1, seed 0
+    assert [rank["samples"] for rank in report["ranks"]] == [order[8:16][0::2], order[8:16][1::2]]
+    assert newest_step(run) == 4
+    assert all(torch.isfinite(x).all() for x in load_checkpoint(run / "checkpoint-0.pth")["model"].values())
+
+
+@pytest.mark.slow
+def test_a_bad_update_can_be_left_out(two_whole, tmp_path):
+    images, _ = two_whole
+    run = tmp_path / "run"
+    flags = ("--on_nonfinite", "skip", "--epochs", "3", "--head_norm_layer", "BN")
+    with Ranks(poisoned(images, run, 1, {6, 7}, *flags), 2) as ranks:
+        ends = ranks.finish()
+    assert [status for status, _ in ends] == [0, 0]
+    assert ends[0][1].count("WARNING: left out update") == 2
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" not in line] == [6, 7]
+    assert lines[-1]["skipped_updates"] == 2
+    end = load_checkpoint(run / "checkpoint-2.pth")
+    assert all(torch.isfinite(x).all() for part in ("model", "model_ema") for x in end[part].values())
+    with Ranks(poisoned(images, tmp_path / "bad", 0, set(range(3, 99)), *flags), 2) as ranks:
+        ends = ranks.finish()
+    assert [status for status, _ in ends] == [1, 1]
+    assert "10 updates in a row were not finite, last: update 12" in ends[0][1]
+
+
+# ---- saving beside the training --------------------------------------------------------------------------------
+
+
+def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
+    store = CheckpointStore(tmp_path, 2, None, keep_best=False)
+    weights = {"model": {"w": torch.zeros(1000, 1000)}, "updates": 1, "list": [torch.zeros(3)]}
+    for step in range(1, 4):
+        store.save_in_background(weights | {"updates": step}, epoch=step, step=step)
+        weights["model"]["w"] += 1
+        weights["list"][0] += 1
+    store.wait()
+    assert newest_step(tmp_path) == 3
+    for epoch in (2, 3):
+        saved = load_checkpoint(tmp_path / f"checkpoint-{epoch}.pth")
+        assert saved["updates"] == epoch
+        assert (saved["model"]["w"] == epoch - 1).all()
+        assert (saved["list"][0] == epoch - 1).all()
+
+
+def test_a_failed_background_save_is_raised_at_the_next_update(tmp_path):
+    store = CheckpointStore(tmp_path / "gone", 2, None, keep_best=False)  # a folder that is not there
+    store.save_in_background({"w": torch.zeros(3)}, epoch=0, step=1)
+    store._writing.exception()
+    with pytest.raises(RunError, match="could not be saved"):
+        store.raise_failure()
+    store.raise_failure()  # once
+
+
+def test_a_run_that_saves_in_the_background_ends_the_same(pretrain, flat_folder, tmp_path):
+    flags = ("--data_path", flat_folder)
+    pretrain(*flags, output=tmp_path / "a")
+    pretrain(*flags, "--save_in_background --max_steps 6", output=tmp_path / "b")
+    pretrain(*flags, "--save_in_background --auto_resume", output=tmp_path / "b")
+    same_end(tmp_path / "a", tmp_path / "b")

@@ -1,0 +1,422 @@
+"""The fine-tuning and linear-probe mains on real files: weights, augmentation, evaluation, resume, wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conftest import TINY_CLASSIFIER, write_images
+from engine_finetune import ClassifierTrainer, evaluate
+from models_vit import Classifier
+from util.amp import grad_scaler
+from util.checkpoint import load_checkpoint
+from util.classification import train_dataset
+from util.classifier_config import FinetuneConfig, LinprobeConfig
+from util.command_line import parse_config
+from util.data import LabelledBatch, Normalise
+from util.optim import build_optimizer
+from util.results import read_results
+from util.sources import open_images
+from util.training import TrainState
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def values(log: list[dict], name: str) -> list[float]:
+    return [line[name] for line in log if name in line]
+
+
+def config_of(*flags: str, kind=FinetuneConfig):
+    return parse_config(kind, [*TINY_CLASSIFIER.split(), *" ".join(flags).split()], "main.py")
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_pre_trained_weights_to_a_result(pretrain, finetune, class_folders, tmp_path, capsys):
+    pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
+    checkpoint = tmp_path / "pre" / "checkpoint-0-step1.pth"
+    log = finetune("--data_path", class_folders, "--finetune", checkpoint, "--per_class")
+    printed = capsys.readouterr().out
+    assert "LUT, student, 76 tensors loaded" in printed
+    assert "left as initialised: fc_norm (2 tensors), head (2 tensors)" in printed
+    assert len(values(log, "loss")) == 2 * 32 // 8
+    assert len(values(log, "top1")) == 2
+
+    run = tmp_path / "run"
+    (result,) = read_results(run)
+    assert result["stage"] == "finetune"
+    assert result["metrics"]["top1"] == pytest.approx(values(log, "top1")[-1], abs=1e-3)
+    assert result["metrics"]["best_top1"] == pytest.approx(max(values(log, "top1")), abs=1e-3)
+    assert result["config"]["finetune"] == str(checkpoint)
+    assert [r["stage"] for r in read_results(tmp_path / "pre")] == ["pretrain"]
+    classes = json.loads((run / "per_class.json").read_text())
+    assert [(c["class"], c["images"]) for c in classes] == [("cat", 8), ("dog", 8)]
+    confusion = np.load(run / "confusion.npy")
+    assert confusion.sum(axis=1).tolist() == [8, 8]
+    assert 100 * confusion.trace() / 16 == pytest.approx(result["metrics"]["top1"])
+    assert (run / "confusion.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("which", ["finetune", "linprobe"])
+def test_a_classifier_learns_digits(finetune, linprobe, which):
+    digits = "--dataset digits --in_chans 1 --hflip 0 --batch_size 64 --epochs 4"
+    if which == "finetune":
+        log = finetune(digits, "--aa none --reprob 0 --lr 4e-3 --layer_decay 1")
+    else:  # of a random encoder
+        log = linprobe(digits, "--global_pool --lr 10")
+    assert values(log, "top1")[-1] > (20 if which == "finetune" else 15)  # chance is 10
+    assert sum(values(log, "loss")[-5:]) < 0.97 * sum(values(log, "loss")[:5])
+
+
+def test_a_linear_probe_leaves_the_encoder_bit_identical(pretrain, linprobe, class_folders, tmp_path):
+    pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
+    pre = tmp_path / "pre" / "checkpoint-0-step1.pth"
+    log = linprobe("--data_path", class_folders, "--finetune", pre)
+    before, after = load_checkpoint(pre)["model"], load_checkpoint(tmp_path / "run" / "checkpoint-1.pth")["model"]
+    encoder = [name for name in after if not name.startswith("head")]
+    assert len(encoder) == 78
+    assert all(torch.equal(after[name], before[name]) for name in encoder)
+    assert len(set(values(log, "loss"))) > 1
+    assert after["head.0.running_mean"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("which", ["finetune", "linprobe"])
+@pytest.mark.parametrize("stop_after", [4, 6])  # at the epoch's end; in the middle of one
+def test_a_resumed_run_ends_bit_equal(request, class_folders, tmp_path, which, stop_after):
+    main = request.getfixturevalue(which)
+    flags = ["--data_path", class_folders]
+    if which == "finetune":  # everything that draws random numbers, and a moving average
+        flags.append("--mixup 0.8 --cutmix 1 --drop_path 0.3 --model_ema --model_ema_decay 0.5")
+    expected = main(*flags, output=tmp_path / "whole")
+    main(*flags, "--max_steps", str(stop_after), output=tmp_path / "parts")
+    log = main(*flags, "--auto_resume", output=tmp_path / "parts")
+    assert values(log, "loss") == values(expected, "loss")
+    a, b = (load_checkpoint(tmp_path / run / "checkpoint-1.pth") for run in ("whole", "parts"))
+    for part in ("model", "model_ema") if which == "finetune" else ("model",):
+        assert all(torch.equal(x, b[part][name]) for name, x in a[part].items())
+
+
+def test_the_best_checkpoint_and_its_accuracy_survive_a_resume(finetune, class_folders, tmp_path, capsys):
+    finetune("--data_path", class_folders, "--epochs 3 --max_steps 4")
+    manifest = tmp_path / "run" / "checkpoint-best.pth.json"
+    first = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(first | {"metric": 99.0}))  # as if the first part had been very good
+    finetune("--data_path", class_folders, "--epochs 3 --auto_resume")
+    assert "best 99.00 %" in capsys.readouterr().out
+    assert json.loads(manifest.read_text())["step"] == 4
+    assert read_results(tmp_path / "run")[-1]["metrics"]["best_top1"] == 99
+
+
+def test_eval_of_a_fine_tuned_file(finetune, class_folders, tmp_path, capsys):
+    log = finetune("--data_path", class_folders, "--epochs 1 --mixup 0.5")
+    tuned = tmp_path / "run" / "checkpoint-0.pth"
+    bare = tmp_path / "bare.pth"  # as MAE writes them
+    torch.save({"model": load_checkpoint(tuned)["model"], "epoch": 0}, bare)
+    for path in (tuned, bare):
+        capsys.readouterr()
+        finetune("--data_path", class_folders, "--eval --resume", path, output=tmp_path / "evaluated")
+        assert f"top-1 {values(log, 'top1')[-1]:.2f} %" in capsys.readouterr().out
+    result = read_results(tmp_path / "evaluated")[-1]
+    assert result["stage"] == "finetune-eval"
+    assert result["metrics"]["val_loss"] == pytest.approx(values(log, "val_loss")[-1], rel=1e-5)
+    shutil.rmtree(class_folders / "train")  # it needs no training images
+    finetune("--data_path", class_folders, "--eval --finetune", bare, output=tmp_path / "evaluated")
+
+
+def test_mae_s_commands_run(finetune, class_folders, tmp_path):
+    """Every flag of MAE's document of fine-tuning."""
+    log = finetune(
+        "--data_path", class_folders, "--accum_iter 2 --epochs 1 --warmup_epochs 0 --blr 5e-4 --layer_decay 0.65"
+        " --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --remode pixel --recount 1 --mixup 0.8 --cutmix 1.0"
+        " --mixup_prob 1.0 --mixup_switch_prob 0.5 --mixup_mode batch --smoothing 0.1 --aa rand-m9-mstd0.5-inc1"
+        " --clip_grad 1.0 --min_lr 1e-6 --color_jitter 0.3 --nb_classes 2 --dist_eval --cls_token --seed 3"
+        " --start_epoch 0 --pin_mem --input_size 32",
+    )  # fmt: skip
+    assert len(values(log, "loss")) == 2
+    assert "norm.weight" in load_checkpoint(tmp_path / "run" / "checkpoint-0.pth")["model"]
+
+
+def test_grey_images_of_another_shape(finetune, class_folders):
+    log = finetune("--data_path", class_folders, "--in_chans 1 --input_size 32 48 --epochs 1")
+    assert len(values(log, "top1")) == 1
+
+
+# ---- one update --------------------------------------------------------------------------------------------
+
+
+def trainer_of(*flags: str, **more) -> ClassifierTrainer:
+    config = config_of("--drop_path 0 --lr 1e-3", *flags)
+    torch.manual_seed(0)
+    model = Classifier(**config.model_arguments(5))
+    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
+    state = TrainState(model, more.pop("average", None), optimizer, grad_scaler(None, CPU), updates=5)
+    return ClassifierTrainer(config, state, model, CPU, None, 10, **more)
+
+
+def random_batch(number: int) -> LabelledBatch:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(number, 3, 32, 32, generator=generator)
+    return LabelledBatch(images, torch.arange(number) % 5, torch.arange(number), torch.arange(number))
+
+
+def test_accumulation_over_four_is_one_batch_of_four_times_the_size():
+    once, parts = trainer_of("--clip_grad 0.5"), trainer_of("--clip_grad 0.5 --accum_iter 4")
+    batch = random_batch(16)
+    once.update([batch])
+    parts.update([LabelledBatch(*(x[i : i + 4] for x in batch)) for i in range(0, 16, 4)])
+    assert parts.meter.drain()["loss"] == pytest.approx(once.meter.drain()["loss"], abs=1e-6)
+    for name, p in once.state.model.named_parameters():
+        if not name.endswith("qkv.bias"):  # its keys' part has no gradient: noise decides the sign of AdamW's step
+            torch.testing.assert_close(dict(parts.state.model.named_parameters())[name], p, atol=1e-6, rtol=0)
+
+
+def test_mixed_targets_sum_to_one_and_mix_what_the_images_mix():
+    from timm.data import Mixup
+
+    config = config_of("--mixup 0.8 --cutmix 1 --smoothing 0.1")
+    mix = Mixup(**config.mixup_arguments(5))
+    np.random.seed(0)
+    shares = []
+    for _ in range(200):
+        labels = torch.arange(8) % 5
+        images = labels.float()[:, None, None, None].expand(-1, 1, 8, 8).clone()
+        mixed, targets = mix(images, labels)
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+        assert targets.min() >= 0.1 / 5 - 1e-6
+        expected = ((targets - 0.1 / 5) / 0.9) @ torch.arange(5.0)  # of the labels, as of the pixels
+        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), expected, atol=1e-4, rtol=1e-4)
+        shares.append(targets[0].max().item())
+    assert len(set(shares)) > 50
+
+
+def test_smoothed_labels_against_loops():
+    trainer = trainer_of("--batch_size 8", smoothing=0.1)
+    batch = random_batch(8)
+    logits = trainer.state.model(batch.images).detach()
+    expected = 0.0
+    for row, label in zip(logits.log_softmax(1), batch.labels.tolist(), strict=True):
+        expected -= sum((0.9 * (k == label) + 0.1 / 5) * row[k].item() for k in range(5)) / 8
+    trainer.update([batch])
+    assert trainer.meter.drain()["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_moving_average_follows_once_per_update():
+    import copy
+
+    average = copy.deepcopy(trainer_of().state.model).requires_grad_(False)
+    trainer = trainer_of("--model_ema", average=average, ema_decay=0.75)
+    before = {name: p.clone() for name, p in average.named_parameters()}
+    trainer.update([random_batch(8)])
+    for name, p in trainer.state.model.named_parameters():
+        torch.testing.assert_close(dict(average.named_parameters())[name], 0.75 * before[name] + 0.25 * p.detach())
+
+
+def test_lr_per_update_against_a_table():
+    trainer = trainer_of("--epochs 4 --warmup_epochs 1 --lr 1e-3 --min_lr 1e-5")
+    table = {0: 0.0, 5: 5e-4, 10: 1e-3, 25: 5.05e-4, 40: 1e-5}  # warm-up, its end, half of the cosine, the end
+    for update, lr in table.items():
+        trainer.state.updates = update
+        assert trainer.lr == pytest.approx(lr, rel=1e-9, abs=1e-12)
+
+
+def test_samples_are_the_same_whatever_was_drawn_before(class_folders):
+    dataset = train_dataset(config_of("--data_path", str(class_folders)), open_images(str(class_folders), "", "train"))
+    first = dataset[1, 7]
+    torch.rand(5)
+    np.random.rand(3)
+    dataset[0, 3]
+    assert torch.equal(dataset[1, 7].images, first.images)
+    assert not torch.equal(dataset[2, 7].images, first.images)
+    assert dataset[1, 31].labels == 1
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """Gives the logits that stand in the pixels."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :7]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 103])
+def test_scores_against_loops(batch_size):
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (103, 1, 3, 3), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, 6, 103))  # there is no image of the last class
+    normalise = Normalise((0.5,), (0.25,), CPU)
+    loader = list(zip(pixels.split(batch_size), labels.split(batch_size), strict=True))
+    scores = evaluate(Fixed(), loader, normalise, 7, CPU, torch.autocast("cpu", enabled=False))
+
+    loss = top1 = top5 = 0
+    confusion = np.zeros((7, 7), dtype=int)
+    for image, label in zip(pixels, labels.tolist(), strict=True):
+        logits = ((image.double() / 255 - 0.5) / 0.25).flatten()[:7]
+        order = logits.argsort(descending=True).tolist()
+        loss += -F.log_softmax(logits, 0)[label].item()
+        top1 += order[0] == label
+        top5 += label in order[:5]
+        confusion[label, order[0]] += 1
+    assert scores.images == 103
+    assert scores.loss == pytest.approx(loss / 103, rel=1e-5)
+    assert scores.top1 == pytest.approx(100 * top1 / 103)
+    assert scores.top5 == pytest.approx(100 * top5 / 103)
+    assert (scores.confusion.numpy() == confusion).all()
+    per_class = scores.per_class.tolist()
+    assert per_class[:6] == pytest.approx([100 * confusion[k, k] / confusion[k].sum() for k in range(6)])
+    assert np.isnan(per_class[6])
+
+
+@pytest.fixture
+def folders_of_103(tmp_path) -> Path:
+    """103 validation images of three classes: no number of processes divides it."""
+    root = tmp_path / "images"
+    for i, number in enumerate((40, 41, 22)):
+        write_images(root / "val" / f"class{i}", number, seed=i)
+        write_images(root / "train" / f"class{i}", 4, seed=9 + i)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dist_eval", ["--dist_eval", "--no_dist_eval"])
+def test_two_processes_evaluate_103_images_as_one_does(folders_of_103, tmp_path, dist_eval):
+    torch.manual_seed(0)
+    config = config_of("--data_path", str(folders_of_103))
+    model = Classifier(**config.model_arguments(3) | dict(head_std=0.5))
+    torch.save({"model": model.state_dict()}, tmp_path / "tuned.pth")
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / f"on{processes}"
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        flags = [*TINY_CLASSIFIER.split(), "--data_path", folders_of_103, "--output_dir", output, "--per_class"]
+        command = [sys.executable, *launch, "main_finetune.py", *flags, "--eval", "--resume", tmp_path / "tuned.pth"]
+        subprocess.run([*map(str, command), dist_eval], cwd=ROOT, check=True, capture_output=True, timeout=300)
+        found.append((read_results(output)[-1]["metrics"], np.load(output / "confusion.npy")))
+    (one, confusion_one), (two, confusion_two) = found
+    assert confusion_one.sum() == confusion_two.sum() == 103
+    assert (confusion_one == confusion_two).all()
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["main_finetune.py", "main_linprobe.py"])
+def test_two_processes_train_as_one_does(class_folders, tmp_path, program):
+    curves = []
+    for processes, batch_size in ((1, 8), (2, 4)):
+        output = tmp_path / f"on{processes}"
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        flags = [
+            *TINY_CLASSIFIER.split(),
+            "--batch_size",
+            batch_size,
+            "--data_path",
+            class_folders,
+            "--output_dir",
+            output,
+        ]
+        flags += ["--drop_path", "0"] if "finetune" in program else []
+        command = [sys.executable, *launch, program, *flags]
+        subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True, timeout=300)
+        lines = (output / "log.jsonl").read_text().splitlines()
+        curves.append(values([json.loads(line) for line in lines], "loss"))
+    assert len(curves[0]) == 8
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+# ---- wrong input -------------------------------------------------------------------------------------------
+
+WRONG = {
+    "--nb_classes 1000": "--nb_classes 1000: the data has 2 classes",
+    "--finetune JUNK": "--finetune JUNK: cannot be read as a checkpoint",
+    "--finetune ABSENT": "ABSENT",
+    "--mixup -1": "--mixup -1.0: must be 0 or more",
+    "--mixup 0.8 --batch_size 7": "--batch_size 7: must be even",
+    "--smoothing 1": "--smoothing 1.0: must lie in [0, 1)",
+    "--crop_scale 0.5 0.2": "--crop_scale 0.5 0.2",
+    "--eval": "--eval",
+    "--aa nonsense-m9": "--aa nonsense-m9",
+    "--model vit_base_patch61": "did you mean vit_base_patch16?",
+    "--input_size 33": "--input_size 33 33: must be a multiple of the patch",
+    "--batch_size 64": "--batch_size 64",
+    "--layer_decay 0": "--layer_decay 0.0",
+    "--finetun X": "did you mean --finetune?",
+    "--weights teacher": "teacher",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_input_is_one_line(finetune, class_folders, tmp_path, capsys, flags):
+    (tmp_path / "junk").write_text("no checkpoint")
+    places = {"JUNK": str(tmp_path / "junk"), "ABSENT": str(tmp_path / "absent")}
+    filled = [places.get(word, word) for word in flags.split()]
+    with pytest.raises(SystemExit) as stop:
+        finetune("--data_path", class_folders, *filled)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    said = WRONG[flags].replace("JUNK", places["JUNK"]).replace("ABSENT", places["ABSENT"])
+    assert said in error[0]
+
+
+@pytest.mark.parametrize("which", ["finetune", "linprobe"])
+@pytest.mark.parametrize("damage", ["empty val", "no val", "other classes", "no classes", "one class"])
+def test_data_that_no_classifier_can_use_is_one_line(request, class_folders, tmp_path, capsys, which, damage):
+    said = {
+        "empty val": "val: holds no images",
+        "no val": "no validation images of two classes",
+        "other classes": "1 classes are in train but not in val (dog); 1 classes are in val but not in train (wolf)",
+        "no classes": "no labels of two classes",
+        "one class": "no labels of two classes",
+    }[damage]
+    if damage in ("empty val", "no val"):
+        shutil.rmtree(class_folders / "val")
+    if damage == "empty val":
+        (class_folders / "val").mkdir()
+    if damage == "other classes":
+        (class_folders / "val" / "dog").rename(class_folders / "val" / "wolf")
+    if damage == "one class":
+        shutil.rmtree(class_folders / "train" / "dog")
+    path = write_images(tmp_path / "flat", 16)[0].parent if damage == "no classes" else class_folders
+    with pytest.raises(SystemExit) as stop:
+        request.getfixturevalue(which)("--data_path", path)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert said in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("which", ["finetune", "linprobe"])
+def test_dry_run_trains_nothing(request, class_folders, tmp_path, capsys, which):
+    request.getfixturevalue(which)("--data_path", class_folders, "--dry_run")
+    printed = capsys.readouterr().out
+    assert "GFLOP" in printed
+    assert "one batch        (8, 3, 32, 32)" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [(path.stem, LinprobeConfig if "linprobe" in path.stem else FinetuneConfig)
+     for path in sorted((ROOT / "recipes").glob("*.yaml")) if "finetune" in path.stem or "linprobe" in path.stem],
+)  # fmt: skip
+def test_recipes_have_the_batch_of_their_table(recipe, kind, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config = parse_config(kind, ["--recipe", recipe], "main.py")
+    small = recipe.startswith(("digits", "cifar"))
+    if not small:
+        assert config.effective_batch == (16384 if kind is LinprobeConfig else 2048 if "simmim" in recipe else 1024)
+    if kind is LinprobeConfig and not small:
+        assert (config.epochs, config.blr, config.weight_decay, config.warmup_epochs) == (90, 0.1, 0.0, 10)

@@ -1,0 +1,324 @@
+"""The pre-training main and engine on real files: inputs, accumulation, resume, processes, wrong input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from conftest import TINY
+from engine_pretrain import PretrainTrainer
+from models_lut import LUT, MomentumEncoder
+from util.amp import computes_in_bf16, grad_scaler
+from util.checkpoint import load_checkpoint
+from util.command_line import parse_config
+from util.data import Batch
+from util.optim import build_optimizer
+from util.pretrain_config import PretrainConfig
+from util.training import TrainState
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def losses(log: list[dict], name: str = "loss") -> list[float]:
+    return [line[name] for line in log if name in line]
+
+
+# ---- what it reads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["class_folders", "flat_folder", "tar_file"])
+def test_every_kind_of_data_path(pretrain, request, kind):
+    log = pretrain("--data_path", request.getfixturevalue(kind), "--monitor_freq 1")
+    assert len(losses(log)) == 2 * 32 // 8
+    monitored = [line for line in log if "rankme" in line]
+    assert [line["epoch"] for line in monitored] == [0, 1, 2]
+    assert all(("knn" in line) == (kind == "class_folders") for line in monitored)
+
+
+def test_non_square_images_of_one_channel(pretrain, flat_folder, tmp_path):
+    log = pretrain("--data_path", flat_folder, "--in_chans 1 --input_size 32 48 --monitor_freq 2")
+    assert len(losses(log)) == 8
+    model = load_checkpoint(tmp_path / "run" / "checkpoint-1.pth")["model"]
+    assert model["patch_embed.proj.weight"].shape == (96, 1, 8, 8)
+    assert model["pos_embed"].shape == (1, 1 + 4 * 6, 96)
+    assert (tmp_path / "run" / "pictures" / "reconstruction-0002.png").exists()
+
+
+@pytest.mark.parametrize("views", ["asymmetric", "symmetric"])
+def test_the_loss_falls_on_digits(pretrain, views):
+    curve = losses(pretrain("--dataset digits --in_chans 1 --batch_size 64 --epochs 3 --views", views))
+    assert sum(curve[-5:]) / 5 < 0.8 * sum(curve[:5]) / 5
+
+
+def test_mae_builds_no_heads_and_no_momentum_encoder(pretrain, flat_folder, tmp_path):
+    log = pretrain("--data_path", flat_folder, "--alpha 0")
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint-1.pth")
+    assert "model_ema" not in checkpoint
+    assert not any(name.startswith(("head", "predictor")) for name in checkpoint["model"])
+    assert all("bc" not in line for line in log)
+
+
+def test_mae_and_lut_start_from_the_same_weights():
+    def weights(alpha: str) -> dict:
+        config = parse_config(PretrainConfig, [*TINY.split(), "--alpha", alpha], "main_pretrain.py")
+        torch.manual_seed(0)
+        return LUT(**config.model_arguments).state_dict()
+
+    mae, lut = weights("0"), weights("1")
+    assert set(mae) < set(lut)
+    assert all(torch.equal(mae[name], lut[name]) for name in mae)
+
+
+# ---- one update -----------------------------------------------------------------------------------------
+
+
+def trainer_of(*flags: str) -> PretrainTrainer:
+    """A trainer without data, and weights from seed 0."""
+    config = parse_config(PretrainConfig, [*TINY.split(), *flags], "main_pretrain.py")
+    torch.manual_seed(0)
+    student = LUT(**config.model_arguments)
+    momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
+    optimizer = build_optimizer(student, config.peak_lr, config.betas, config.weight_decay)
+    state = TrainState(student, momentum_encoder, optimizer, grad_scaler(None, torch.device("cpu")), updates=5)
+    return PretrainTrainer(config, state, student, torch.device("cpu"), None, updates_per_epoch=10)
+
+
+def random_batch(number: int, patches: int = 16) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randint(0, 256, (number, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Batch(
+        views,
+        torch.rand(number, patches, generator=generator),
+        torch.arange(number),
+        torch.arange(number),
+        torch.empty(number, 0),
+    )
+
+
+@pytest.mark.parametrize("views", ["asymmetric", "symmetric"])
+def test_accumulation_over_four_is_one_batch_of_four_times_the_size(views):
+    flags = ("--views", views, "--head_norm_layer", "none", "--clip_grad", "0.5", "--lr", "1e-3")
+    once, parts = trainer_of(*flags), trainer_of(*flags, "--accum_iter", "4")
+    batch = random_batch(16)
+    once.update([batch])
+    parts.update([Batch(*(x[i : i + 4] for x in batch)) for i in range(0, 16, 4)])
+    assert parts.meter.drain()["loss"] == pytest.approx(once.meter.drain()["loss"], abs=1e-6)
+    for state in ("model", "model_ema"):
+        a, b = (getattr(t.state, state).state_dict() for t in (once, parts))
+        for name, tensor in a.items():
+            if tensor.is_floating_point() and not name.endswith("qkv.bias"):  # its keys' part has no gradient
+                # AdamW moves each weight by up to the learning rate, however small, and noisy, its gradient is
+                assert (tensor - b[name]).abs().max() < 5e-6, name
+                assert (tensor - b[name]).abs().mean() < 1e-8, name
+
+
+def test_the_momentum_encoder_moves_once_per_update_and_by_the_schedule():
+    trainer = trainer_of("--momentum", "0.5", "--momentum_end", "0.5")
+    before = {name: p.clone() for name, p in trainer.state.model_ema.named_parameters()}
+    trainer.update([random_batch(8)])
+    student = dict(trainer.state.model.named_parameters())
+    for name, p in trainer.state.model_ema.named_parameters():
+        torch.testing.assert_close(p, 0.5 * before[name] + 0.5 * student[name])
+
+
+def test_a_non_finite_loss_stops_the_run_without_a_checkpoint(pretrain, flat_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--data_path", flat_folder, "--lr 1e30 --warmup_epochs 0")
+    assert stop.value.code == 1
+    assert "the loss is no longer finite" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint-*.pth"))
+
+
+# ---- stop and go on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [4, 6])  # at the epoch's end; in the middle of one
+def test_a_resumed_run_ends_bit_equal(pretrain, flat_folder, tmp_path, stop_after):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    data = ("--data_path", flat_folder)
+    expected = pretrain(*data, output=whole)
+    pretrain(*data, "--max_steps", str(stop_after), output=parts)
+    log = pretrain(*data, "--auto_resume", output=parts)
+    assert losses(log) == losses(expected)
+    a, b = (load_checkpoint(folder / "checkpoint-1.pth") for folder in (whole, parts))
+    for part in ("model", "model_ema"):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), part
+    for moments in ("exp_avg", "exp_avg_sq", "step"):
+        old, new = ([group[moments] for group in checkpoint["optimizer"]["state"].values()] for checkpoint in (a, b))
+        assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
+
+
+def test_resume_from_a_named_file_and_start_from_its_weights(pretrain, flat_folder, tmp_path):
+    pretrain("--data_path", flat_folder, "--max_steps 4", output=tmp_path / "a")
+    saved = tmp_path / "a" / "checkpoint-0.pth"
+    log = pretrain("--data_path", flat_folder, "--resume", saved, output=tmp_path / "b")
+    assert [line["step"] for line in log if "loss" in line] == [5, 6, 7, 8]
+    log = pretrain("--data_path", flat_folder, "--init_from", saved, output=tmp_path / "c")
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+# ---- processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", ["asymmetric", "symmetric"])
+def test_two_processes_give_the_curve_of_one_with_twice_the_batch(tmp_path, views):
+    def curve(launcher: list[str], batch_size: int) -> list[dict]:
+        output = tmp_path / f"run-{batch_size}"
+        flags = (
+            "--dataset digits --in_chans 1 --epochs 2 --warmup_epochs 1 --max_steps 20 --blr 4e-3 --num_workers 1"
+            " --momentum 0.9"
+        )
+        command = [*launcher, "main_pretrain.py", *TINY.split(), *flags.split(), "--views", views]
+        command += ["--batch_size", str(batch_size), "--output_dir", str(output)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300, capture_output=True)
+        return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+    one = curve([sys.executable], 64)
+    two = curve([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 32)
+    assert len(one) == len(two) == 20
+    for name in ("loss", "mim", "bc"):
+        torch.testing.assert_close(losses(two, name), losses(one, name), rtol=1e-5, atol=1e-5)
+    a, b = (load_checkpoint(next((tmp_path / f"run-{n}").glob("checkpoint-*.pth"))) for n in (64, 32))
+    for part in ("model", "model_ema"):  # saving compared the ranks with each other before
+        for name, tensor in a[part].items():
+            if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding, which Adam magnifies
+                torch.testing.assert_close(b[part][name], tensor, rtol=1e-3, atol=2e-4, msg=f"{part} {name}")
+
+
+# ---- wrong input: one line with flag, value and fix, status 2, no traceback ------------------------------
+
+WRONG = {
+    "--mask_ratio 0": "--mask_ratio 0.0: must lie between 0 and 1",
+    "--mask_ratio 1": "--mask_ratio 1.0: must lie between 0 and 1",
+    "--mask_ratio -0.1": "--mask_ratio -0.1: must lie between 0 and 1",
+    "--mask_ratio nan": "--mask_ratio nan: must lie between 0 and 1",
+    "--input_size 36": "--input_size 36 36: must be a multiple of the patch, 8 pixels",
+    "--model lut_vit_bsae_patch16": "did you mean lut_vit_base_patch16?",
+    "--recipe quickstrat": "did you mean quickstart?",
+    "--bach_size 4": "--bach_size: unknown flag, did you mean --batch_size?",
+    "--batch_size 64": "= 64 images per update, but the data set has 32",
+    "--data_path nowhere": "--data_path nowhere: there is no such file or folder",
+    "--lr -1e-3": "--lr -0.001: must be 0 or more",
+    "--amp fp16": "--amp fp16: needs a GPU",
+    "--device cuda:99": "--device cuda:99: ",
+    "--resume README.md": "--resume README.md: cannot be read as a checkpoint",
+    "--resume nothing.pth": "--resume nothing.pth: there is no such file",
+    "--init_from README.md": "--init_from README.md: cannot be read as a checkpoint",
+    "--dataset torch/nothing": "--dataset torch/nothing: cannot be opened",
+    "--output_dir README.md/run": "--output_dir README.md/run: cannot be written",
+    "--views symmetric --mask_ratio 0.4": "--mask_ratio 0.4: --views symmetric hides different patches",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_input_is_one_line(pretrain, flat_folder, capsys, monkeypatch, flags):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--data_path", flat_folder, flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("main_pretrain.py: error: ")
+    assert WRONG[flags] in error[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["block", "whole"])
+def test_compiled_as_eager_and_nothing_compiled_twice(pretrain, flat_folder, tmp_path, monkeypatch, how):
+    flags = ("--data_path", flat_folder, "--epochs 13 --monitor_freq 4 --monitor_images 12")
+    eager = pretrain(*flags, output=tmp_path / "eager")
+    graphs, update = [], PretrainTrainer.update
+
+    def counted(trainer: PretrainTrainer, batches: list[Batch]) -> None:
+        update(trainer, batches)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(PretrainTrainer, "update", counted)
+    counters.clear()
+    compiled = pretrain(*flags, f"--compile {how}", output=tmp_path / "compiled")
+    assert len(compiled) >= 50
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
+    assert graphs[0] > 0
+    assert set(graphs) == {graphs[0]}
+    names = [load_checkpoint(tmp_path / run / "checkpoint-12.pth")["model"].keys() for run in ("eager", "compiled")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("flags", ["", "--model mae_vit_nano_patch4"])
+def test_checkpointed_activations_change_no_bit(pretrain, flat_folder, tmp_path, flags):
+    kept = pretrain("--data_path", flat_folder, flags, output=tmp_path / "kept")
+    again = pretrain("--data_path", flat_folder, flags, "--checkpoint_activations", output=tmp_path / "again")
+    assert losses(again) == losses(kept)
+
+
+@pytest.mark.skipif(computes_in_bf16(torch.device("cpu")), reason="this CPU computes in bf16")
+def test_bf16_where_it_cannot(pretrain, flat_folder, capsys):
+    with pytest.raises(SystemExit):
+        pretrain("--data_path", flat_folder, "--amp bf16")
+    assert "--amp bf16: this CPU does not compute in bf16, use --amp auto" in capsys.readouterr().err
+
+
+def test_a_finished_folder_is_not_begun_anew(pretrain, flat_folder, tmp_path, capsys):
+    pretrain("--data_path", flat_folder, "--max_steps 1")
+    with pytest.raises(SystemExit):
+        pretrain("--data_path", flat_folder)
+    assert "add --auto_resume to go on with it" in capsys.readouterr().err
+
+
+def test_resume_with_other_settings_names_both_values(pretrain, flat_folder, tmp_path, capsys):
+    pretrain("--data_path", flat_folder, "--max_steps 4")
+    for flags, said in {
+        "--mask_ratio 0.5": "mask_ratio is 0.5 here but 0.75 in the checkpoint",
+        "--decoder_depth 2": "decoder_depth is 2 here but 1 in the checkpoint",
+        "--alpha 0": "alpha is 0.0 here but 1.0 in the checkpoint",
+        "--batch_size 4": "effective batch is 4 here but 8 in the checkpoint",
+        "--dataset digits": "number of images is 1437 here but 32 in the checkpoint",
+    }.items():
+        with pytest.raises(SystemExit):
+            pretrain("--data_path", flat_folder, "--auto_resume", flags)
+        assert said in capsys.readouterr().err
+
+
+def test_an_elastic_resume_may_cut_the_same_batch_in_another_way(pretrain, flat_folder, tmp_path, capsys):
+    flags = ("--data_path", flat_folder, "--head_norm_layer LN")
+    expected = pretrain(*flags, output=tmp_path / "whole")
+    pretrain(*flags, "--max_steps 3")
+    with pytest.raises(SystemExit):
+        pretrain(*flags, "--auto_resume --batch_size 4 --accum_iter 2")
+    assert "batch_size is 4 here but 8 in the checkpoint, make them equal, or add --elastic" in capsys.readouterr().err
+    log = pretrain(*flags, "--auto_resume --elastic --batch_size 4 --accum_iter 2")
+    assert losses(log) == pytest.approx(losses(expected), abs=1e-5)
+
+
+def test_bad_images_stop_the_run_or_are_skipped(pretrain, flat_folder, tmp_path, capsys):
+    (flat_folder / "image-003.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--data_path", flat_folder)
+    assert stop.value.code == 2
+    assert "image-003.png: cannot be read" in capsys.readouterr().err
+    log = pretrain("--data_path", flat_folder, "--on_bad_image skip", output=tmp_path / "skipped")
+    assert log[-1]["bad_images"] == 2  # once per epoch
+    assert "skipped a bad image" in capsys.readouterr().out
+
+
+# ---- --dry_run ------------------------------------------------------------------------------------------
+
+
+def test_dry_run_says_what_would_happen_and_leaves_nothing(pretrain, flat_folder, tmp_path, capsys):
+    pretrain("--data_path", flat_folder, "--dry_run")
+    shown = capsys.readouterr().out
+    for word in (
+        "updates          4 per epoch x 2 epochs = 8",
+        "GFLOP",
+        "memory",
+        "one batch        (8, 2, 3, 32, 32)",
+    ):
+        assert word in shown
+    assert not (tmp_path / "run").exists()
