@@ -90,7 +90,7 @@ def start_from(model: torch.nn.Module, config: ClassifierConfig) -> str:
 
 def prepare(config: ClassifierConfig) -> Prepared:
     """Processes, precision, data and batches of a run; every UserError that they may hold."""
-    return evaluation.prepare(config, open_labelled)
+    return evaluation.prepare(config, lambda config, _: open_labelled(config))
 
 
 def train_classifier(trainer: ClassifierTrainer, prepared: Prepared, stage: str, said: str) -> Scores | None:

@@ -76,7 +76,7 @@ class Evaluation:
         log.text(f"after epoch {epochs}: {self.describe(scores)}, best {best:.2f} %")
         if not is_main():
             return
-        self.draw(f"after update {self.trainer.state.updates}", f"{epochs:04d}", log)
+        self.draw(f"after update {self.trainer.state.updates}: {self.describe(scores)}", f"{epochs:04d}", log)
         if last and self.trainer.config.per_class:
             log.text(self.write_classes(scores))
 
@@ -141,12 +141,12 @@ class Prepared:
     order: BatchOrder
 
 
-def prepare(config: Config, open_data: Callable[[Config], Any]) -> Prepared:
+def prepare(config: Config, open_data: Callable[[Config, Processes], Any]) -> Prepared:
     """Processes, precision, data and batches of a run; every UserError that they may hold."""
     processes = start_processes(config.device, config.dist_backend)
     dtype = autocast_dtype(config.amp, processes.device)
     check_sharding(config.parallel, dtype, processes.device)
-    data = open_data(config)
+    data = open_data(config, processes)
     config = fit_to_processes(config)
     return Prepared(config, processes, dtype, data, training_order(config, data, processes))
 
