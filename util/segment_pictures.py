@@ -15,6 +15,7 @@ from util.masks import IGNORED
 
 OPACITY = 0.65  # of a mask over its image
 MOST_IN_LEGEND = 40
+LEGEND_COLUMNS = 6
 SHADES = 8  # of red, green and blue among which the colours are chosen
 AVOIDED = ((0, 0, 0), (255, 255, 255), (128, 128, 128))  # ignored pixels, paper, and what is no colour
 
@@ -92,15 +93,16 @@ def segmentation_figure(shown: Sequence[Predicted], names: Sequence[str], title:
     if len(occurring) > MOST_IN_LEGEND:
         caption += f" The {MOST_IN_LEGEND} most frequent of {len(occurring)} classes are named."
     columns = ("image", "truth", "prediction")
-    figure = picture_grid(rows, columns, [""] * len(rows), title, caption, cell_inches=2.9)
-    handles = [Patch(facecolor=colours[n] / 255, edgecolor="#444444", label=names[n]) for n in occurring]
+    figure = picture_grid(rows, columns, [""] * len(rows), title, "", cell_inches=2.9)
+    handles = [
+        Patch(facecolor=colours[n] / 255, edgecolor="#444444", label=names[n]) for n in occurring[:MOST_IN_LEGEND]
+    ]
     if count[IGNORED]:
         handles.append(Patch(facecolor="black", label="(ignored)"))
-    legend = handles[:MOST_IN_LEGEND]
-    columns_of_legend = 6
-    figure.legend(handles=legend, loc="outside lower center", ncols=columns_of_legend, fontsize=8, frameon=False)
+    style = dict(fontsize=8, title_fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, title=caption, **style)
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.2 * -(-len(legend) // columns_of_legend))
+    figure.set_size_inches(width, height + 0.2 * -(-len(handles) // LEGEND_COLUMNS))
     return figure
 
 
