@@ -88,7 +88,9 @@ def test_every_parameter_learns_and_all_layers_have_their_rate():
     model = upernet(drop_path=0.0)
     main, auxiliary = model(torch.randn(2, 3, 32, 48))
     (main.square().mean() + auxiliary.square().mean()).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "qkv.bias" not in n)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "qkv.bias" not in n
+    )
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, 0.05, 0.5)
     scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
@@ -168,7 +170,9 @@ def test_a_segmenter_loads_whole_at_another_size(tmp_path):
     assert report.layout == "UperNet"
     assert not report.missing
     assert torch.equal(other.decode_head.fuse[0].weight, model.decode_head.fuse[0].weight)
-    with pytest.raises(UserError, match=r"decode_head.classifier.1.weight \(\[5, 8, 1, 1\] instead of \[7, 8, 1, 1\]\)"):
+    with pytest.raises(
+        UserError, match=r"decode_head.classifier.1.weight \(\[5, 8, 1, 1\] instead of \[7, 8, 1, 1\]\)"
+    ):
         load_weights(upernet(classes=7), tmp_path / "model.pth", whole=True)
 
 
