@@ -20,7 +20,7 @@ from timm.data import Mixup
 
 from engine_finetune import ClassifierTrainer
 from models_vit import Classifier
-from util.amp import grad_scaler
+from util.amp import choose_attention, grad_scaler
 from util.classification import prepare, start_from, train_classifier
 from util.classifier_config import FinetuneConfig
 from util.command_line import parse_config
@@ -42,6 +42,7 @@ def main() -> None:
     model = Classifier(**config.model_arguments(num_classes))
     said = start_from(model, config)
     model.to(device)
+    choose_attention(model, run.dtype, device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if config.model_ema else None
     shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
     skeleton = shard(model, average, device) if shards else None

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from engine_pretrain import PretrainTrainer
 from models_lut import MomentumEncoder
-from util.amp import autocast_dtype, grad_scaler
+from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.cache import cache_images, readable
 from util.command_line import parse_config
 from util.config import as_dict, check_same_run
@@ -148,6 +148,7 @@ def build_state(
     student = config.student_type(**config.model_arguments).to(device)
     report = load_weights(student, Path(config.init_from), config.init_weights) if config.init_from else None
     momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
+    choose_attention(student, dtype, device)
     student = synchronise_batch_norm(student, device).to(device)
     skeleton = shard(student, momentum_encoder, device) if config.parallel == "fsdp" else None
     optimizer = build_optimizer(student, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
