@@ -148,7 +148,8 @@ def build_state(
     student = config.student_type(**config.model_arguments).to(device)
     report = load_weights(student, Path(config.init_from), config.init_weights) if config.init_from else None
     momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
-    choose_attention(student, dtype, device)
+    for model in filter(None, (student, momentum_encoder)):
+        choose_attention(model, dtype, device)
     student = synchronise_batch_norm(student, device).to(device)
     skeleton = shard(student, momentum_encoder, device) if config.parallel == "fsdp" else None
     optimizer = build_optimizer(student, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)

@@ -47,10 +47,10 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def choose_attention(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
-    """In place, the faster way for a model that is trained: PyTorch's fused kernel, but for bf16 on a CPU.
+    """In place, the faster way: PyTorch's fused kernel, but for bf16 on a CPU.
 
-    There its backward pass takes 2 to 10 times as long as the products and the softmax one by one (docs/RESULTS.md);
-    the forward pass alone does not, so what is never trained stays as it is.
+    There it takes up to 1.6 times, and its backward pass 2 to 10 times, as long as the products and the softmax one
+    by one (docs/RESULTS.md).
     """
     fused = not (device.type == "cpu" and dtype == torch.bfloat16)
     for module in model.modules():
