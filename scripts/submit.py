@@ -36,10 +36,11 @@ from util.errors import UserError, run_main
 from util.launch import StageJob
 from util.logs import git_state
 from util.pretrain_config import PretrainConfig
+from util.segment_config import SegmentConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 QUEUE_FLAGS = ("partition", "account", "qos", "constraint", "exclude", "comment")
-STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linprobe": LinprobeConfig}
+STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linprobe": LinprobeConfig, "segment": SegmentConfig}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SubmitConfig:
     """Submit a stage: STAGE [these flags] -- [flags of the stage]."""
 
     stage: Annotated[Positional[str], arg(metavar="STAGE")]
-    """pretrain, finetune or linprobe"""
+    """pretrain, finetune, linprobe or segment"""
 
     # processes
     nodes: int = 1

@@ -20,6 +20,7 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from util.errors import run_main
 
 settings.register_profile("fixed", derandomize=True)  # a test that passes once passes for ever
@@ -75,6 +76,38 @@ def write_images(folder: Path, number: int, size: tuple[int, int] = (40, 36), se
     return paths
 
 
+MASK_COLOURS = np.array([[200, 60, 40], [60, 180, 70], [50, 80, 220], [20, 20, 20]], dtype=np.uint8)
+
+
+def write_masked(images: Path, masks: Path, number: int, seed: int = 0, offset: int = 0) -> list[Path]:
+    """Pictures of four colours, of different sizes, and masks that say which: `offset` to `offset` + 3, each occurs."""
+    rng = np.random.default_rng(seed)
+    for folder in (images, masks):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in range(number):
+        size = tuple(rng.integers(40, 60, 2).tolist())
+        tiles = rng.permutation(np.r_[np.arange(4), rng.integers(0, 4, 8)]).astype(np.uint8).reshape(3, 4)
+        mask = np.asarray(Image.fromarray(tiles).resize(size, Image.Resampling.NEAREST))
+        noise = rng.integers(-20, 20, (*mask.shape, 3))
+        pixels = (MASK_COLOURS[mask] + noise).clip(0, 255).astype(np.uint8)
+        paths.append(images / f"scene-{i:03d}.png")
+        Image.fromarray(pixels).save(paths[-1])
+        Image.fromarray(mask + np.uint8(offset)).save(masks / paths[-1].name)
+    return paths
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """CamVid's layout: 10 + 5 images, three classes, and a fourth number that is ignored."""
+    root = tmp_path / "scenes"
+    for split, number in (("train", 10), ("val", 5)):
+        write_masked(root / "images" / split, root / "masks" / split, number, seed=number)
+    names = {"class_names": ["brick", "grass", "sky", "void"], "ignore_index": 3}
+    (root / "classes.json").write_text(json.dumps(names))
+    return root
+
+
 @pytest.fixture
 def class_folders(tmp_path: Path) -> Path:
     """train/ with 2 x 16 images and val/ with 2 x 8."""
@@ -118,6 +151,13 @@ def small_disk(tmp_path):
 TINY_CLASSIFIER = (
     "--model vit_nano_patch4 --patch_size 8 --batch_size 8 --epochs 2 --warmup_epochs 1 --num_workers 0 --print_freq 1"
     " --device cpu --amp fp32 --crop_scale 0.8 1"
+)
+
+
+# a segmenter of the same size: two updates per epoch of `scenes`, and an end in the middle of the third epoch
+TINY_SEGMENTER = (
+    "--model vit_nano_patch4 --patch_size 8 --input_size 32 --head_width 8 --batch_size 4 --max_updates 5"
+    " --warmup_updates 2 --lr 2e-3 --num_workers 0 --print_freq 1 --device cpu --amp fp32 --pictures 0"
 )
 
 
@@ -169,3 +209,9 @@ def finetune(monkeypatch, tmp_path):
 def linprobe(monkeypatch, tmp_path):
     """Call main_linprobe.py with TINY_CLASSIFIER and the given flags."""
     return caller(monkeypatch, tmp_path, main_linprobe, TINY_CLASSIFIER)
+
+
+@pytest.fixture
+def segment(monkeypatch, tmp_path):
+    """Call main_segment.py with TINY_SEGMENTER and the given flags."""
+    return caller(monkeypatch, tmp_path, main_segment, TINY_SEGMENTER)

@@ -81,6 +81,25 @@ def complaint(call, *arguments) -> str:
     return ""
 
 
+FORMS = [(3, WIDTH, 5, 2), (1, WIDTH, 1, 1)]  # feature maps; one pixel of one image per rank
+
+
+def maps_norm(kind: type[nn.Module]) -> nn.Module:
+    norm = kind(WIDTH).double()
+    for i, p in enumerate(norm.parameters()):
+        nn.init.uniform_(p, generator=torch.Generator().manual_seed(i))
+    return norm
+
+
+def maps(form: tuple[int, ...], seed: int = 1) -> torch.Tensor:
+    """Of both ranks, not centred."""
+    return 2 * torch.randn(2, *form, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3
+
+
+def maps_gradient(form: tuple[int, ...]) -> torch.Tensor:
+    return maps(form, seed=2)
+
+
 def under_autocast(norm: nn.Module) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         norm(nn.Linear(WIDTH, WIDTH)(torch.randn(ROWS, WIDTH))).float().sum().backward()
@@ -106,6 +125,11 @@ def one_of_two(rank: int, folder: str) -> None:
     layer.weight.data = torch.tensor([[1.0, 2.0] if rank else [2.0, 1.0]])
     found["swapped"] = complaint(check_in_sync, layer, "student")
     found["bfloat16"] = complaint(under_autocast, CPUSyncBatchNorm(WIDTH))
+    for form in FORMS:
+        norm, x = maps_norm(CPUSyncBatchNorm), maps(form)[rank].requires_grad_()
+        y = norm(x)
+        y.backward(maps_gradient(form)[rank])
+        found[f"maps {form}"] = dict(output=y.detach(), gradient=x.grad) | dict(norm.named_buffers())
     torch.save(found, f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
@@ -117,6 +141,20 @@ def ranks(tmp_path_factory) -> list[dict]:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(one_of_two, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+
+
+@needs_gloo
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_norm_of_feature_maps_over_two_processes(ranks, form):
+    norm, x = maps_norm(nn.BatchNorm2d), maps(form).flatten(0, 1).requires_grad_()
+    y = norm(x)
+    y.backward(maps_gradient(form).flatten(0, 1))
+    found = [r[f"maps {form}"] for r in ranks]
+    torch.testing.assert_close(torch.cat([f["output"] for f in found]), y.detach())
+    torch.testing.assert_close(torch.cat([f["gradient"] for f in found]), x.grad)
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(found[0][name], buffer)
+        torch.testing.assert_close(found[1][name], buffer)
 
 
 @needs_gloo

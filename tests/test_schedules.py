@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from util.schedules import learning_rate, momentum_decay
+from util.schedules import learning_rate, momentum_decay, polynomial_rate
 
 quick = settings(max_examples=100, deadline=None)
 HALF = math.sqrt(0.5)  # cosine of 45 degrees
@@ -119,3 +119,12 @@ def test_momentum_goes_from_start_to_end_and_never_back(total, start, end, data)
 
 def test_equal_ends_are_a_constant():
     assert {momentum_decay(update, 7, 0.99, 0.99) for update in range(8)} == {0.99}
+
+
+@pytest.mark.parametrize(
+    ("update", "power", "expected"),
+    [(0, 1, 0), (5, 1, 1), (10, 1, 2), (55, 1, 1.1), (100, 1, 0.2), (120, 1, 0.2), (55, 2, 0.2 + 1.8 / 4), (10, 2, 2)],
+)
+def test_polynomial_rate_table(update, power, expected):
+    """Total 100, warm-up 10, peak 2, end .2."""
+    assert polynomial_rate(update, 100, 10, 2.0, 0.2, power) == pytest.approx(expected, abs=1e-12)

@@ -90,16 +90,9 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where images come from and how they are read."""
+class PixelConfig:
+    """How images are read, wherever they come from."""
 
-    data_path: str = ""
-    """folder with train/ (and val/) of class folders, flat folder of images at any depth, or .tar of either"""
-    dataset: str = ""
-    """any name of timm's create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..), or `digits`: 1,797
-    handwritten digits that come with scikit-learn, the default without --data_path"""
-    val_path: str = ""
-    """labelled images for the kNN monitor; default: val/ or val.tar beside the training images, if there"""
     input_size: tuple[int, ...] = ()
     """pixels, one number or height and width; default: the model's own (224 at patch 16)"""
     in_chans: int = 3
@@ -110,9 +103,6 @@ class DataConfig:
     """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.25"""
     on_bad_image: Literal["error", "skip"] = "error"
     """an unreadable image stops the run, or the next readable one takes its place and it is counted"""
-    cache: Literal["none", "ram", "device"] = "none"
-    """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
-    pre-training) on the device"""
     num_workers: int | None = None
     """loader processes per rank, 0: none; default: 10, or the processors there are"""
     pin_mem: bool = True
@@ -153,6 +143,22 @@ class DataConfig:
         """Whether batches for this device come in page-locked memory."""
         return self.pin_mem and device.type == "cuda"
 
+
+@dataclass(frozen=True)
+class DataConfig(PixelConfig):
+    """Where images come from, labelled or not."""
+
+    data_path: str = ""
+    """folder with train/ (and val/) of class folders, flat folder of images at any depth, or .tar of either"""
+    dataset: str = ""
+    """any name of timm's create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..), or `digits`: 1,797
+    handwritten digits that come with scikit-learn, the default without --data_path"""
+    val_path: str = ""
+    """labelled images for the kNN monitor; default: val/ or val.tar beside the training images, if there"""
+    cache: Literal["none", "ram", "device"] = "none"
+    """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
+    pre-training) on the device"""
+
     @property
     def dataset_name(self) -> str:
         """The reader's name; empty for files under --data_path."""
@@ -160,22 +166,15 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Batch, schedule and AdamW."""
+class UpdateConfig:
+    """One update: batch and AdamW."""
 
     batch_size: int = 64
     """images per process and forward pass"""
     accum_iter: int = 1
     """forward passes per update: the effective batch is batch_size x accum_iter x processes"""
-    epochs: int = 400
-    warmup_epochs: float = 40.0
-    """epochs of linear warm-up from 0"""
-    lr: float | None = None
-    """peak learning rate; default: blr x effective batch / 256"""
-    blr: float = 1.5e-4
-    """base learning rate, per 256 images"""
     min_lr: float = 0.0
-    """learning rate at the end of the half cosine"""
+    """learning rate at the end of the schedule"""
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's momenta"""
@@ -185,13 +184,11 @@ class OptimConfig:
     """largest norm of the gradient; default: no clipping"""
 
     def __post_init__(self) -> None:
-        for flag in ("batch_size", "accum_iter", "epochs"):
+        for flag in ("batch_size", "accum_iter"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
-        warmup = self.warmup_epochs
-        check(0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"must lie in 0..--epochs {self.epochs}")
-        for flag in ("blr", "lr", "min_lr", "weight_decay"):
+        for flag in ("min_lr", "weight_decay"):
             value = getattr(self, flag)
-            check(value is None or 0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
+            check(0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
         check(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "both must lie in [0, 1)")
         check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "must lie in (0, 1]")
         check(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "must be above 0")
@@ -200,6 +197,28 @@ class OptimConfig:
     def effective_batch(self) -> int:
         """Images per update, over all processes."""
         return self.batch_size * self.accum_iter * world_size()
+
+
+@dataclass(frozen=True)
+class OptimConfig(UpdateConfig):
+    """Batch, schedule in epochs, and AdamW."""
+
+    epochs: int = 400
+    warmup_epochs: float = 40.0
+    """epochs of linear warm-up from 0"""
+    lr: float | None = None
+    """peak learning rate; default: blr x effective batch / 256"""
+    blr: float = 1.5e-4
+    """base learning rate, per 256 images"""
+
+    def __post_init__(self) -> None:
+        UpdateConfig.__post_init__(self)
+        check(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
+        warmup = self.warmup_epochs
+        check(0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"must lie in 0..--epochs {self.epochs}")
+        for flag in ("blr", "lr"):
+            value = getattr(self, flag)
+            check(value is None or 0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
 
     @property
     def peak_lr(self) -> float:

@@ -74,9 +74,11 @@ def pretrain_cost(model_arguments: dict, symmetric: bool, student_type: type[Stu
 
 
 def classifier_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Matrix products of a classifier per image [C, H, W], forward and backward, 2 per multiply-add."""
+    """Matrix products of a classifier, of images or of pixels, per image [C, H, W], forward and backward, 2 per
+    multiply-add."""
     model = copy.deepcopy(model).to("meta").train()
     images = torch.empty(_BATCH, *shape, device="meta")
     with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
+        outputs = model(images)
+        sum(x.sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     return counter.get_total_flops() // _BATCH

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.errors import UserError
 from util.stop import end_with_launcher
@@ -164,11 +165,14 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-class CPUSyncBatchNorm(nn.BatchNorm1d):
+class CPUSyncBatchNorm(_BatchNorm):
     """BatchNorm over the batches of all ranks, for CPU: torch.nn.SyncBatchNorm refuses CPU tensors."""
 
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Vectors and feature maps alike."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D] to [B, D]; the same number of rows B on every rank."""
+        """[B, D] or [B, D, H, W] to the same shape; the same shape on every rank."""
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
@@ -176,15 +180,20 @@ class CPUSyncBatchNorm(nn.BatchNorm1d):
 
     def normalise(self, x: Tensor) -> Tensor:
         """The same in fp32, with the statistics of all ranks, which go into the running ones."""
-        count = x.shape[0] * dist.get_world_size()
-        mean = _SumOverRanks.apply(x.sum(0)) / count
-        var = _SumOverRanks.apply((x - mean).square().sum(0)) / count
+        rows = (0, *range(2, x.ndim))  # all but the features
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+
+        def spread(of_features: Tensor) -> Tensor:
+            return of_features.view(-1, *[1] * (x.ndim - 2))
+
+        mean = _SumOverRanks.apply(x.sum(rows)) / count
+        var = _SumOverRanks.apply((x - spread(mean)).square().sum(rows)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)  # unbiased, as BatchNorm keeps it
-        x = (x - mean) * (var + self.eps).rsqrt()
-        return x * self.weight + self.bias if self.affine else x
+        x = (x - spread(mean)) * spread((var + self.eps).rsqrt())
+        return x * spread(self.weight) + spread(self.bias) if self.affine else x
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -195,7 +204,7 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm1d:
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
                 synced = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
                 synced.load_state_dict(child.state_dict())
                 setattr(parent, name, synced)

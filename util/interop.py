@@ -17,6 +17,11 @@ from util.errors import UserError
 
 Weights = Literal["student", "momentum"]
 WRAPPERS = ("module.", "_orig_mod.")  # left in names by DistributedDataParallel and torch.compile
+# projector or classifier, the other heads of pre-training, a classifier's norm, UperNet
+OTHER_PARTS = (
+    *("head", "predictor", "mask_head", "mask_predictor", "fc_norm"),
+    *("neck", "decode_head", "auxiliary_head"),
+)
 PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
 
 
@@ -89,6 +94,8 @@ def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
     """Which program writes such names; `wrapped`: under the key `model`, as MAE does."""
     if "head.weight" in state or "fc_norm.weight" in state:
         return "ViT classifier"
+    if "decode_head.bottleneck.0.weight" in state:
+        return "UperNet"
     if "decoder.weight" in state:
         return "SimMIM, student"
     if "predictor.0.weight" in state:
@@ -117,18 +124,17 @@ def tensors_of(state: object) -> dict[str, Tensor]:
 
 
 def part_of(name: str) -> str:
-    """`encoder`, `decoder`, `head` (projector or classifier), `predictor`, `mask_head`, `mask_predictor` or `fc_norm`:
-    what is loaded as a whole or not at all."""
+    """`encoder`, `decoder` (MAE's) or one of `OTHER_PARTS`: what is loaded as a whole or not at all."""
     if name.startswith("decoder") or name == "mask_token":
         return "decoder"
     part = name.split(".")[0]
-    return part if part in ("head", "predictor", "mask_head", "mask_predictor", "fc_norm") else "encoder"
+    return part if part in OTHER_PARTS else "encoder"
 
 
 def load_weights(
     model: nn.Module, path: Path, weights: Weights = "student", flag: str = "--init_from", whole: bool = False
 ) -> LoadReport:
-    """Load a file into LUT, MomentumEncoder, Classifier or LinearProbe.
+    """Load a file into LUT, MomentumEncoder, Classifier, LinearProbe or UperNet.
 
     The encoder must match tensor by tensor. Decoder, heads and `fc_norm` are loaded where the file holds the whole of
     them, and else stay as they are. Positions of another grid, patches of another size and other channel counts are

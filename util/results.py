@@ -20,7 +20,7 @@ def append_result(
     """Append the outcome of a run.
 
     Args:
-        stage: `pretrain`, `finetune`, `linprobe`, `probe`, ...
+        stage: `pretrain`, `finetune`, `linprobe`, `segment`, `probe`, ...
         metrics: by name; accuracies in %.
         seconds: of this process; a run that was resumed has a line for its last part only.
     """

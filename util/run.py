@@ -27,7 +27,7 @@ from util.errors import Requeue, UserError
 from util.logs import RunLog, format_duration, write_run_info
 from util.sharding import is_sharded
 from util.sources import ImageSource
-from util.training import Trainer, reached, train_one_epoch
+from util.training import Trainer, train_one_epoch
 
 # `look(epochs, last)` after each epoch, on all ranks: the value by which the best checkpoint is chosen, or None
 Look = Callable[[int, bool], float | None]
@@ -179,13 +179,13 @@ def train(
     first_epoch, order.start_update = divmod(state.updates, order.updates_per_epoch)
     stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
     try:
-        for epoch in range(first_epoch, config.epochs):
+        for epoch in range(first_epoch, trainer.epochs):
             order.epoch = epoch
             if stream is not None:
                 stream.epoch = epoch
             updates = order.updates_per_epoch - order.start_update
             train_one_epoch(trainer, loader, None if stream else source, updates, epoch, log)
-            if state.updates < order.updates_per_epoch * (epoch + 1) and not reached(config.max_steps, state.updates):
+            if state.updates < order.updates_per_epoch * (epoch + 1) and not trainer.finished:
                 save(trainer, store, None, binding)
                 store.wait()
                 raise Requeue(
@@ -193,7 +193,7 @@ def train(
                 )
             order.start_update = 0
 
-            last = reached(config.max_steps, state.updates) or epoch + 1 == config.epochs
+            last = trainer.finished
             metric = look(epoch + 1, last)
             if (
                 last
@@ -203,8 +203,8 @@ def train(
                 save(trainer, store, metric, binding)
             if last:
                 break
-        if first_epoch >= config.epochs:  # killed between its last checkpoint and its result
-            look(config.epochs, True)
+        if first_epoch >= trainer.epochs:  # killed between its last checkpoint and its result
+            look(trainer.epochs, True)
         store.wait()
     finally:
         store.unlock()

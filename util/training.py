@@ -1,6 +1,6 @@
 """What every kind of training shares: its state, the optimiser step, an epoch of updates, a line of log.
 
-A kind of training is a `Trainer` with an `update` of its own: see engine_pretrain.py and engine_finetune.py.
+A kind of training is a `Trainer` with an `update` of its own: see the three engines.
 """
 
 from __future__ import annotations
@@ -143,6 +143,21 @@ class Trainer:
         return self.config.epochs * self.updates_per_epoch
 
     @property
+    def epochs(self) -> int:
+        """Passes over the data that they take; the last one may be cut short."""
+        return -(-self.total_updates // self.updates_per_epoch)
+
+    @property
+    def last_update(self) -> int:
+        """Where the run ends: after all of them, or before by --max_steps."""
+        return min(self.total_updates, self.config.max_steps or self.total_updates)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state stands there."""
+        return self.state.updates >= self.last_update
+
+    @property
     def lr(self) -> float:
         """Learning rate of the next update."""
         config, warmup = self.config, self.config.warmup_epochs * self.updates_per_epoch
@@ -269,7 +284,7 @@ def train_one_epoch(
     config, state = trainer.config, trainer.state
     trainer.model.train()
     groups, stopwatch = in_groups(loader, config.accum_iter, updates), Stopwatch()
-    while not reached(config.max_steps, state.updates) and not trainer.stop.agreed():
+    while not trainer.finished and not trainer.stop.agreed():
         batches = stopwatch.wait_for(groups)
         if batches is None:
             break
@@ -281,11 +296,6 @@ def train_one_epoch(
             log_interval(trainer, stopwatch, epoch, log)
     if stopwatch.updates:
         log_interval(trainer, stopwatch, epoch, log)
-
-
-def reached(limit: int | None, updates: int) -> bool:
-    """Whether --max_steps ends the run here."""
-    return limit is not None and updates >= limit
 
 
 def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog) -> None:
@@ -304,18 +314,17 @@ def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog
     if trainer.skipped:
         values["skipped_updates"] = trainer.skipped
     log.scalars(updates, values, epoch=epoch)
-    last = min(trainer.total_updates, config.max_steps or trainer.total_updates)
     log.progress(
         epoch=epoch + 1,
-        epochs=config.epochs,
+        epochs=trainer.epochs,
         step=updates,
-        total_steps=last,
+        total_steps=trainer.last_update,
         losses=means,
         lr=lr,
         images_per_second=speed,
         data_wait=data_wait,
         memory_bytes=memory,
-        seconds_left=(last - updates) * stopwatch.seconds / stopwatch.updates,
+        seconds_left=(trainer.last_update - updates) * stopwatch.seconds / stopwatch.updates,
     )
     if broken:
         raise RunError(

@@ -1,0 +1,222 @@
+"""One update of a segmenter, and its evaluation by windows that slide over images of any size.
+
+Letters: B images, C channels, H x W pixels of a crop or window, h x w of an image, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models_upernet import UperNet, resized
+from util.data import Normalise, seed_generators
+from util.distributed import rank, sum_over_ranks
+from util.masked_data import MaskedBatch
+from util.masks import IGNORED
+from util.schedules import polynomial_rate
+from util.segment_config import SegmentConfig
+from util.training import Trainer
+from util.views import Size
+
+MOST_NUMBERS = 2**26  # of logits at an image's size that are held at a time, 256 MiB
+
+
+@dataclass
+class SegmenterTrainer(Trainer):
+    """`state.model` is an UperNet. The schedule spans --max_updates, wherever in an epoch they end."""
+
+    config: SegmentConfig
+    normalise: Normalise | None = None
+
+    @property
+    def total_updates(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.max_updates
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        config, done = self.config, self.state.updates
+        return polynomial_rate(
+            done, self.total_updates, config.warmup_updates, config.peak_lr, config.min_lr, config.power
+        )
+
+    def to_device(self, batch: MaskedBatch) -> MaskedBatch:
+        """Images, normalised, and masks."""
+        images, masks = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.masks))
+        return batch._replace(images=self.normalise(images), masks=masks)
+
+    def update(self, batches: list[MaskedBatch]) -> None:
+        """One optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already."""
+        state = self.state
+        seed_generators(self.config.seed, state.updates, rank(), device=self.device)  # for stochastic depth and dropout
+        self.begin_update()
+        for i, batch in enumerate(batches):
+            with self.gradients_stay_local(unless=i == len(batches) - 1), self.autocast():
+                logits = self.model(batch.images)
+            main, auxiliary = (pixel_loss(each, batch.masks) for each in logits)
+            loss = main + self.config.auxiliary_weight * auxiliary
+            state.scaler.scale(loss / len(batches)).backward()
+            self.note(loss=loss, main=main, auxiliary=auxiliary)
+        self.step_optimizer(batches)
+        state.updates += 1
+
+
+def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy [] of logits [B, K, h, w] enlarged to the masks [B, H, W], summed and divided by B H W.
+
+    Ignored pixels count as 0, as the field's protocol has it: so parts of an update, and ranks, weigh alike however
+    much of each is ignored.
+    """
+    logits = resized(logits.float(), masks.shape[-2:])
+    return F.cross_entropy(logits, masks.long(), ignore_index=IGNORED, reduction="sum") / masks.numel()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Prediction
+# --------------------------------------------------------------------------------------------------------
+
+Predict = Callable[[Tensor], Tensor]  # images [B, C, H, W] to logits [B, K, H, W]
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin so that they cover `length` (no less than `window`): every `stride`, the last at the end."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def slide(predict: Predict, image: Tensor, window: Size, stride: Size, batch_size: int) -> Tensor:
+    """Mean logits [K, h, w] of all windows that see a pixel of a normalised image [C, h, w], h x w the window at least.
+
+    Args:
+        batch_size: most windows at a time.
+    """
+    size = image.shape[-2:]
+    rows, columns = (window_starts(*each) for each in zip(size, window, stride, strict=True))
+    places = [(slice(y, y + window[0]), slice(x, x + window[1])) for y in rows for x in columns]
+    total: Tensor | None = None
+    seen = image.new_zeros(size)
+    for begin in range(0, len(places), batch_size):
+        chosen = places[begin : begin + batch_size]
+        logits = predict(torch.stack([image[:, y, x] for y, x in chosen])).float()  # [B, K, H, W]
+        if total is None:
+            total = logits.new_zeros(logits.shape[1], *size)
+        for (y, x), each in zip(chosen, logits, strict=True):
+            total[:, y, x] += each
+            seen[y, x] += 1
+    return total / seen
+
+
+def image_logits(model: UperNet, image: Tensor, config: SegmentConfig) -> Tensor:
+    """Logits [K, h, w] of a normalised image [C, h, w] by --eval_mode, padded with the mean where it must be."""
+    h, w = image.shape[-2:]
+    if config.eval_mode == "whole":
+        bottom, right = (-side % config.patch for side in (h, w))
+        logits = model.predict(F.pad(image, (0, right, 0, bottom)).unsqueeze(0))[0]
+    else:
+        bottom, right = (max(0, want - have) for want, have in zip(config.image_size, (h, w), strict=True))
+        padded = F.pad(image, (0, right, 0, bottom))
+        logits = slide(model.predict, padded, config.image_size, config.window_stride, config.batch_size)
+    return logits[:, :h, :w]
+
+
+def classes_at(logits: Tensor, size: Size) -> Tensor:
+    """The class of each pixel, [H, W] int64, of logits [K, h, w] enlarged to `size`.
+
+    Some classes at a time: 150 of them at the size of a large photograph would not fit on a GPU.
+    """
+    step = max(1, MOST_NUMBERS // (size[0] * size[1]))
+    best = said = None
+    for first in range(0, len(logits), step):
+        value, place = resized(logits[None, first : first + step], size)[0].max(dim=0)
+        if best is None:
+            best, said = value, place
+        else:
+            better = value > best
+            best, said = torch.where(better, value, best), torch.where(better, place + first, said)
+    return said
+
+
+# --------------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------------
+
+
+class SegmentScores(NamedTuple):
+    """Of the pixels of all images together; ignored ones do not count."""
+
+    confusion: Tensor  # [K, K] int64 on the CPU: row the true class, column the one that was said
+    images: int
+
+    @property
+    def iou(self) -> Tensor:
+        """[K] intersection over union of each class in %, nan where a class is neither there nor said."""
+        both = self.confusion.diagonal().double()
+        return 100 * both / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - both)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """[K] accuracy of each class in %, nan where the images have none of it."""
+        return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What goes into a log, in %: mean IoU, accuracy of all pixels, mean accuracy of the classes."""
+        correct = 100 * self.confusion.diagonal().sum().double() / self.confusion.sum()
+        means = {"miou": self.iou.nanmean(), "aacc": correct, "macc": self.accuracy.nanmean()}
+        return {name: value.item() for name, value in means.items()}
+
+
+def confusion_of(truth: Tensor, said: Tensor, num_classes: int) -> Tensor:
+    """[K, K] counts of pixels (row: truth, column: said); those whose truth is IGNORED are left out."""
+    counted = truth != IGNORED
+    pairs = truth[counted].long() * num_classes + said[counted]
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def evaluate(
+    model: UperNet,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    normalise: Normalise,
+    config: SegmentConfig,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> SegmentScores:
+    """Scores of a segmenter over the images of all ranks.
+
+    `loader` yields an image, uint8 [C, h, w] as `predicted_classes` takes it, and its mask at its original size; ranks
+    hold disjoint parts, of any sizes, also none.
+    """
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    images = torch.zeros((), dtype=torch.int64, device=device)
+    for pixels, mask in loader:
+        said = predicted_classes(model, pixels, tuple(mask.shape), normalise, config, device, autocast)
+        confusion += confusion_of(mask.to(device, non_blocking=True), said, num_classes)
+        images += 1
+    return SegmentScores(sum_over_ranks(confusion).cpu(), int(sum_over_ranks(images)))
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # images of any size: no compilation for each
+def predicted_classes(
+    model: UperNet,
+    pixels: Tensor,
+    size: Size,
+    normalise: Normalise,
+    config: SegmentConfig,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> Tensor:
+    """The class of each pixel, [H, W] = `size`, of an image uint8 [C, h, w] that has been resized to `scaled_size`."""
+    was_training = model.training
+    model.eval()
+    image = normalise(pixels.to(device, non_blocking=True))
+    with autocast:
+        logits = image_logits(model, image, config)
+    model.train(was_training)
+    return classes_at(logits, size)

@@ -1,0 +1,67 @@
+"""Train a pre-trained encoder with UperNet to segment images, train both from scratch, or evaluate what was trained.
+
+    torchrun --nproc_per_node=8 main_segment.py --recipe segment_vit_base --finetune RUN/checkpoint-1599.pth \
+        --data_path ADE20K --output_dir SEGMENTED
+    python main_segment.py --recipe camvid_segment --finetune RUN/checkpoint-299.pth --data_path CAMVID
+    python main_segment.py --eval --resume SEGMENTED/checkpoint-best.pth --model vit_base_patch16 --data_path ADE20K
+
+`--help` lists all flags, `--dry_run` looks at all masks and shows what a command would do. To go on after an
+interruption, run the same command with --auto_resume.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from engine_segment import SegmenterTrainer
+from models_upernet import UperNet
+from util.amp import grad_scaler
+from util.classification import start_from
+from util.command_line import parse_config
+from util.data import Normalise
+from util.distributed import stop_processes, synchronise_batch_norm
+from util.errors import run_main
+from util.optim import build_optimizer
+from util.run import parallel, transform_blocks
+from util.segment_config import SegmentConfig
+from util.segmentation import prepare, train_segmenter
+from util.sharding import shard
+from util.training import TrainState
+
+
+def main() -> None:
+    """Settings, images with masks, segmenter, then the updates."""
+    run = prepare(parse_config(SegmentConfig, sys.argv[1:], Path(__file__).name))
+    config, device = run.config, run.processes.device
+
+    # ---- model: images -> logits of each pixel ---------------------------------------------------------
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    model = UperNet(**config.model_arguments(run.data.num_classes))
+    said = start_from(model, config)
+    model = synchronise_batch_norm(model, device).to(device)
+    shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
+    skeleton = shard(model, None, device) if shards else None
+    transform_blocks(model, config)
+    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
+    state = TrainState(model, None, optimizer, grad_scaler(run.dtype, device), skeleton=skeleton)
+    state.updates = config.start_epoch * run.order.updates_per_epoch
+
+    # ---- the run ---------------------------------------------------------------------------------------
+    trainer = SegmenterTrainer(
+        config,
+        state,
+        parallel(model, config, device),
+        device,
+        run.dtype,
+        run.order.updates_per_epoch,
+        normalise=Normalise(config.pixel_mean, config.pixel_std, device),
+    )
+    train_segmenter(trainer, run, said)
+    stop_processes()
+
+
+if __name__ == "__main__":
+    run_main(Path(__file__).name, main)

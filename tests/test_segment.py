@@ -1,0 +1,552 @@
+"""The segmentation main on real files: updates, windows, scores, resume, evaluation, pictures, wrong input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from conftest import TINY_SEGMENTER
+from engine_segment import (
+    SegmenterTrainer,
+    SegmentScores,
+    classes_at,
+    confusion_of,
+    evaluate,
+    image_logits,
+    pixel_loss,
+    slide,
+    window_starts,
+)
+from models_upernet import UperNet
+from test_masks import DAMAGES, config_of, damage
+from util.amp import grad_scaler
+from util.checkpoint import load_checkpoint
+from util.command_line import parse_config
+from util.data import Normalise
+from util.masked_data import MaskedBatch
+from util.masks import IGNORED
+from util.optim import build_optimizer
+from util.results import read_results
+from util.segment_config import SegmentConfig
+from util.segment_pictures import Predicted, as_array, cielab, overlay, palette, segmentation_figure
+from util.training import TrainState
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+NO_AMP = torch.autocast("cpu", enabled=False)
+quick = settings(max_examples=60, deadline=None)
+
+
+def values(log: list[dict], name: str) -> list[float]:
+    return [line[name] for line in log if name in line]
+
+
+def newest(run: Path) -> dict:
+    return load_checkpoint(max(run.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime))
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_pre_trained_weights_to_a_result(pretrain, segment, scenes, tmp_path, capsys):
+    pretrain("--data_path", scenes / "images" / "train", "--max_steps 1 --input_size 32", output=tmp_path / "pre")
+    checkpoint = tmp_path / "pre" / "checkpoint-0.pth"
+    log = segment("--data_path", scenes, "--finetune", checkpoint, "--input_size 48", "--per_class --pictures 2")
+    printed = capsys.readouterr().out
+    assert "training: 10 masks, 3 of 3 classes; " in printed
+    assert "LUT, student, 76 tensors loaded" in printed
+    assert "not used: norm.weight, norm.bias" in printed
+    assert "resampled: pos_embed: 17 to 37 positions, sines computed for the new grid" in printed
+    assert len(values(log, "loss")) == 5  # the run ends in the middle of its third epoch
+    assert [line["epoch"] for line in log if "miou" in line] == [1, 2, 3]
+
+    run = tmp_path / "run"
+    (result,) = read_results(run)
+    assert result["stage"] == "segment"
+    for name in ("miou", "aacc", "macc"):
+        assert result["metrics"][name] == pytest.approx(values(log, name)[-1], abs=1e-3)
+    assert result["metrics"]["best_miou"] == pytest.approx(max(values(log, "miou")), abs=1e-3)
+    classes = json.loads((run / "per_class.json").read_text())
+    assert [c["class"] for c in classes] == ["brick", "grass", "sky"]
+    confusion = np.load(run / "confusion.npy")
+    assert confusion.sum(axis=1).tolist() == [c["pixels"] for c in classes]
+    assert np.mean([c["iou"] for c in classes]) == pytest.approx(result["metrics"]["miou"], abs=1e-3)
+    assert (run / "confusion.png").stat().st_size > 1000
+    assert sorted(p.name for p in (run / "pictures").iterdir()) == [f"segmentation-000{i}.png" for i in (1, 2, 3)]
+
+
+def test_a_segmenter_learns_colours(segment, scenes):
+    """Colours say the class: mIoU rises far beyond chance, from scratch, and on images that it has not seen."""
+    flags = "--max_updates 40 --lr 1e-2 --head_width 16 --layer_decay 1 --drop_path 0 --eval_freq 4"
+    log = segment("--data_path", scenes, flags)
+    curve, loss = values(log, "miou"), values(log, "main")
+    assert len(curve) == 5
+    assert curve[0] < curve[-1]
+    assert curve[-1] > 60
+    assert sum(loss[-5:]) < 0.7 * sum(loss[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["block", "whole"])
+def test_compiled_as_eager(segment, scenes, tmp_path, how):
+    flags = ["--data_path", scenes, "--drop_path 0 --dropout 0"]
+    eager = segment(*flags, output=tmp_path / "eager")
+    compiled = segment(*flags, "--compile", how, output=tmp_path / "compiled")
+    assert values(compiled, "loss") == pytest.approx(values(eager, "loss"), rel=1e-3)
+    names = [newest(tmp_path / run)["model"].keys() for run in ("eager", "compiled")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("stop_after", [2, 3])  # at an epoch's end; in the middle of one
+def test_a_resumed_run_ends_bit_equal(segment, scenes, tmp_path, stop_after):
+    flags = ["--data_path", scenes, "--drop_path 0.3 --dropout 0.3"]
+    expected = segment(*flags, output=tmp_path / "whole")
+    segment(*flags, "--max_steps", stop_after, output=tmp_path / "parts")
+    log = segment(*flags, "--auto_resume", output=tmp_path / "parts")
+    assert len(values(expected, "loss")) == 5
+    assert values(log, "loss") == values(expected, "loss")
+    assert values(log, "miou")[-1] == values(expected, "miou")[-1]
+    a, b = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    assert a["updates"] == b["updates"] == 5
+    assert all(torch.equal(x, b["model"][name]) for name, x in a["model"].items())
+    moments = [checkpoint["optimizer"]["state"] for checkpoint in (a, b)]
+    assert all(torch.equal(moments[0][p]["exp_avg_sq"], moments[1][p]["exp_avg_sq"]) for p in moments[0])
+
+
+def test_loader_processes_change_nothing(segment, scenes, tmp_path):
+    logs = [segment("--data_path", scenes, "--num_workers", n, output=tmp_path / str(n)) for n in (0, 2)]
+    assert values(logs[0], "loss") == values(logs[1], "loss")
+    assert values(logs[0], "miou") == values(logs[1], "miou")
+
+
+def test_a_finished_run_gets_its_result_once_more_when_it_is_resumed(segment, scenes, tmp_path):
+    segment("--data_path", scenes)
+    (tmp_path / "run" / "results.jsonl").unlink()  # as if it had been killed before
+    log = segment("--data_path", scenes, "--auto_resume")
+    assert len(values(log, "loss")) == 5
+    assert len(read_results(tmp_path / "run")) == 1
+
+
+def test_another_length_is_another_run(segment, scenes, tmp_path, capsys):
+    segment("--data_path", scenes, "--max_steps 2")
+    with pytest.raises(SystemExit):
+        segment("--data_path", scenes, "--max_updates 6 --auto_resume")
+    assert "max_updates is 6 here but 5 in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["--eval_mode slide", "--eval_mode slide --eval_stride 16 20", "--eval_mode whole"])
+def test_eval_of_a_trained_file(segment, scenes, tmp_path, capsys, mode):
+    log = segment("--data_path", scenes, mode)
+    trained = next(path for path in (tmp_path / "run").glob("checkpoint-*-step5.pth"))
+    shutil.rmtree(scenes / "images" / "train")  # it needs no training images
+    segment("--data_path", scenes, "--eval --resume", trained, mode, "--pictures 1", output=tmp_path / "evaluated")
+    assert f"mIoU {values(log, 'miou')[-1]:.2f} %" in capsys.readouterr().out
+    (result,) = read_results(tmp_path / "evaluated")
+    assert result["stage"] == "segment-eval"
+    assert result["metrics"]["macc"] == pytest.approx(values(log, "macc")[-1], abs=1e-3)
+    assert (tmp_path / "evaluated" / "pictures" / "segmentation-eval.png").exists()
+
+
+def test_grey_images_and_crops_that_are_not_square(segment, scenes):
+    log = segment("--data_path", scenes, "--in_chans 1 --input_size 32 48 --accum_iter 2")
+    assert len(values(log, "miou")) == 5  # an epoch is one update here
+
+
+# ---- one update --------------------------------------------------------------------------------------------
+
+
+def trainer_of(*flags: str) -> SegmenterTrainer:
+    config = config_of("--data_path anywhere --drop_path 0 --dropout 0 --lr 1e-3 --max_updates 20", *flags)
+    torch.manual_seed(0)
+    model = UperNet(**config.model_arguments(5))
+    for module in model.modules():  # statistics of a part of the batch would be others
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
+    state = TrainState(model, None, optimizer, grad_scaler(None, CPU), updates=5)
+    normalise = Normalise(config.pixel_mean, config.pixel_std, CPU)
+    return SegmenterTrainer(config, state, model.eval(), CPU, None, 10, normalise=normalise)
+
+
+def random_batch(number: int) -> MaskedBatch:
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.randint(0, 5, (number, 32, 32), generator=generator, dtype=torch.uint8)
+    for i in range(number):
+        masks[i, : 3 * i] = IGNORED  # of each image another share
+    images = torch.randint(0, 256, (number, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return MaskedBatch(images, masks, torch.arange(number), torch.arange(number))
+
+
+def test_accumulation_over_four_is_one_batch_of_four_times_the_size():
+    once, parts = trainer_of("--clip_grad 0.5"), trainer_of("--clip_grad 0.5 --accum_iter 4")
+    batch = random_batch(8)
+    once.update(once.bring([batch]))
+    parts.update(parts.bring([MaskedBatch(*(x[i : i + 2] for x in batch)) for i in range(0, 8, 2)]))
+    assert parts.meter.drain()["loss"] == pytest.approx(once.meter.drain()["loss"], abs=1e-5)
+    for name, p in once.state.model.named_parameters():
+        if not name.endswith("qkv.bias"):  # its keys' part has no gradient: noise decides the sign of AdamW's step
+            torch.testing.assert_close(dict(parts.state.model.named_parameters())[name], p, atol=2e-5, rtol=0)
+
+
+def test_the_loss_against_loops():
+    logits = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    masks = torch.randint(0, 4, (2, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    masks[0, :2] = IGNORED
+    expected = 0.0
+    for b, y, x in np.ndindex(2, 5, 6):
+        if masks[b, y, x] != IGNORED:
+            expected -= logits[b, :, y, x].log_softmax(0)[int(masks[b, y, x])].item()
+    assert pixel_loss(logits, masks).item() == pytest.approx(expected / 60, rel=1e-5)
+    assert pixel_loss(logits, torch.full_like(masks, IGNORED)).item() == 0
+    smooth = F.interpolate(logits, (10, 12), mode="bilinear", align_corners=False)
+    enlarged = masks.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(pixel_loss(logits, enlarged), pixel_loss(smooth, enlarged))
+
+
+def test_the_schedule_spans_the_updates_and_not_the_epochs():
+    trainer = trainer_of("--warmup_updates 4 --min_lr 1e-5")
+    assert (trainer.total_updates, trainer.epochs) == (20, 2)
+    for update, lr in {0: 0.0, 2: 5e-4, 4: 1e-3, 12: 5.05e-4, 20: 1e-5}.items():
+        trainer.state.updates = update
+        assert trainer.lr == pytest.approx(lr, rel=1e-9, abs=1e-12)
+    trainer.state.updates = 0
+    begun = [update for update in range(25) if (setattr(trainer.state, "updates", update), not trainer.finished)[1]]
+    assert begun == list(range(20))
+
+
+# ---- windows -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.data())
+@quick
+def test_windows_cover_everything_and_stay_inside(window, more, data):
+    stride, length = data.draw(st.integers(1, window)), window + more
+    starts = window_starts(length, window, stride)
+    assert starts[0] == 0
+    assert starts[-1] == length - window
+    assert all(0 < b - a <= stride for a, b in itertools.pairwise(starts))
+    assert len(starts) == -(-more // stride) + 1  # no window too many
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize(("size", "stride"), [((20, 33), (5, 6)), ((8, 9), (8, 9)), ((8, 30), (3, 9))])
+def test_sliding_against_a_loop_over_pixels(size, stride, batch_size):
+    """Each pixel's logits are the mean over all windows in which it lies; they depend on the window here."""
+    window = (8, 9)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, *size, generator=generator)
+    place = torch.randn(3, *window, generator=generator)
+
+    def predict(images):  # of the window's mean, of the pixel, and of the pixel's place in the window
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        return mean * place + images[:, :1] * place.square()
+
+    found = slide(predict, image, window, stride, batch_size)
+    tops = sorted({min(i * stride[0], size[0] - window[0]) for i in range(size[0])})
+    lefts = sorted({min(i * stride[1], size[1] - window[1]) for i in range(size[1])})
+    for y, x in np.ndindex(*size):
+        votes = []
+        for top in tops:
+            for left in lefts:
+                if top <= y < top + window[0] and left <= x < left + window[1]:
+                    seen = image[:, top : top + window[0], left : left + window[1]]
+                    votes.append(predict(seen[None])[0, :, y - top, x - left])
+        torch.testing.assert_close(found[:, y, x], torch.stack(votes).mean(0), rtol=1e-4, atol=1e-5)
+
+
+class Brightness(nn.Module):
+    """Logits that say how bright a pixel is, by its first channel; notes the sizes it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def predict(self, images):
+        self.sizes.add(tuple(images.shape[2:]))
+        levels = torch.linspace(-1.5, 1.5, 4).view(1, 4, 1, 1)
+        return -(images[:, :1] - levels).square()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 70), (37, 32), (9, 128)])
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_images_of_any_size_are_seen_whole(size, mode):
+    """A prediction from the pixel alone is the same by windows, at once, and without padding."""
+    config = config_of("--data_path anywhere --eval_mode", mode)
+    image = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
+    model = Brightness()
+    found = image_logits(model, image, config)
+    torch.testing.assert_close(found, model.predict(image[None])[0])
+    model.sizes.clear()
+    image_logits(model, image, config)
+    assert model.sizes == {(32, 32)} if mode == "slide" else {tuple(-(-side // 8) * 8 for side in size)}
+
+
+@pytest.mark.parametrize("most", [1, 500, 10**9])
+def test_classes_of_enlarged_logits(monkeypatch, most):
+    monkeypatch.setattr("engine_segment.MOST_NUMBERS", most)  # one class at a time; two; all
+    logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
+    enlarged = F.interpolate(logits[None], (15, 16), mode="bilinear", align_corners=False)[0]
+    assert torch.equal(classes_at(logits, (15, 16)), enlarged.argmax(0))
+
+
+# ---- scores ------------------------------------------------------------------------------------------------
+
+
+def slow_scores(pairs: list[tuple[np.ndarray, np.ndarray]], classes: int) -> dict[str, float]:
+    """Sets of pixels, class by class."""
+    counted = [(i, t, s) for truth, said in pairs for i, (t, s) in enumerate(zip(truth.flat, said.flat, strict=True))
+               if t != IGNORED]  # fmt: skip
+    ious, accuracies = [], []
+    for k in range(classes):
+        both = sum(t == k and s == k for _, t, s in counted)
+        either = sum(t == k or s == k for _, t, s in counted)
+        there = sum(t == k for _, t, _ in counted)
+        if either:
+            ious.append(100 * both / either)
+        if there:
+            accuracies.append(100 * both / there)
+    right = sum(t == s for _, t, s in counted)
+    return dict(miou=np.mean(ious), aacc=100 * right / len(counted), macc=np.mean(accuracies))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 6))
+@quick
+def test_scores_against_sets_of_pixels(seed, classes):
+    """Random masks of different sizes, with ignored pixels and classes that are not there, not said, or neither."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(3):
+        shape = rng.integers(2, 9, 2)
+        truth = rng.integers(0, max(1, classes - 1), shape).astype(np.uint8)
+        truth[rng.random(shape) < 0.3] = IGNORED
+        pairs.append((truth, rng.integers(0, max(1, classes - rng.integers(0, 2)), shape)))
+    pairs[0][0][0, 0] = 0  # one pixel counts at least
+    confusion = sum(confusion_of(torch.from_numpy(t), torch.from_numpy(s), classes) for t, s in pairs)
+    scores = SegmentScores(confusion, len(pairs))
+    assert scores.values == pytest.approx(slow_scores(pairs, classes))
+
+
+def test_absent_classes_by_hand():
+    truth = torch.tensor([[0, 0, 0, 1], [1, IGNORED, IGNORED, 1]], dtype=torch.uint8)
+    said = torch.tensor([[0, 0, 3, 1], [1, 2, 0, 0]])  # 3 is said and not there, 2 only where it is ignored
+    scores = SegmentScores(confusion_of(truth, said, 5), 1)
+    assert scores.iou.nan_to_num(-1).tolist() == pytest.approx([50, 200 / 3, -1, 0, -1])
+    assert scores.accuracy.nan_to_num(-1).tolist() == pytest.approx([200 / 3, 200 / 3, -1, -1, -1])
+    assert scores.values == pytest.approx({"miou": (50 + 200 / 3 + 0) / 3, "aacc": 400 / 6, "macc": 200 / 3})
+
+
+def test_evaluation_scores_at_the_mask_s_own_size():
+    """A prediction from brightness alone, on images of half the masks' size, against the loop."""
+    config, model = config_of("--data_path anywhere"), Brightness()
+    model.train()
+    normalise = Normalise((0.5,) * 3, (0.25,) * 3, CPU)
+    rng = np.random.default_rng(0)
+    loader, pairs = [], []
+    for size in ((32, 40), (50, 32), (32, 32)):
+        pixels = torch.from_numpy(rng.integers(0, 256, (3, *size), dtype=np.uint8))
+        mask = rng.integers(0, 4, (2 * size[0], 2 * size[1])).astype(np.uint8)
+        mask[:5] = IGNORED
+        loader.append((pixels, torch.from_numpy(mask)))
+        logits = model.predict(normalise(pixels)[None])
+        said = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+        pairs.append((mask, said.numpy()))
+    scores = evaluate(model, loader, 4, normalise, config, CPU, NO_AMP)
+    assert scores.images == 3
+    assert scores.values == pytest.approx(slow_scores(pairs, 4))
+    assert model.training
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+
+def launched(processes: int, *flags: object) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main_segment.py"]
+    words = [sys.executable, *launch, *TINY_SEGMENTER.split(), *" ".join(map(str, flags)).split()]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=400)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one_does(scenes, tmp_path):
+    """Losses with BatchNorm over both, scores over five images, also with the weights sharded."""
+    logs = {}
+    flags = ["--data_path", scenes, "--drop_path 0 --dropout 0 --output_dir"]
+    for name, processes, more in (("one", 1, "--batch_size 4"), ("two", 2, "--batch_size 2"),
+                                  ("fsdp", 2, "--batch_size 2 --parallel fsdp")):  # fmt: skip
+        launched(processes, *flags, tmp_path / name, more)
+        logs[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    for name in ("two", "fsdp"):
+        assert values(logs[name], "loss") == pytest.approx(values(logs["one"], "loss"), abs=2e-5)
+    trained = next((tmp_path / "one").glob("checkpoint-*-step5.pth"))
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / f"evaluated{processes}"
+        launched(processes, "--data_path", scenes, "--eval --per_class --resume", trained, "--output_dir", output)
+        found.append(np.load(output / "confusion.npy"))
+    assert (found[0] == found[1]).all()
+    masks = [np.asarray(Image.open(path)) for path in (scenes / "masks" / "val").iterdir()]
+    assert found[0].sum() == sum((mask != 3).sum() for mask in masks)
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def test_colours_can_be_told_apart():
+    for number, apart in ((11, 45), (150, 12)):
+        colours = cielab(palette(number))
+        distance = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 1000 * np.eye(number)
+        assert distance.min() > apart
+        assert np.linalg.norm(colours - cielab(np.zeros(3)), axis=1).min() > apart  # black is for ignored pixels
+    assert np.array_equal(palette(150)[:11], palette(11))
+    assert cielab(np.array([255, 255, 255])) == pytest.approx([100, 0, 0], abs=0.1)
+    assert cielab(np.array([255, 0, 0])) == pytest.approx([53.24, 80.09, 67.20], abs=0.1)
+
+
+def test_a_mask_over_its_image():
+    image = np.full((2, 3, 3), 100, dtype=np.uint8)
+    mask = np.array([[0, 1, 2], [0, 1, IGNORED]], dtype=np.uint8)
+    found = overlay(image, mask, palette(3))
+    assert found[1, 2].tolist() == [0, 0, 0]
+    for y, x in ((0, 0), (0, 1), (0, 2)):
+        assert found[y, x] == pytest.approx(0.65 * palette(3)[mask[y, x]] + 35, abs=1)
+
+
+def test_the_legend_names_what_occurs():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    truth = np.where(rng.random((40, 50)) < 0.2, IGNORED, 3).astype(np.uint8)
+    said = np.where(rng.random((40, 50)) < 0.5, 3, 7).astype(np.uint8)
+    shown = Predicted("a.jpg", image, truth, said)
+    counted = [(t, s) for t, s in zip(truth.flat, said.flat, strict=True) if t != IGNORED]
+    assert shown.accuracy == pytest.approx(sum(t == s for t, s in counted) / len(counted))
+    figure = segmentation_figure([shown], [f"thing {i}" for i in range(60)], "title")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["thing 3", "thing 7", "(ignored)"]
+    picture = as_array(figure)
+    assert picture.shape[2] == 3
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    crowded = Predicted("b.jpg", image, (np.arange(2000) % 60).reshape(40, 50).astype(np.uint8), said)
+    legend = segmentation_figure([crowded], [f"thing {i}" for i in range(60)], "title").legends[0]
+    assert len(legend.get_texts()) == 40
+    assert "The 40 most frequent of 60 classes are named." in legend.get_title().get_text()
+
+
+# ---- wrong input -------------------------------------------------------------------------------------------
+
+WRONG = {
+    "--finetune JUNK": "--finetune JUNK: cannot be read as a checkpoint",
+    "--batch_size 1": "--batch_size 1: BatchNorm needs two images at a time",
+    "--batch_size 64": "= 64 images per update, but the data set has 10",
+    "--warmup_updates 9": "--warmup_updates 9: must lie in 0..--max_updates 5",
+    "--scale_range 2 1": "--scale_range 2.0 1.0: give two factors",
+    "--most_of_a_class 0": "--most_of_a_class 0.0: must lie in (0, 1]",
+    "--eval_stride 40": "--eval_stride 40: must lie in 1..32",
+    "--input_size 33": "--input_size 33 33: must be a multiple of the patch",
+    "--in_chans 4": "--in_chans 4: colours of RGBA are not changed",
+    "--eval": "add --finetune or --resume with a file",
+    "--eval --finetune JUNK --resume JUNK": "give one of --resume and --finetune",
+    "--train_images JUNK": "add --train_masks",
+    "--max_update 7": "did you mean --max_updates?",
+    "--model vit_bse_patch16": "did you mean vit_base_patch16?",
+    "--head_width 0": "--head_width 0: must be 1 or more",
+    "--ignore_index 0 1 2 3": "names 0 classes",
+    "--first_label 5": "holds the number 0, but",
+    "--eval_mode sliding": "sliding",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_input_is_one_line(segment, scenes, tmp_path, capsys, flags):
+    (tmp_path / "junk").write_text("no checkpoint")
+    with pytest.raises(SystemExit) as stop:
+        segment("--data_path", scenes, flags.replace("JUNK", str(tmp_path / "junk")))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert WRONG[flags].replace("JUNK", str(tmp_path / "junk")) in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_wrong_mask_is_found_before_anything_is_trained(segment, scenes, tmp_path, capsys, how, split):
+    path = scenes / "masks" / split / "scene-003.png"
+    damage(path, how)
+    with pytest.raises(SystemExit) as stop:
+        segment("--data_path", scenes)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert str(path) in error[0]
+    assert DAMAGES[how] in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_a_loader_process_it_is_one_line_too(segment, scenes, capsys):
+    damage(scenes / "masks" / "train" / "scene-003.png", "out of range")
+    for flags in ("--num_workers 1", "--num_workers 1 --no_check_data"):
+        with pytest.raises(SystemExit) as stop:
+            segment("--data_path", scenes, flags)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1
+        assert "scene-003.png: holds the number 7" in error[0]
+
+
+def test_masks_that_are_ignored_altogether_are_one_line(segment, scenes, capsys):
+    for path in (scenes / "masks" / "val").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 3)).save(path)
+    with pytest.raises(SystemExit):
+        segment("--data_path", scenes)
+    assert "all pixels of the validation masks are ignored" in capsys.readouterr().err
+
+
+def test_a_bad_image_can_be_skipped(segment, scenes, capsys):
+    (scenes / "images" / "train" / "scene-002.png").write_text("no image")
+    with pytest.raises(SystemExit):
+        segment("--data_path", scenes)
+    error = capsys.readouterr().err
+    assert "scene-002.png: cannot be read (no image, or of an unknown format); mend it or add --on_bad_image" in error
+    log = segment("--data_path", scenes, "--on_bad_image skip")
+    assert "skipped a bad image" in capsys.readouterr().out
+    assert len(values(log, "loss")) == 5
+
+
+def test_dry_run_looks_at_the_masks_and_trains_nothing(segment, scenes, tmp_path, capsys):
+    segment("--data_path", scenes, "--dry_run")
+    printed = capsys.readouterr().out
+    assert "validation: 5 masks, 3 of 3 classes" in printed
+    assert "updates          2 per epoch, in all 5" in printed
+    assert "one batch        (4, 3, 32, 32)" in printed
+    assert "GFLOP" in printed
+    assert not (tmp_path / "run").exists()
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_recipes_are_table_e(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config = parse_config(SegmentConfig, ["--recipe", f"segment_vit_{size}", "--data_path", "ADE20K"], "main.py")
+    assert config.model == f"vit_{size}_patch16"
+    assert (config.effective_batch, config.peak_lr, config.weight_decay) == (16, 1e-4, 0.05)
+    assert (config.betas, config.layer_decay, config.drop_path) == ((0.9, 0.999), 0.65, 0.1)
+    assert (config.max_updates, config.warmup_updates, config.power, config.min_lr) == (160_000, 1500, 1, 0)
+    assert (config.image_size, config.window_stride) == ((512, 512), (341, 341))
+    with torch.device("meta"):
+        model = UperNet(**config.model_arguments(150))
+    assert model.decode_head.classifier[1].weight.shape == (150, 512, 1, 1)
+    assert model.auxiliary_head.classifier[1].weight.shape == (150, 256, 1, 1)

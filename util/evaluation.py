@@ -1,0 +1,246 @@
+"""A training with evaluations between its epochs: what is the same for classifiers of images and of pixels."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import Dataset
+
+from util.amp import autocast_dtype
+from util.config import as_dict, check_same_run
+from util.cost import classifier_flops, count_parameters
+from util.data import BatchOrder, Loader, training_loader
+from util.distributed import Processes, is_main, start_processes
+from util.logs import RunLog
+from util.pictures import confusion_picture
+from util.results import append_result
+from util.run import check_batch, checkpoint_to_resume, fit_to_processes, open_log, open_store, train
+from util.sharding import check_sharding
+from util.training import Trainer
+
+Config = TypeVar("Config")
+
+# --------------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------------
+
+
+class Scores(Protocol):
+    """Of all images together, each counted once."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What goes into a log."""
+
+
+class Evaluation:
+    """The validation images, and what is made of the scores on them; a kind of training says how they are got."""
+
+    metric: str  # among the scores' values, by which the best checkpoint is chosen; in %
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.latest: Scores | None = None
+
+    def evaluate(self) -> Scores:
+        """Of the model as it stands; the same on all ranks, a collective."""
+        raise NotImplementedError
+
+    def describe(self, scores: Scores) -> str:
+        """The scores in one line."""
+        raise NotImplementedError
+
+    def write_classes(self, scores: Scores) -> str:
+        """Files for --per_class; what to say of them."""
+        raise NotImplementedError
+
+    def draw(self, title: str, name: str, log: RunLog | None) -> None:
+        """Pictures, on rank 0; a kind of training that has none draws none."""
+
+    def scores(self) -> Scores:
+        """`evaluate`, remembered."""
+        self.latest = self.evaluate()
+        return self.latest
+
+    def report(self, scores: Scores, epochs: int, best: float, log: RunLog, last: bool) -> None:
+        """A line of log, pictures, and at the end what --per_class asks for."""
+        log.scalars(self.trainer.state.updates, scores.values, epoch=epochs)
+        log.text(f"after epoch {epochs}: {self.describe(scores)}, best {best:.2f} %")
+        if not is_main():
+            return
+        self.draw(f"after update {self.trainer.state.updates}: {self.describe(scores)}", f"{epochs:04d}", log)
+        if last and self.trainer.config.per_class:
+            log.text(self.write_classes(scores))
+
+    def alone(self, stage: str, said: str) -> Scores:
+        """--eval: print and record the scores."""
+        config = self.trainer.config
+        begin = time.monotonic()
+        scores = self.scores()
+        if is_main():
+            print(f"{said}\n{self.describe(scores)}")
+            self.draw(self.describe(scores), "eval", None)
+            if config.per_class:
+                print(self.write_classes(scores))
+            append_result(config.output_dir, f"{stage}-eval", as_dict(config), scores.values, time.monotonic() - begin)
+        return scores
+
+
+def share_of_images(number: int, processes: Processes, dist_eval: bool) -> range:
+    """Which of `number` images this rank evaluates; without `dist_eval` rank 0 all of them."""
+    if dist_eval:
+        return range(number)[processes.rank :: processes.world_size]
+    return range(number) if processes.rank == 0 else range(0)
+
+
+def evaluation_loader(dataset: Dataset, trainer: Trainer, batch_size: int | None) -> Loader:
+    """Batches of what is evaluated, or (None) one sample after the other."""
+    config = trainer.config
+    return Loader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=config.loader_workers,
+        pin_memory=config.pins(trainer.device),
+        persistent_workers=config.loader_workers > 0,
+        patience=config.loader_timeout,
+    )
+
+
+def write_per_class(
+    folder: str | Path, rows: Sequence[dict[str, Any]], confusion: np.ndarray, shown: np.ndarray
+) -> str:
+    """per_class.json, and the confusion matrix [K, K] as array and, in the numbers `shown`, as picture; say where."""
+    folder = Path(folder)
+    (folder / "per_class.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    np.save(folder / "confusion.npy", confusion)
+    confusion_picture(shown, [row["class"] for row in rows], folder / "confusion.png")
+    return f"scores per class: {folder}/per_class.json, confusion matrix: {folder}/confusion.png and .npy"
+
+
+# --------------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be wrong with the input, found before a model is built."""
+
+    config: Any  # the batch fitted to the processes (--elastic)
+    processes: Processes
+    dtype: torch.dtype | None  # of autocast; None: fp32
+    data: Any  # `train` (None for --eval) and `val`, sources of images
+    order: BatchOrder
+
+
+def prepare(config: Config, open_data: Callable[[Config, Processes], Any]) -> Prepared:
+    """Processes, precision, data and batches of a run; every UserError that they may hold."""
+    processes = start_processes(config.device, config.dist_backend)
+    dtype = autocast_dtype(config.amp, processes.device)
+    check_sharding(config.parallel, dtype, processes.device)
+    data = open_data(config, processes)
+    config = fit_to_processes(config)
+    return Prepared(config, processes, dtype, data, training_order(config, data, processes))
+
+
+def training_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
+    """Which images make up which batch; an epoch of none is an error."""
+    images = len(data.train or data.val)
+    shape = (config.batch_size, config.accum_iter, processes.rank, processes.world_size)
+    order = BatchOrder(images, *shape, config.seed)
+    if not config.eval:
+        check_batch(config, order)
+    return order
+
+
+def train_and_evaluate(
+    trainer: Trainer,
+    prepared: Prepared,
+    make_dataset: Callable[[], Dataset],
+    make_evaluation: Callable[[], Evaluation],
+    stage: str,
+    said: str,
+) -> Scores | None:
+    """The whole run of a model that has been built: resume, epochs, evaluations, result; or --eval alone.
+
+    Args:
+        make_dataset: of the samples that the order names, called once for a run that trains.
+        make_evaluation: called once the output folder is known to be ours.
+        stage: as `finetune`, for results.jsonl.
+        said: where the weights came from, for the log.
+    """
+    config, source, order = prepared.config, prepared.data.train, prepared.order
+    store = open_store(config)
+    evaluation = make_evaluation()
+    if config.eval:
+        return evaluation.alone(stage, said)
+    binding = config.binding_settings(len(source))
+    resumed = checkpoint_to_resume(config, store)
+    if resumed is not None:
+        check_same_run(binding, resumed, config.elastic)
+        trainer.state.load_state_dict(resumed)
+    loader = training_loader(
+        make_dataset(),
+        order,
+        config.loader_workers,
+        config.pins(trainer.device),
+        config.loader_timeout,
+    )
+    log = open_log(config, trainer, prepared.processes, len(source))
+    if resumed is None:
+        log.text(said)
+    best = store.best_metric
+
+    def look(epochs: int, last: bool) -> float | None:
+        nonlocal best
+        if not last and epochs % config.eval_freq:
+            return None
+        scores = evaluation.scores()
+        metric = scores.values[evaluation.metric]
+        best = max(best or 0.0, metric)
+        evaluation.report(scores, epochs, best, log, last)
+        return metric
+
+    seconds = train(trainer, loader, order, source, store, log, look, binding)
+    scores = evaluation.latest
+    if is_main() and scores is not None:
+        metrics = scores.values | {f"best_{evaluation.metric}": best}
+        append_result(config.output_dir, stage, as_dict(config), metrics, seconds)
+    log.close()
+    return scores
+
+
+def show_plan(trainer: Trainer, images: str, order: BatchOrder, make_dataset: Callable[[], Dataset] | None) -> None:
+    """--dry_run: the settings, what the run costs, and one real batch (None: none is made).
+
+    Args:
+        images: how many there are, in words.
+    """
+    config = trainer.config
+    print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+    flops = classifier_flops(trainer.state.model, (config.in_chans, *config.image_size))
+    per_epoch, total = order.updates_per_epoch, trainer.total_updates
+    whole = per_epoch and total % per_epoch == 0
+    spread = f"{per_epoch} per epoch x {total // per_epoch} epochs =" if whole else f"{per_epoch} per epoch, in all"
+    facts = {
+        "images": images,
+        "updates": f"{spread} {total}",
+        "effective batch": f"{config.effective_batch}, peak lr {config.peak_lr:.3g}",
+        "parameters": f"{count_parameters(trainer.state.model) / 1e6:.2f} M",
+        "GFLOP": f"{flops / 1e9:.2f} per image, forward and backward",
+    }
+    if make_dataset is not None:
+        begin = time.perf_counter()
+        batch = next(iter(training_loader(make_dataset(), order, 0, False, 0)))
+        seconds = time.perf_counter() - begin
+        facts["one batch"] = f"{tuple(batch.images.shape)}, made in {seconds:.2f} s by one process"
+    for name, fact in facts.items():
+        print(f"{name:<17}{fact}")
