@@ -31,7 +31,7 @@ from util.errors import UserError, run_main
 from util.sources import open_images
 from util.table_plan import Clock, Options, Run, check_outcomes, plan_runs, read_scale, share_done, work_behind
 from util.table_run import print_plan, run_all
-from util.table_view import draw, fill, render
+from util.table_view import commented, draw, fill, render
 from util.tables import PRETRAIN, STAGES, TOOLS, Table, find_tables
 
 
@@ -315,11 +315,6 @@ def explained(table: Table, options: Options, against: str) -> list[str]:
         if against == "baseline":
             lines.append("Δ: points above the first row of ours (and of the paper's numbers in that row)")
     return lines + left_out([table], options)
-
-
-def commented(line: str, style: str) -> str:
-    """A line of text as it may stand beside the table."""
-    return f"% {line}" if style == "latex" else f"{line}  " if style == "markdown" else line
 
 
 if __name__ == "__main__":
