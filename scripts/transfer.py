@@ -38,7 +38,7 @@ from util.run import writable_folder
 from util.table_plan import Clock, Run, share_done
 from util.table_run import print_plan, run_all
 from util.table_view import commented
-from util.tables import Column, Table, load_tables
+from util.tables import Table, load_tables
 from util.transfer import (
     LRS,
     STAGE,
@@ -169,10 +169,9 @@ class RunFlags(PlanFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.dataset if self.download else ():
-            check(name in DATASETS, "download", name, "torchvision fetches aircraft, cifar10, cifar100, ... by name")
-        fix = "say where to, one folder for all"
-        check(not self.download or len(self.data_path) in (1, len(self.dataset)), "download", "", fix)
+        fix = "give the names of what to fetch by --dataset, and the folder by --data_path"
+        named = bool(self.dataset) and all(name in DATASETS for name in self.dataset) and bool(self.data_path)
+        check(not self.download or named, "download", self.dataset, fix)
 
 
 COMMANDS = {"plan": PlanFlags, "run": RunFlags, "show": ShowFlags}
@@ -353,11 +352,9 @@ def show(flags: ShowFlags) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     results = collect(flags)
     names = list(dict.fromkeys(name for found in results.values() for name in found))
-    known = paper_columns()
-    parts = []
-    for table in dict.fromkeys(table for name, (table, _) in known.items() if name in names):
-        parts.append((table.heading, beside_paper(table, results)))
-    others = [name for name in names if name not in known]
+    tables = [table for name, table in load_tables().items() if name in TABLES]
+    parts = [(table.heading, beside_paper(table, results)) for table in tables if set(names) & keys_of(table)]
+    others = [name for name in names if not any(name in keys_of(table) for table in tables)]
     if others:
         parts.append(("Data sets that the paper has not", alone(others, results)))
     for heading, comparison in parts:
@@ -375,10 +372,9 @@ def show(flags: ShowFlags) -> None:
         print(commented(f"picture: {flags.picture}", flags.format))
 
 
-def paper_columns() -> dict[str, tuple[Table, Column]]:
-    """The data sets of the paper, with table and column."""
-    tables = load_tables()
-    return {column.key: (tables[name], column) for name in TABLES for column in tables[name].columns}
+def keys_of(table: Table) -> set[str]:
+    """Names of the data sets in a table."""
+    return {column.key for column in table.columns}
 
 
 def title_of(name: str) -> str:

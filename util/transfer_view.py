@@ -39,6 +39,8 @@ def beside_paper(table: Table, results: Results) -> Comparison:
     keys = [column.key for column in table.columns]
     rows = [[*row.labels, "paper", *(str(row.paper.get(key, "")) for key in keys)] for row in table.rows]
     for label, found in results.items():
+        if not set(keys) & set(found):
+            continue
         values = values_of(keys, found)
         shown = [str(found[key].score) if key in found and found[key].score else MISSING for key in keys]
         if AVERAGE in values:
@@ -47,7 +49,7 @@ def beside_paper(table: Table, results: Results) -> Comparison:
         row = counterpart(table, label)
         paper = {key: row.paper[key].value for key in keys if key in row.paper}
         differences = [difference(values.get(key), paper.get(key)) for key in keys]
-        rows.append([label, f"ours − paper's {row.labels[0]}", *differences])
+        rows.append([label, f"Δ to paper's {row.labels[0]}", *differences])
     return Comparison(titles, rows)
 
 
@@ -71,6 +73,7 @@ def alone(names: Sequence[str], results: Results) -> Comparison:
     rows = [
         [label, "ours", *(str(found[name].score) if name in found and found[name].score else MISSING for name in names)]
         for label, found in results.items()
+        if set(names) & set(found)
     ]
     return Comparison(["method", "numbers", *names], rows)
 
