@@ -18,7 +18,7 @@ import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -243,7 +243,7 @@ def run(flags: RunFlags) -> None:
     """What is not done yet, then the tables and the heat maps."""
     search, chosen_from = flags.search, flags.targets
     cells = cells_of(search, chosen_from)
-    with locked(search.folder):
+    with locked(search.folder / target.name for target in chosen_from):
         failed = do(cells, flags)
         if search.holdout:
             chosen = {
@@ -290,13 +290,12 @@ def do(planned: dict[Target, list[Run]], flags: RunFlags) -> RunError | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """No other command writes there meanwhile."""
-    lock = lock_folder(writable_folder(folder, "output_dir"))
-    try:
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """No other command writes to these data sets' folders meanwhile."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(lock_folder(writable_folder(folder, "output_dir")))
         yield
-    finally:
-        lock.close()
 
 
 def submit_all(flags: RunFlags, launcher_flags: Sequence[str]) -> None:

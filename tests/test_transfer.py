@@ -390,12 +390,14 @@ def test_wrong_input_is_one_line(call, monkeypatch, tmp_path, flags):
 
 
 def test_a_folder_in_use_is_refused(call, tmp_path, class_folders):
-    (tmp_path / "output/transfer/ours").mkdir(parents=True)
-    lock = lock_folder(tmp_path / "output/transfer/ours")
+    (tmp_path / "output/transfer/ours/images").mkdir(parents=True)
+    lock = lock_folder(tmp_path / "output/transfer/ours/images")
     status, _, said = call(f"run {TINY} --data_path {class_folders} {SMALL_GRID}")
     lock.close()
     assert status == 2
-    assert said.startswith("transfer.py: error: --output_dir output/transfer/ours: another run writes there (process ")
+    assert said.startswith(
+        "transfer.py: error: --output_dir output/transfer/ours/images: another run writes there (process "
+    )
     assert len(said.splitlines()) == 1
 
 
