@@ -11,6 +11,7 @@ submitted.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shlex
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -270,6 +272,46 @@ def resources_of(config: SubmitConfig, job_dir: Path) -> Resources:
         interpreter=config.interpreter,
         srun=tuple(srun),
     )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Runs that other scripts have planned
+# --------------------------------------------------------------------------------------------------------
+
+
+def config_of_arrays(stage: str, launcher_flags: Sequence[str], processes: int | None) -> SubmitConfig:
+    """The settings behind `--submit --` of a script that plans the runs itself.
+
+    Args:
+        processes: what its own --processes says.
+    """
+    config = parse_config(SubmitConfig, [stage, *launcher_flags], "submit.py")
+    check(config.cluster == "slurm", "cluster", config.cluster, "runs on this machine need no --submit")
+    for flag in ("seeds", "grid", "follow"):
+        check(not getattr(config, flag), flag, getattr(config, flag), "leave it out behind --submit")
+    size = config.nodes * config.processes_per_node
+    check(processes in (None, size), "processes", processes, f"the launcher starts {size}, leave it out")
+    return config
+
+
+def check_sbatch() -> None:
+    """UserError where no job can be submitted."""
+    if shutil.which("sbatch") is None:
+        raise UserError("--submit: there is no sbatch here, submit from a login node or leave it out")
+
+
+def submit_array(config: SubmitConfig, runs: list[Run], job_dir: Path, after: str, dry_run: bool) -> str:
+    """Submit or print the runs, after what sbatch calls `after`; the number of the job."""
+    code = unused_folder(job_dir)
+    jobs = [stage_job(config, code, run) for run in runs]
+    resources = resources_of(config, job_dir)
+    resources = dataclasses.replace(resources, dependency=after or resources.dependency)
+    if dry_run:
+        show(config, resources, runs, jobs, job_dir, code)
+        return "JOB"
+    submitted = submit(config, resources, jobs, job_dir, code)
+    report(config, runs, submitted)
+    return submitted[0].job_id.partition("_")[0]
 
 
 # --------------------------------------------------------------------------------------------------------

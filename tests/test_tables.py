@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import one_line
-from scripts import analyze
+from scripts import analyze, transfer
 from scripts import tables as script
 from util.command_line import parse_config, read_recipe, recipe_chain
 from util.config import as_dict
 from util.errors import UserError
 from util.pretrain_config import PretrainConfig
+from util.published import DATASETS
 from util.run import share_batch
 from util.table_plan import Clock, Options, flops, parse, plan_runs, read_scale, work_behind
 from util.tables import FOLDER, PRETRAIN, STAGES, Score, find_tables, load_tables, read_score
@@ -342,6 +343,9 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
             assert plan_runs(find_tables(given.table), dataclasses.replace(given.options, seeds=1)), command
         elif program == "scripts/analyze.py":
             assert parse_config(analyze.COMMANDS[flags[0]], flags[1:], program).checkpoint
+        elif program == "scripts/transfer.py":
+            given = parse_config(transfer.COMMANDS[flags[0]], flags[1:], program)
+            assert set(getattr(given, "dataset", ())) <= DATASETS.keys()
         else:
             recipes.add(parse_config(mains[program], flags, program).recipe)
     assert {recipe for table, row in OURS if table.from_paper for recipe in row.recipes.values()} <= recipes

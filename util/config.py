@@ -151,8 +151,9 @@ class DataConfig(PixelConfig):
     data_path: str = ""
     """folder with train/ (and val/) of class folders, flat folder of images at any depth, or .tar of either"""
     dataset: str = ""
-    """any name of timm's create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..), or `digits`: 1,797
-    handwritten digits that come with scikit-learn, the default without --data_path"""
+    """cub200, flowers102, inat2018, ... as published, under --data_path (util/published.py); any name of timm's
+    create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..); or `digits`: 1,797 handwritten digits that come
+    with scikit-learn, the default without --data_path"""
     val_path: str = ""
     """labelled images for the kNN monitor; default: val/ or val.tar beside the training images, if there"""
     cache: Literal["none", "ram", "device"] = "none"

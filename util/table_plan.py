@@ -132,7 +132,8 @@ class Run:
     flags: tuple[str, ...]
     config: Any  # what the main will make of the flags
     processes: int
-    after: Run | None  # the pre-training whose checkpoint it starts from
+    after: Run | None = None  # the pre-training whose checkpoint it starts from
+    images: int | None = None  # per epoch; None: as many as the plan's data set has
 
     @property
     def main(self) -> str:
@@ -213,17 +214,23 @@ def shared_flags(work: Work, stage: str, options: Options) -> tuple[tuple[str, .
     given = list(options.extra.get(kind.main, ()))
     flags = [*as_flags(work.stages[stage]), *options.data, *given]
     config = parse(kind.settings, kind.program, tuple(flags))
-    changes: dict[str, Any] = {}
+    changes = cut_batch(config, given, options.scale.processes, processes_of(options))
     if stage == PRETRAIN and work.epochs_times != 1:
         changes["epochs"] = round(work.epochs_times * config.epochs)
-    meant, processes = options.scale.processes, processes_of(options)
-    cut_by_hand = any(flag.startswith(("--batch_size", "--accum_iter")) for flag in given)
-    if processes != meant and not cut_by_hand:
-        images = config.batch_size * config.accum_iter * meant
-        flag = f"--processes {processes}"
-        changes["batch_size"], changes["accum_iter"] = share_batch(images, processes, config.batch_size, flag)
     flags = (*flags, *as_flags(changes))
     return flags, parse(kind.settings, kind.program, flags)
+
+
+def cut_batch(config: Any, given: Sequence[str], meant: int, processes: int) -> dict[str, Any]:
+    """What keeps the images of an update where a run has other processes than its recipe is `meant` for.
+
+    Nothing where the flags `given` by hand cut the batch themselves.
+    """
+    if processes == meant or any(flag.startswith(("--batch_size", "--accum_iter")) for flag in given):
+        return {}
+    images = config.batch_size * config.accum_iter * meant
+    batch_size, accum_iter = share_batch(images, processes, config.batch_size, f"--processes {processes}")
+    return {"batch_size": batch_size, "accum_iter": accum_iter}
 
 
 @functools.cache
@@ -266,6 +273,15 @@ def deviations(config: Any, outcome: Outcome) -> list[str]:
     ]
 
 
+def check_outcomes(runs: Sequence[Run]) -> None:
+    """UserError where a run with other settings has finished in the folder of one of these."""
+    for run in runs:
+        outcome = outcome_in(run.folder, run.stage)
+        others = deviations(run.config, outcome) if outcome is not None else []
+        if others:
+            raise UserError(f"--output_dir {run.folder}: has finished with {', '.join(others)}, choose another folder")
+
+
 def share_done(run: Run) -> float:
     """Of the epochs of a run, by its newest checkpoint or its result."""
     if outcome_in(run.folder, run.stage) is not None:
@@ -283,8 +299,12 @@ def share_done(run: Run) -> float:
 
 
 def flops(run: Run, images: int) -> float:
-    """Matrix products of a whole run with so many images per epoch, forward and backward; no evaluation."""
-    return flops_per_image(run) * images * run.config.epochs
+    """Matrix products of a whole run, forward and backward; no evaluation.
+
+    Args:
+        images: per epoch, unless the run has a number of its own.
+    """
+    return flops_per_image(run) * (run.images or images) * run.config.epochs
 
 
 def flops_per_image(run: Run) -> int:

@@ -190,6 +190,11 @@ def render(filled: Filled, against: Against, style: Literal["text", "markdown", 
     return FORMATS[style](titles, rows, len(filled.table.labels))
 
 
+def commented(line: str, style: str) -> str:
+    """A line of text as it may stand beside a table."""
+    return f"% {line}" if style == "latex" else f"{line}  " if style == "markdown" else line
+
+
 # --------------------------------------------------------------------------------------------------------
 # Picture
 # --------------------------------------------------------------------------------------------------------

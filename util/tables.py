@@ -20,7 +20,8 @@ from util.pretrain_config import PretrainConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "tables"
 FILES = ("paper.yaml", "study.yaml")
-TOOLS = ("segmentation", "transfer", "robustness")  # that do not exist yet
+# what gives numbers that `tables.py run` does not; empty: nothing does yet
+TOOLS = {"segmentation": "", "transfer": "scripts/transfer.py", "robustness": ""}
 SCORE = re.compile(r"(\d{1,2}\.\d)([†‡]?)(?: \((\d{1,2}\.\d) ± (\d\.\d)\))?")
 
 
