@@ -46,7 +46,7 @@ from util.table_plan import (
 )
 from util.table_run import run_all
 from util.table_view import draw, fill, render
-from util.tables import PRETRAIN, STAGES, Table, find_tables
+from util.tables import PRETRAIN, STAGES, TOOLS, Table, find_tables
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def left_out(tables: Sequence[Table], options: Options) -> list[str]:
             if column.needs:
                 needed.setdefault(column.needs, []).append(column.title)
         for tool, titles in needed.items():
-            lines.append(f"table {table.name}: ours not yet available, no tool for {tool}: {', '.join(titles)}")
+            ours = f"ours by {TOOLS[tool]}" if TOOLS[tool] else f"ours not yet available, no tool for {tool}"
+            lines.append(f"table {table.name}: {ours}: {', '.join(titles)}")
         others = [row.labels[0] for row in table.rows if not row.recipes]
         if others:
             lines.append(f"table {table.name}: shown from the paper, not run: {', '.join(others)}")

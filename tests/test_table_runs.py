@@ -57,7 +57,7 @@ def test_a_plan_says_plainly_what_is_not_run(call):
     assert "# table 1: shown from the paper, not run: DeiT, DeiT-III, Cosub," in shown
     assert "no counterpart at --scale tiny: MAE ViT-S, MAE ViT-L, LUT ViT-S, LUT ViT-L" in shown
     _, shown, _ = call("plan 5")
-    assert "no tool for robustness: IN-1k, IN-V2," in shown
+    assert "# table 5: ours by scripts/robustness.py: IN-1k, IN-V2," in shown
     assert all(line.startswith("#") for line in shown.splitlines())
 
 

@@ -20,7 +20,11 @@ from util.pretrain_config import PretrainConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "tables"
 FILES = ("paper.yaml", "study.yaml")
-TOOLS = ("segmentation", "transfer", "robustness")  # that do not exist yet
+TOOLS = {  # what gives numbers that no stage gives; empty: it does not exist yet
+    "segmentation": "",
+    "transfer": "",
+    "robustness": "scripts/robustness.py",
+}
 SCORE = re.compile(r"(\d{1,2}\.\d)([†‡]?)(?: \((\d{1,2}\.\d) ± (\d\.\d)\))?")
 
 
@@ -68,8 +72,8 @@ class Column:
 
     key: str
     title: str
-    stage: str = ""  # of STAGES; empty: nothing here gives it yet
-    needs: str = ""  # the tool that would
+    stage: str = ""  # of STAGES; empty: none of them gives it
+    needs: str = ""  # the tool of TOOLS that does, or would
 
 
 @dataclass(frozen=True)
