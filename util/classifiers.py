@@ -18,7 +18,7 @@ from util.data import Normalise
 from util.errors import UserError
 from util.interop import Weights, read_weights
 from util.views import Size, centre_view
-from util.vit import TIMM, default_label, is_classifier, open_vit, random_timm, timm_name
+from util.vit import TIMM, default_label, image_size, is_classifier, open_vit, random_timm, timm_name
 
 View = Callable[[Tensor], Tensor]  # uint8 image [C, h, w] to what the model sees of it, [C, H, W]
 
@@ -92,8 +92,7 @@ def open_timm_classifier(
         said = f"{path} as timm's {architecture}"
     config = resolve_data_config(model=model, use_test_size=not size)
     if size:
-        config["input_size"] = (config["input_size"][0], size[0], size[-1])
-    fit_to_size(model, config["input_size"][1:], f"--input_size {' '.join(map(str, size))}")
+        config["input_size"] = (config["input_size"][0], *fit_to_size(model, size))
     transform = create_transform(**config, is_training=False, normalize=False)  # leaves pixels as uint8
     return NamedClassifier(
         label=label or default_label(name, "student"),
@@ -125,16 +124,26 @@ def fill_timm(model: nn.Module, architecture: str, state: dict[str, Tensor], whe
         raise UserError(f"{where}: does not fit timm's {architecture} ({type(error).__name__}: {said})") from error
 
 
-def fit_to_size(model: nn.Module, size: Size, where: str) -> None:
-    """Let a model with positions take images of that size; UserError where it cannot."""
-    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if own is None or tuple(own) == tuple(size):
-        return
-    try:
-        model.set_input_size(img_size=tuple(size))
-    except (AttributeError, AssertionError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: this model takes {own[0]} {own[1]} alone ({reason})") from error
+def fit_to_size(model: nn.Module, size: Sequence[int]) -> Size:
+    """Let a model that knows its input's size (a ViT) take images of `size`, one number or two; height and width.
+
+    Raises:
+        UserError: its patches do not divide it, or it cannot change.
+    """
+    stem = getattr(model, "patch_embed", None)
+    own = getattr(stem, "img_size", None)
+    if own is None:  # convolutions take any size
+        return size[0], size[-1]
+    height, width = image_size(size, tuple(own), stem.patch_size[0])
+    if (height, width) != tuple(own):
+        try:
+            model.set_input_size(img_size=(height, width))
+        except (AttributeError, AssertionError, ValueError, TypeError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"--input_size {height} {width}: this model takes {own[0]} {own[1]} alone ({said})"
+            ) from error
+    return height, width
 
 
 def pil_view(image: Tensor, transform: Callable[..., Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,10 +135,6 @@ def open_set(flag: str, path: str, partial: bool) -> OpenSet:
         UserError: not there, another set, or incomplete.
     """
     images, where = IMAGE_SETS[flag], f"--{flag} {path}"
-    name = plain_name(Path(path).name)
-    named = [other for other, known in IMAGE_SETS.items() if other != flag and name in known.usual]
-    if named:
-        raise UserError(f"{where}: is named as the images of --{named[0]} are, give them to that flag")
     source = open_images(path, "", "val", f"--{flag}")
     numbers = validation_numbers(source)
     if flag == "imagenet" and numbers is not None:
@@ -146,6 +143,10 @@ def open_set(flag: str, path: str, partial: bool) -> OpenSet:
         raise UserError(f"{where}: holds ImageNet-1k's validation images (ILSVRC2012_val_...), not {images.title}")
     folders = [source.class_names[label] for label in source.labels]
     refuse_others(images, set(folders), where)
+    name = plain_name(Path(path).name)  # all that tells SI-Score's three apart
+    named = [other for other, known in IMAGE_SETS.items() if other != flag and name in known.usual]
+    if named:
+        raise UserError(f"{where}: is named as the images of --{named[0]} are, give them to that flag")
     known = images.folders()
     places = [place for place, folder in enumerate(folders) if folder in known]
     lacking = what_is_lacking(images, {folders[place] for place in places}, len(places), where, partial)
@@ -205,9 +206,12 @@ def validation_set(source: ImageSource, numbers: list[int], where: str, partial:
     """
     known, labels = imagenet_folders(), validation_labels()
     wrong = [number for number in numbers if not 1 <= number <= NUM_VALIDATION]
-    if wrong or len(set(numbers)) < len(numbers):
-        what = f"holds an image number {wrong[0]}" if wrong else f"{len(numbers) - len(set(numbers))} images twice"
-        raise UserError(f"{where}: {what}, ImageNet-1k's validation images are numbered from 1 to {NUM_VALIDATION}")
+    if wrong:
+        raise UserError(f"{where}: holds an image number {wrong[0]}, ImageNet-1k's are 1 to {NUM_VALIDATION}")
+    twice = len(numbers) - len(set(numbers))
+    if twice:
+        number = next(number for number, count in Counter(numbers).items() if count > 1)
+        raise UserError(f"{where}: holds {twice} images twice, first number {number}; leave one of each")
     answers = [(int(labels[number - 1]),) for number in numbers]
     if source.class_names and set(source.class_names) & known.keys():
         folders = [source.class_names[label] for label in source.labels]
