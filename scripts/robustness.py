@@ -46,6 +46,7 @@ from util.robustness_view import (
     remarks_on,
     render_with,
 )
+from util.table_view import commented
 from util.vit import TIMM
 
 
@@ -290,14 +291,15 @@ def show(config: RobustnessConfig, missing: dict[str, str]) -> None:
     if not ours and not config.checkpoint:
         raise UserError(f"--output_dir {config.output_dir}: holds no results yet, give a CHECKPOINT")
     titles = column_titles()
-    lines = remarks_on(ours) + [f"missing: {titles[key]}, {why}" for key, why in missing.items()]
+    lines = ["top-1 accuracy in %, of IN-O AUPR in %; –: not evaluated", *remarks_on(ours)]
+    if missing:
+        lines.append(f"missing in this run: {', '.join(titles[key] for key in missing)}")
     print("\n" + render_with(ours, config.format) + "\n")
-    print("top-1 accuracy in %, of IN-O AUPR in %; –: not evaluated")
     for line in lines:
-        print(f"{line}  " if config.format == "markdown" else line)
+        print(commented(line, config.format))
     if config.picture:
         draw_with(ours, Path(config.picture))
-        print(f"picture: {config.picture}")
+        print(commented(f"picture: {config.picture}", config.format))
 
 
 if __name__ == "__main__":

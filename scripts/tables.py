@@ -45,7 +45,7 @@ from util.table_plan import (
     work_behind,
 )
 from util.table_run import run_all
-from util.table_view import draw, fill, render
+from util.table_view import commented, draw, fill, render
 from util.tables import PRETRAIN, STAGES, TOOLS, Table, find_tables
 
 
@@ -381,11 +381,6 @@ def explained(table: Table, options: Options, against: str) -> list[str]:
         if against == "baseline":
             lines.append("Δ: points above the first row of ours (and of the paper's numbers in that row)")
     return lines + left_out([table], options)
-
-
-def commented(line: str, style: str) -> str:
-    """A line of text as it may stand beside the table."""
-    return f"% {line}" if style == "latex" else f"{line}  " if style == "markdown" else line
 
 
 if __name__ == "__main__":

@@ -622,7 +622,7 @@ def wrong_inputs(made, tmp_path):
         f"timm:vit_bose_patch16_224 --imagenet_v2 {v2}": "did you mean vit_base_patch16_224?",
         f"timm:test_resnet={resnet} --imagenet_v2 {v2}": "has 7 classes",
         f"timm:test_resnet={tuned} --imagenet_v2 {v2}": "does not fit timm's test_resnet",
-        f"timm:test_vit --imagenet_v2 {v2} --input_size 50": "--input_size 50: no multiple of the patch, 16 pixels, try 48",
+        f"timm:test_vit --imagenet_v2 {v2} --input_size 50": "--input_size 50: no multiple of the patch, 16 pixels",
         "": "holds no results yet, give a CHECKPOINT",
     }
 

@@ -91,8 +91,7 @@ def open_timm_classifier(
         model = fill_timm(model, architecture, read_weights(Path(path), flag=flag).state, f"{flag} {name}")
         said = f"{path} as timm's {architecture}"
     config = resolve_data_config(model=model, use_test_size=not size)
-    if size:
-        config["input_size"] = (config["input_size"][0], *fit_to_size(model, size))
+    config["input_size"] = (config["input_size"][0], *fit_to_size(model, size or config["input_size"][1:]))
     transform = create_transform(**config, is_training=False, normalize=False)  # leaves pixels as uint8
     return NamedClassifier(
         label=label or default_label(name, "student"),

@@ -183,6 +183,11 @@ def as_latex(titles: Sequence[str], rows: Sequence[Sequence[str]], labels: int) 
     return "\n".join([f"\\begin{{tabular}}{{{shape}}}", "\\toprule", *body, "\\bottomrule", "\\end{tabular}"])
 
 
+def commented(line: str, style: str) -> str:
+    """A line of text as it may stand beside the table."""
+    return f"% {line}" if style == "latex" else f"{line}  " if style == "markdown" else line
+
+
 FORMATS = {"text": as_text, "markdown": as_markdown, "latex": as_latex}
 
 
