@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import one_line
-from scripts import analyze
+from scripts import analyze, robustness
 from scripts import tables as script
 from util.command_line import parse_config, read_recipe, recipe_chain
 from util.config import as_dict
@@ -342,6 +342,8 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
             assert plan_runs(find_tables(given.table), dataclasses.replace(given.options, seeds=1)), command
         elif program == "scripts/analyze.py":
             assert parse_config(analyze.COMMANDS[flags[0]], flags[1:], program).checkpoint
+        elif program == "scripts/robustness.py":
+            assert parse_config(robustness.RobustnessConfig, flags, program).output_dir
         else:
             recipes.add(parse_config(mains[program], flags, program).recipe)
     assert {recipe for table, row in OURS if table.from_paper for recipe in row.recipes.values()} <= recipes
