@@ -12,6 +12,7 @@ missing, and several models in one folder become rows of one table.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -34,11 +35,12 @@ from util.imagenet import NUM_CLASSES
 from util.interop import Weights
 from util.logs import format_duration
 from util.results import RESULTS_FILE, append_result
-from util.robustness import Look, in_passes, places_of, scores_of_pass
+from util.robustness import Look, examples, in_passes, places_of, scores_of_pass
 from util.robustness_sets import COLUMNS, IMAGE_SETS, Task, find_below, flags_of, plan_tasks
 from util.robustness_view import (
     STAGE,
     column_titles,
+    draw_examples,
     draw_with,
     finished,
     main_metric,
@@ -126,6 +128,8 @@ class RobustnessConfig:
     """of the table"""
     picture: str = ""
     """also draw the table into this PNG"""
+    examples: int = 6
+    """images of each set that are drawn as the model sees them, into examples-LABEL.png; 0: none"""
 
     def __post_init__(self) -> None:
         for key in self.columns:
@@ -134,6 +138,7 @@ class RobustnessConfig:
         check(all(n >= 1 for n in self.input_size), "input_size", self.input_size, "must be 1 or more")
         check(0 < self.occlusion <= 1, "occlusion", self.occlusion, "must lie in (0, 1]")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
+        check(self.examples >= 0, "examples", self.examples, "must be 0 or more")
         check(self.num_heads is None or self.num_heads >= 1, "num_heads", self.num_heads, "must be 1 or more")
         check(not self.picture or self.picture.endswith(".png"), "picture", self.picture, "give the name of a .png")
         _ = self.loading  # its own checks
@@ -197,6 +202,8 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, st
         if is_main() and passes:
             make_folder(folder)
         run_passes(classifier, passes, look, settings, folder)
+        if is_main() and passes and config.examples:
+            show_examples(classifier, [task for task in tasks if task not in done], config.examples, look, folder)
     return missing
 
 
@@ -283,6 +290,16 @@ def run_passes(
         left = (now - first) / sum(sizes[: number + 1]) * sum(sizes[number + 1 :])
         if left:
             print(f"{number + 1} of {len(passes)} passes, left {format_duration(left)}", flush=True)
+
+
+def show_examples(classifier: NamedClassifier, tasks: Sequence[Task], number: int, look: Look, folder: Path) -> None:
+    """Draw what the model saw: a wrong crop or a missing label map shows at once."""
+    rows = {task.key: examples(classifier, task, number, look) for task in tasks}
+    rows = {key: found for key, found in rows.items() if found}
+    if rows:
+        path = folder / f"examples-{re.sub(r'[^A-Za-z0-9_.-]+', '_', classifier.label)}.png"
+        draw_examples(rows, classifier.label, path)
+        print(f"examples: {path}")
 
 
 def show(config: RobustnessConfig, missing: dict[str, str]) -> None:

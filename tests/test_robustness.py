@@ -24,11 +24,12 @@ from models_vit import Classifier
 from ranks import Ranks
 from scripts import robustness as script
 from util.classifiers import open_classifier, without_border
-from util.config import as_dict
+from util.config import DataConfig, as_dict
+from util.distributed import Processes
 from util.pretrain_config import PretrainConfig
 from util.results import read_results
-from util.robustness import accuracies, outlier_scores
-from util.robustness_sets import find_below, open_set
+from util.robustness import Look, accuracies, examples, outlier_scores
+from util.robustness_sets import find_below, open_set, plan_tasks
 from util.sources import FileSource, JoinedSource
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ SUBSETS = {
 }
 POOL = 600  # random images to choose from
 SIDE = 32  # pixels: the model's own size, so that nothing is resized
-FLAGS = "--device cpu --amp fp32 --num_workers 0 --batch_size 7"
+FLAGS = "--device cpu --amp fp32 --num_workers 0 --batch_size 7 --examples 0"
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -248,7 +249,8 @@ def whole(made, tmp_path_factory):
             "builtins.print", lambda *parts, **rest: said.append(" ".join(map(str, parts)) + rest.get("end", "\n"))
         )
         patch.setattr(
-            "sys.argv", ["robustness.py", *f"{made.checkpoint} {everything(made)} --output_dir {folder}".split()]
+            "sys.argv",
+            ["robustness.py", *f"{made.checkpoint} {everything(made)} --examples 5 --output_dir {folder}".split()],
         )
         script.main()
     lines = {line["config"]["column"]: line for line in read_results(folder)}
@@ -289,6 +291,20 @@ def test_the_sets_differ_where_a_rule_is_left_out(made):
     assert top1("v2", right=lambda r: [text_order.index(str(r[0]))]) < made.expected("v2")["top1"]
     assert len(made.scored["real"]) < len(made.scored["in1k"])
     assert made.expected("real")["top1"] != made.expected("in1k")["top1"]
+
+
+def test_examples_are_drawn_as_the_model_sees_them(made, whole):
+    assert Image.open(whole[2] / "examples-tuned_best.png").size[1] > 1000  # twelve rows
+    look = Look(Processes(0, 1, CPU), None, 8, DataConfig(num_workers=0), occlusion=0.5, fill="black")
+    model = open_classifier(str(made.checkpoint), "student", "", (), None, CPU, 1000, "CHECKPOINT")
+    paths = {"imagenet": f"{made.root}/data/imagenet", "objectnet": f"{made.root}/data/objectnet-1.0"}
+    tasks, _ = plan_tasks(["cocc", "objnet"], paths, partial=True)
+    hidden, framed = (examples(model, task, 4, look) for task in tasks)
+    assert len(hidden) == len(framed) == 4
+    assert not any(example.image[8:24, 8:24].any() for example in hidden)
+    known = {np.asarray(image).tobytes(): image_id for image_id, image in enumerate(made.images)}
+    for example in framed:  # no border left
+        assert example.said == made.said[known[example.image.tobytes()]]
 
 
 def test_the_outliers_score_is_scikit_learns(made, whole):

@@ -31,6 +31,12 @@ def imagenet_folders() -> Answers:
     return {wnid: (place,) for place, wnid in enumerate(ImageNetInfo().label_names())}
 
 
+@functools.cache
+def class_names() -> list[str]:
+    """A short name for each of the 1,000 classes."""
+    return [description.partition(",")[0] for description in ImageNetInfo().label_descriptions()]
+
+
 def _chosen(wnids: str) -> Answers:
     """Those of the 1,000 that a text lists."""
     return {wnid: imagenet_folders()[wnid] for wnid in sorted(wnids.split())}

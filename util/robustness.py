@@ -23,6 +23,7 @@ from util.data import Loader, Normalise, load_image
 from util.distributed import Processes, sum_over_ranks
 from util.errors import UserError
 from util.imagenet import NUM_CLASSES, Answer
+from util.pictures import colours, drawable
 from util.progress import progress
 from util.robustness_sets import Task
 from util.sources import ImageSource
@@ -103,6 +104,14 @@ class Records(NamedTuple):
         return Records(*(x[torch.as_tensor(rows, dtype=torch.int64)] for x in self))
 
 
+class Example(NamedTuple):
+    """An image as the model sees it, and what it says of it."""
+
+    image: np.ndarray  # uint8 [H, W, 3]
+    said: int  # class of ImageNet
+    right: Answer
+
+
 @dataclass(frozen=True)
 class Look:
     """How the images of all passes are looked at."""
@@ -125,20 +134,16 @@ def look_at(classifier: NamedClassifier, task: Task, places: Sequence[int], look
     Each image is looked at once, by one of the ranks.
     """
     processes, device = look.processes, look.processes.device
-    view = partial(without_border, view=classifier.view, border=task.border) if task.border else classifier.view
     share = range(processes.rank, len(places), processes.world_size)
-    skips = look.loading.on_bad_image == "skip"
     loader = Loader(
-        PlacedImages(task.source, places, share, view, classifier.in_chans, skips, classifier.size),
+        images_of(classifier, task, places, share, look),
         batch_size=look.batch_size,
         num_workers=look.loading.loader_workers,
         pin_memory=look.loading.pins(device),
         patience=look.loading.loader_timeout,
     )
     batches = progress(loader, len(share), title, "images", lambda batch: len(batch[1])) if is_first(look) else loader
-    prepare: Callable[[Tensor], Tensor] = classifier.normalise
-    if task.occluded:
-        prepare = WithoutCentre(classifier.normalise, look.occlusion, look.fill)
+    prepare = input_of(classifier, task, look)
     classes = torch.tensor(task.classes or range(NUM_CLASSES), device=device)
     best = torch.zeros(len(places), 5, dtype=torch.int64, device=device)
     confidence = torch.zeros(len(places), dtype=torch.float64, device=device)
@@ -150,6 +155,39 @@ def look_at(classifier: NamedClassifier, task: Task, places: Sequence[int], look
         seen[numbers] = 1
     best, confidence, seen = (sum_over_ranks(x).cpu() for x in (best, confidence, seen))  # others hold zeros
     return Records(best, confidence, seen.bool())
+
+
+def images_of(
+    classifier: NamedClassifier, task: Task, places: Sequence[int], share: Sequence[int], look: Look
+) -> PlacedImages:
+    """The images at `places` of the task's source, of which `share` are this rank's."""
+    view = partial(without_border, view=classifier.view, border=task.border) if task.border else classifier.view
+    skips = look.loading.on_bad_image == "skip"
+    return PlacedImages(task.source, places, share, view, classifier.in_chans, skips, classifier.size)
+
+
+def input_of(classifier: NamedClassifier, task: Task, look: Look) -> Callable[[Tensor], Tensor]:
+    """What makes the model's input of uint8 pixels on its device."""
+    if task.occluded:
+        return WithoutCentre(classifier.normalise, look.occlusion, look.fill)
+    return classifier.normalise
+
+
+def examples(classifier: NamedClassifier, task: Task, number: int, look: Look) -> list[Example]:
+    """Some of the task's images, evenly over all of them, as the model sees them; without those that are left out."""
+    chosen = np.unique(np.linspace(0, len(task.places) - 1, number).round().astype(int)).tolist()
+    dataset = images_of(classifier, task, [task.places[i] for i in chosen], range(len(chosen)), look)
+    found = [(*dataset[i], task.answers[chosen[i]]) for i in range(len(chosen))]
+    found = [(pixels, answer) for pixels, place, answer in found if place != BAD]
+    if not found:
+        return []
+    pixels, prepare = torch.stack([pixels for pixels, _ in found]), input_of(classifier, task, look)
+    classes = torch.tensor(task.classes or range(NUM_CLASSES))
+    loader = [(pixels, torch.zeros(len(found)))]
+    ((logits, _),) = predict(classifier.model, loader, prepare, look.processes.device, look.autocast())
+    said = classes[logits.cpu()[:, classes].argmax(dim=1)].tolist()
+    seen = colours(prepare(pixels.to(look.processes.device)).cpu(), classifier.normalise.mean, classifier.normalise.std)
+    return [Example(image, best, answer) for image, best, (_, answer) in zip(drawable(seen), said, found, strict=True)]
 
 
 def is_first(look: Look) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from util.figures import Cell as Picture
+from util.figures import picture_grid, save_figure
+from util.imagenet import class_names
 from util.results import read_results
+from util.robustness import Example
 from util.robustness_sets import COLUMNS
 from util.table_view import FORMATS, MISSING, Cell, Filled, draw
 from util.tables import Row, Table, find_tables
@@ -113,3 +118,21 @@ def column_titles() -> dict[str, str]:
 def draw_with(ours: Sequence[Ours], path: Path) -> None:
     """A panel per column, a point per row, into a PNG."""
     draw(table_with(ours), "paper", path)
+
+
+def draw_examples(rows: Mapping[str, Sequence[Example]], label: str, path: Path) -> None:
+    """A row of images for each column, as the model sees them, with what it says, into a PNG."""
+    titles, names = column_titles(), class_names()
+    cells = [
+        [
+            Picture(
+                example.image,
+                title=textwrap.shorten(names[example.said], 22, placeholder="…"),
+                frame="#2E8B57" if example.said in example.right else "#BBBBBB" if not example.right else "#C0392B",
+            )
+            for example in examples
+        ]
+        for examples in rows.values()
+    ]
+    caption = "Above each image what the model says; green: right, red: wrong, grey: an outlier, of no class."
+    save_figure(picture_grid(cells, [], [titles[key] for key in rows], f"What {label} sees", caption), path)
