@@ -168,8 +168,7 @@ def left_out(tables: Sequence[Table], options: Options) -> list[str]:
             if column.needs:
                 needed.setdefault(column.needs, []).append(column.title)
         for tool, titles in needed.items():
-            whence = f"by {TOOLS[tool]}" if TOOLS[tool] else f"not yet available, no tool for {tool}"
-            lines.append(f"table {table.name}: ours {whence}: {', '.join(titles)}")
+            lines.append(f"table {table.name}: ours by {TOOLS[tool]}: {', '.join(titles)}")
         others = [row.labels[0] for row in table.rows if not row.recipes]
         if others:
             lines.append(f"table {table.name}: shown from the paper, not run: {', '.join(others)}")

@@ -53,11 +53,11 @@ def test_a_plan_is_a_shell_script(call):
 
 def test_a_plan_says_plainly_what_is_not_run(call):
     _, shown, _ = call("plan 1 --scale tiny")
-    assert "# table 1: ours not yet available, no tool for segmentation: ADE20K mIoU" in shown
+    assert "# table 1: ours by main_segment.py: ADE20K mIoU" in shown
     assert "# table 1: shown from the paper, not run: DeiT, DeiT-III, Cosub," in shown
     assert "no counterpart at --scale tiny: MAE ViT-S, MAE ViT-L, LUT ViT-S, LUT ViT-L" in shown
     _, shown, _ = call("plan 5")
-    assert "no tool for robustness: IN-1k, IN-V2," in shown
+    assert "# table 5: ours by scripts/robustness.py: IN-1k, IN-V2," in shown
     assert all(line.startswith("#") for line in shown.splitlines())
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import one_line
-from scripts import analyze, transfer
+from scripts import analyze, robustness, transfer
 from scripts import tables as script
 from util.command_line import parse_config, read_recipe, recipe_chain
 from util.config import as_dict
@@ -346,6 +346,8 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
         elif program == "scripts/transfer.py":
             given = parse_config(transfer.COMMANDS[flags[0]], flags[1:], program)
             assert set(getattr(given, "dataset", ())) <= DATASETS.keys()
+        elif program == "scripts/robustness.py":
+            assert parse_config(robustness.RobustnessConfig, flags, program).output_dir
         else:
             recipes.add(parse_config(mains[program], flags, program).recipe)
     assert {recipe for table, row in OURS if table.from_paper for recipe in row.recipes.values()} <= recipes

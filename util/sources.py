@@ -189,6 +189,35 @@ def hold_out(source: ImageSource, share: float) -> tuple[SubsetSource, SubsetSou
     return SubsetSource(source, stays), SubsetSource(source, goes)
 
 
+@dataclass
+class JoinedSource:
+    """The images of several sources, one after the other; labels are left behind, since their numbers may differ."""
+
+    parts: Sequence[ImageSource]
+    labels: None = None
+    class_names: None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, index: int) -> bytes | Image.Image | Tensor:
+        """As the part that holds it."""
+        part, index = self._find(index)
+        return part.read(index)
+
+    def name(self, index: int) -> str:
+        """As the part that holds it."""
+        part, index = self._find(index)
+        return part.name(index)
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")

@@ -20,8 +20,11 @@ from util.pretrain_config import PretrainConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "tables"
 FILES = ("paper.yaml", "study.yaml")
-# what gives numbers that `tables.py run` does not; empty: nothing does yet
-TOOLS = {"segmentation": "", "transfer": "scripts/transfer.py", "robustness": ""}
+TOOLS = {  # what gives numbers that `tables.py run` does not
+    "segmentation": "main_segment.py",
+    "transfer": "scripts/transfer.py",
+    "robustness": "scripts/robustness.py",
+}
 SCORE = re.compile(r"(\d{1,2}\.\d)([†‡]?)(?: \((\d{1,2}\.\d) ± (\d\.\d)\))?")
 
 
@@ -69,8 +72,8 @@ class Column:
 
     key: str
     title: str
-    stage: str = ""  # of STAGES; empty: nothing here gives it yet
-    needs: str = ""  # the tool that would
+    stage: str = ""  # of STAGES; empty: none of them gives it
+    needs: str = ""  # the tool of TOOLS that does, or would
 
 
 @dataclass(frozen=True)

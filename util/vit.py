@@ -178,13 +178,8 @@ def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
 
 def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
     """timm's model of that name, with the weights of a file or the first ones of seed 0."""
-    architecture, _, path = name.removeprefix(TIMM).partition("=")
-    if not timm.is_model(architecture):
-        known = timm.list_models("*vit*")
-        raise UserError(f"{flag} {name}: timm knows no model {architecture}{nearest(architecture, known)}")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(architecture, pretrained=False)
+    architecture, path = timm_name(name, flag)
+    model = random_timm(architecture)
     if not is_plain_vit(model):
         raise UserError(
             f"{flag} {name}: is no plain ViT with softmax attention in every block, as timm:vit_base_patch16_224 is"
@@ -195,6 +190,22 @@ def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
     if image_size(size, own, patch) != own:
         model.set_input_size(img_size=image_size(size, own, patch))
     return model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]), said
+
+
+def timm_name(name: str, flag: str) -> tuple[str, str]:
+    """Architecture and file (or nothing) of `timm:NAME=FILE`; UserError where timm knows no such model."""
+    architecture, _, path = name.removeprefix(TIMM).partition("=")
+    if not timm.is_model(architecture):
+        known = timm.list_models()
+        raise UserError(f"{flag} {name}: timm knows no model {architecture}{nearest(architecture, known)}")
+    return architecture, path
+
+
+def random_timm(architecture: str) -> nn.Module:
+    """timm's model of that name with the first weights of seed 0, without touching the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model(architecture, pretrained=False)
 
 
 def load_timm(model: VisionTransformer, path: Path, architecture: str, flag: str) -> str:
