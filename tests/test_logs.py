@@ -45,10 +45,10 @@ def read_lines(folder):
 def test_scalars_are_valid_json_lines_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(logs.time, "monotonic", iter([100.0, 101.25, 103.5]).__next__)
     log = RunLog(tmp_path / "new", None, enabled=True)
-    log.scalars(1, {"loss": 0.123456789, "lr": 1.23456789e-7, "count": 12}, epoch=2, stage="train")
+    log.scalars(1, {"loss": 0.123456789, "lr": 1.23456789e-7, "count": 12}, epoch=2, by="me")
     log.scalars(2, {"loss": math.nan, "a": math.inf, "b": -math.inf})
     assert read_lines(tmp_path / "new") == [  # before close: it was flushed
-        {"step": 1, "epoch": 2, "stage": "train", "seconds": 1.2, "loss": 0.123456789, "lr": 1.23456789e-7, "count": 12},
+        {"step": 1, "epoch": 2, "by": "me", "seconds": 1.2, "loss": 0.123456789, "lr": 1.23456789e-7, "count": 12},
         {"step": 2, "seconds": 3.5, "loss": "nan", "a": "inf", "b": "-inf"},
     ]
     log.close()
