@@ -42,19 +42,20 @@ def paper_tables(runs: Sequence[RunFolder]) -> tuple[list[Shown], list[str]]:
     Also what to say of the runs that belong to none.
     """
     tables = load_tables()
+    paper = [table for table in tables.values() if table.from_paper]
     studies: dict[tuple[str, Path], set[str]] = {}  # scale and folder of scripts/tables.py -> names of work
     places: list[Place] = []
     homeless: list[str] = []
     for run in runs:
         if (study := study_of(run)) is not None:
             studies.setdefault(study[:2], set()).add(study[2])
-        elif (place := place_of(run)) is not None and any(row_of(t, place) for t in tables.values()):
+        elif (place := place_of(run)) is not None and any(row_of(t, place) for t in paper):
             places.append(place)
         else:
             recipe = place.recipe if place else ""
             homeless.append(f"{run.label} ({f'recipe {recipe}' if recipe else 'no known recipe'})")
     shown = [found for key, work in studies.items() for found in of_study(tables, *key, work)]
-    shown += [by_recipe(table, places) for table in tables.values() if any(row_of(table, place) for place in places)]
+    shown += [by_recipe(table, places) for table in paper if any(row_of(table, place) for place in places)]
     return shown, homeless
 
 

@@ -247,7 +247,7 @@ def speed_rows(runs: Sequence[RunFolder]) -> Rows:
 
 ENVIRONMENT = {
     "git_commit": "commit",
-    "git_dirty": "code changed since",
+    "git_dirty": "uncommitted changes",
     "python": "Python",
     **{package: package for package in VERSIONS_OF},
     "cuda": "CUDA of torch",
@@ -289,6 +289,7 @@ def commands(run: RunFolder) -> list[tuple[str, str]]:
     if run.config and run.stage:
         program = [*launcher(info.get("processes")), f"main_{run.stage}.py"]
         again = [*program, "--recipe", str(run.path / "config.yaml"), "--output_dir", "AGAIN"]
+        again += ["--resume", ""] if run.config.get("resume") else []
         found.append(("From its settings, whatever has become of the recipe", shlex.join(again)))
     return found
 

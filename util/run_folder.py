@@ -189,13 +189,15 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The end of each path, as long as it takes to tell them apart."""
+    """The end of each path, as long as it takes to tell it from the others."""
     parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-length:]) for each in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
+
+    def name(own: tuple[str, ...]) -> str:
+        ends = (own[-length:] for length in range(1, len(own)))
+        alone = (end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
+        return "/".join(next(alone, own))
+
+    return [name(own) for own in parts]
 
 
 def read_run(path: Path, label: str) -> RunFolder:

@@ -56,7 +56,7 @@
     return runs.flatMap((run, number) => {
       const curve = run.curves[name];
       if (!curve || state.hidden.has(number) || !has[state.axis](run)) return [];
-      const x = along(run, curve.x), colour = colours[number % COLOURS], few = curve.x.length <= 60;
+      const x = along(run, curve.x), colour = colours[number % COLOURS], few = curve.x.length <= 30;
       const dash = DASHES[Math.floor(number / COLOURS) % DASHES.length];
       const common = { x, name: escaped(run.label), type: "scatter", mode: "lines", line: { color: colour, width: 1.8, dash } };
       const silent = { hoverinfo: "skip", showlegend: false };
@@ -72,11 +72,21 @@
     });
   }
 
+  /** From the first to the last point of any curve, the same for all panels. */
+  function extent() {
+    const ends = runs.flatMap((run, number) => {
+      if (state.hidden.has(number) || !has[state.axis](run)) return [];
+      return Object.values(run.curves).flatMap((curve) => along(run, [curve.x[0], curve.x.at(-1)]));
+    });
+    const [low, high] = ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
+    const margin = 0.02 * (high - low || 1);
+    return [low - margin, high + margin];
+  }
+
   function draw(panel, look) {
     const plot = panel.querySelector(".plot");
     const log = panel.querySelector(".log").getAttribute("aria-pressed") === "true";
     const lines = { gridcolor: look.line, zerolinecolor: look.line, linecolor: look.line, tickfont: { size: 11 } };
-    const range = state.range ? { range: [...state.range], autorange: false } : { autorange: true };
     const layout = {
       margin: { l: 52, r: 12, t: 8, b: 36 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -84,7 +94,7 @@
       showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
       hoverlabel: { bgcolor: look.card, bordercolor: look.line, font: { color: look.text } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: look.soft, activecolor: look.accent },
-      xaxis: { ...lines, ...range, title: { text: titles[state.axis], font: { size: 11 }, standoff: 6 } },
+      xaxis: { ...lines, range: state.range ?? extent(), title: { text: titles[state.axis], font: { size: 11 }, standoff: 6 } },
       yaxis: { ...lines, type: log ? "log" : "linear", exponentformat: "power", nticks: 6, automargin: true },
       annotations: [],
     };
@@ -93,8 +103,9 @@
       layout.annotations.push({ text: "nothing to show", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 });
     }
     const config = {
-      responsive: true, displaylogo: false, displayModeBar: touch ? true : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      responsive: true, displaylogo: false, displayModeBar: touch ? true : "hover", doubleClick: false,
+      // named one by one: others would send the numbers elsewhere
+      modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]],
       toImageButtonOptions: { filename: panel.dataset.panel },
     };
     return Plotly.react(plot, traces, layout, config);
@@ -112,18 +123,16 @@
   let following = false;
   function follow(source, event) {
     if (following) return;
-    let range;
-    if (event["xaxis.autorange"]) range = null;
-    else if (event["xaxis.range[0]"] !== undefined) range = [event["xaxis.range[0]"], event["xaxis.range[1]"]];
-    else if (event["xaxis.range"]) range = event["xaxis.range"];
-    else return;
-    zoom(range, source);
+    const home = event["xaxis.autorange"] || event["yaxis.autorange"];
+    if (home) zoom(null);
+    else if (event["xaxis.range[0]"] !== undefined) zoom([event["xaxis.range[0]"], event["xaxis.range[1]"]], source);
   }
 
+  /** Show this part of the horizontal axis everywhere but in `source`, which has it already; null: all of it. */
   function zoom(range, source) {
     following = true;
     state.range = range;
-    const change = range ? { "xaxis.range": [...range] } : { "xaxis.autorange": true, "yaxis.autorange": true };
+    const change = { "xaxis.range": range ?? extent(), ...(range ? {} : { "yaxis.autorange": true }) };
     const others = panels.map((panel) => panel.querySelector(".plot")).filter((plot) => plot !== source);
     Promise.all(others.map((plot) => Plotly.relayout(plot, change))).finally(() => { following = false; });
   }
@@ -134,6 +143,7 @@
     const values = runs.flatMap((run) => run.curves[panel.dataset.panel]?.y ?? []);
     log.hidden = !values.length || values.some((value) => value !== null && value <= 0);
     plot.on("plotly_relayout", (event) => follow(plot, event));
+    plot.on("plotly_doubleclick", () => zoom(null));
     log.addEventListener("click", () => { press(log); drawAll(); });
     large.addEventListener("click", () => { press(large); panel.classList.toggle("big"); Plotly.Plots.resize(plot); });
   }
