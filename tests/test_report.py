@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from runs import pretraining_lines, write_run
+from test_analyze import save_lut
 
 from conftest import one_line, script_caller
+from runs import complete, pretraining_lines, write_run
 from scripts import report as script
 from util import report as report_module
 from util.classifier_config import FinetuneConfig, LinprobeConfig
@@ -467,6 +469,21 @@ def test_too_large_a_page_is_refused(call, tmp_path, monkeypatch):
     assert not Path("output").exists()
 
 
+def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path):
+    config = as_dict(PretrainConfig(epochs=2, warmup_epochs=1, dataset="digits"))
+    folder = write_run(tmp_path / "a", pretraining_lines(1, 3), config)
+    complete(save_lut(folder / "checkpoint-0.pth"), epoch=0, step=3)
+    runs = open_runs([str(folder)])
+    seen = report_module.attention(runs, (), torch.device("cpu"))
+    assert seen.said == []
+    assert len(seen.images) == 3
+    assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
+    assert seen.images[0].mark == (62.5, 62.5)  # the patch after the middle of 4 x 4
+    words = " ".join(" ".join(parsed(report(runs, "a", seen)).words).split())
+    assert "a, checkpoint-0.pth" in words
+
+
+@pytest.mark.slow
 def test_real_runs_of_every_stage_with_their_attention(call, pretrain, finetune, linprobe, tmp_path):
     digits = "--dataset digits --in_chans 1 --max_steps 3"
     pretrain(digits, "--monitor_freq 1 --monitor_images 20 --norm_pix_loss", output=tmp_path / "lut")
