@@ -22,7 +22,8 @@ from util.paper_rows import paper_tables
 from util.run_folder import RunFolder
 from util.sources import BadImage
 from util.studies import known_heads, look
-from util.thumbnails import MOST_FRAMES, enlarged, film, webp
+from util.tables import PRETRAIN
+from util.thumbnails import enlarged, film, webp
 from util.vit import NamedViT, block_number, grid_of, open_vit
 
 MOST_BYTES = 10 * 10**6  # of a report; the plotting library is 4.8 MB of it
@@ -194,7 +195,7 @@ def report(runs: Sequence[RunFolder], title: str, seen: Attention | None) -> str
         no_epochs=[run.label for run in runs if run.updates_per_epoch is None],
         speed=parts.speed_rows(runs),
         films=films(runs),
-        most_frames=MOST_FRAMES,
+        without_pictures=[run.label for run in runs if run.stage == PRETRAIN and not run.pictures],
         attention=seen,
         tables=tables,
         homeless=homeless,

@@ -82,12 +82,15 @@ def when(run: RunFolder, step: int) -> str:
 
 
 def status(run: RunFolder) -> str:
-    """Finished, or how far it has come and when it last spoke."""
+    """Finished, or how far it has come, how long the rest takes, and when it last spoke."""
     if run.finished:
         return "finished"
-    total = f" of {run.total_updates}" if run.total_updates else ""
+    done, total = run.updates, run.total_updates
+    said = [f"under way or stopped: {done}{f' of {total}' if total else ''} updates"]
+    if total and done and run.clock is not None:
+        said.append(f"left {format_duration((total - done) * run.clock.last / done)}")
     written = datetime.fromtimestamp((run.path / LOG_FILE).stat().st_mtime, timezone.utc)
-    return f"under way or stopped: {run.updates}{total} updates, last line of log {written:%Y-%m-%d %H:%M} UTC"
+    return ", ".join([*said, f"last line of log {written:%Y-%m-%d %H:%M} UTC"])
 
 
 def data_of(run: RunFolder) -> str:
@@ -134,10 +137,11 @@ def size_of(run: RunFolder) -> str:
 
 
 def of_total(done: float | None, total: Any) -> str:
-    """`3.5 of 80`."""
+    """`3.5 of 80`; only one of the two where they are the same, or nobody knows the other."""
     if done is None:
-        return setting(total) if total else ""
-    return f"{done:.10g}" if total in (None, done) else f"{done:.4g} of {total}" if done < 1e4 else f"{done} of {total}"
+        return setting(total)
+    shown_done = f"{done:.4g}" if done < 1e4 else f"{done:.0f}"
+    return shown_done if total in (None, done) else f"{shown_done} of {total}"
 
 
 def images_per_update(run: RunFolder) -> str:
@@ -178,7 +182,7 @@ def last(run: RunFolder, name: str, metric: Metric) -> str:
 
 
 def shown(value: float, metric: Metric | None) -> str:
-    """With its unit, in four digits; accuracies to a tenth of a percent or better."""
+    """With its unit, in four digits; what is in % to a hundredth."""
     value, unit = (value, "") if metric is None else (value * metric.scale, metric.unit)
     number = f"{value:.2f}" if unit == "%" else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return f"{number} {unit}".strip()

@@ -107,9 +107,10 @@ class RunFolder:
     @property
     def total_updates(self) -> int | None:
         """Optimiser steps that the settings ask for, as far as it can be known."""
-        epochs, most = as_number(self.config.get("epochs")), as_number(self.config.get("max_steps"))
-        whole = round(epochs * self.updates_per_epoch) if epochs and self.updates_per_epoch else None
-        limits = [limit for limit in (whole, None if most is None else round(most)) if limit is not None]
+        epochs, most = (self.config.get(key) for key in ("epochs", "max_steps"))
+        limits = [most] if isinstance(most, int) else []
+        if isinstance(epochs, int) and self.updates_per_epoch:
+            limits.append(epochs * self.updates_per_epoch)
         return min(limits, default=None)
 
     @property
