@@ -477,7 +477,7 @@ def test_too_large_a_page_is_refused(call, tmp_path, monkeypatch):
     assert not Path("output").exists()
 
 
-def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path):
+def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path, monkeypatch):
     config = as_dict(PretrainConfig(epochs=2, warmup_epochs=1, dataset="digits"))
     folder = write_run(tmp_path / "a", pretraining_lines(1, 3), config)
     complete(save_lut(folder / "checkpoint-0.pth"), epoch=0, step=3)
@@ -489,6 +489,10 @@ def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path):
     assert seen.images[0].mark == (62.5, 62.5)  # the patch after the middle of 4 x 4
     words = " ".join(" ".join(parsed(report(runs, "a", seen)).words).split())
     assert "a, checkpoint-0.pth" in words
+    monkeypatch.setattr(report_module, "ATTENTION_CELLS", 11)
+    few = report_module.attention(runs, (), torch.device("cpu"))
+    assert [name for name, _ in few.images[2].rows[0].cells] == ["mean"]
+    assert few.said == ["So many runs: only the means over heads are shown."]
 
 
 @pytest.mark.slow

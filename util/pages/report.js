@@ -88,7 +88,7 @@
     const log = panel.querySelector(".log").getAttribute("aria-pressed") === "true";
     const lines = { gridcolor: look.line, zerolinecolor: look.line, linecolor: look.line, tickfont: { size: 11 } };
     const layout = {
-      margin: { l: 52, r: 12, t: 8, b: 36 },
+      margin: { l: 52, r: 12, t: 26, b: 36 }, // the buttons stand above the curves
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: look.text, family: "system-ui, sans-serif", size: 12 },
       showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
