@@ -286,8 +286,8 @@ def test_compare_writes_everything_and_a_page_that_needs_no_network(run_analyze,
         Image.open(io.BytesIO(base64.b64decode(picture))).verify()
     assert page.addresses == {f"#{number}" for number in range(5)} <= {f"#{name}" for name in page.ids}
     assert {"viewport"} <= page.metas
-    assert "prefers-color-scheme: dark" in html
-    assert "http" not in html
+    assert "color-scheme: light dark" in html
+    assert "://" not in html
     assert "&lt;MAE&gt;" in html
     assert "<MAE>" not in html
     assert shown in html

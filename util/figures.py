@@ -25,6 +25,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without the yellow: lost on white
 MARKERS = "os^DvPX*"
 HEAT = "inferno"
+HEAT_OPACITY = 0.7
 DEPTH = "viridis"  # early layers dark, late ones bright
 DPI = 150
 MOST_NAMED_CLASSES = 20
@@ -103,9 +104,7 @@ def draw_cell(axis: Axes, cell: Cell) -> None:
     if cell.heat is None:
         axis.imshow(cell.image, interpolation="nearest")
     else:
-        axis.imshow(cell.image.mean(axis=2), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        heat = cell.heat / max(float(cell.heat.max()), 1e-12)
-        axis.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=0.7, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+        axis.imshow(heat_over(cell.image, cell.heat), interpolation="nearest")
     if cell.mark is not None:
         y, x = cell.mark[0] * H - 0.5, cell.mark[1] * W - 0.5
         axis.plot(x, y, "o", markersize=7, markerfacecolor="none", markeredgecolor="black", markeredgewidth=2.6)
@@ -114,6 +113,16 @@ def draw_cell(axis: Axes, cell: Cell) -> None:
         axis.set_title(cell.title, fontsize=7)
     if cell.frame:
         axis.spines[:].set(visible=True, color=cell.frame, linewidth=2.5)
+
+
+def heat_over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]: heat [rows, columns], relative to its maximum, over the grey version of an image [H, W, 3]."""
+    H, W = image.shape[:2]
+    rows, columns = (np.arange(side) * parts // side for side, parts in zip((H, W), heat.shape, strict=True))
+    shares = heat[np.ix_(rows, columns)] / max(float(heat.max()), 1e-12)  # [H, W]
+    grey = image.mean(axis=2, keepdims=True) / (255 if image.dtype == np.uint8 else 1)
+    blended = HEAT_OPACITY * colormaps[HEAT](shares)[..., :3] + (1 - HEAT_OPACITY) * grey
+    return (blended * 255).round().astype(np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------------
