@@ -2,9 +2,9 @@
 
     python scripts/execute_notebook.py docs/tour.ipynb
 
-It runs in a copy of the code in a temporary folder: it finds nothing of earlier runs, and leaves none. Outputs are kept,
-what belongs to this machine or moment is not: times, the version of Python, what went to stderr. A cell that fails ends
-the script, and the notebook stays as it was. Needs the packages of requirements-test.txt.
+It runs in a copy of the code in a temporary folder: it finds nothing of earlier runs, and leaves none. Outputs are
+kept; what belongs to this machine or moment is not: times, the version of Python, what went to stderr. A cell that fails
+ends the script, and the notebook stays as it was. Needs the packages of requirements-test.txt.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import nbformat
 from nbclient import NotebookClient
@@ -29,6 +28,7 @@ from util.command_line import parse_config
 from util.config import check
 from util.errors import RunError, UserError, run_main
 
+ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "util/*.py", "scripts/*.py", "recipes/*.yaml")  # what a notebook may call
 
 

@@ -25,6 +25,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without the yellow: lost on white
 MARKERS = "os^DvPX*"
 HEAT = "inferno"
+HEAT_ALPHA, HEAT_GROUND = 0.75, 0.7  # over an image whose white is so bright: it shows, and changes no colour by much
 DEPTH = "viridis"  # early layers dark, late ones bright
 DPI = 150
 MOST_NAMED_CLASSES = 20
@@ -98,14 +99,14 @@ def picture_grid(
 
 
 def draw_cell(axis: Axes, cell: Cell) -> None:
-    """The image; heat over its grey version, so that colour always means heat."""
+    """The image; heat over its faint grey version, so that colours are those of the scale, or nearly."""
     H, W = cell.image.shape[:2]
     if cell.heat is None:
         axis.imshow(cell.image, interpolation="nearest")
     else:
-        axis.imshow(cell.image.mean(axis=2), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.imshow(cell.image.mean(axis=2), cmap="gray", vmin=0, vmax=255 / HEAT_GROUND, interpolation="nearest")
         heat = cell.heat / max(float(cell.heat.max()), 1e-12)
-        axis.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=0.7, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+        axis.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=HEAT_ALPHA, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
     if cell.mark is not None:
         y, x = cell.mark[0] * H - 0.5, cell.mark[1] * W - 0.5
         axis.plot(x, y, "o", markersize=7, markerfacecolor="none", markeredgecolor="black", markeredgewidth=2.6)
@@ -122,11 +123,13 @@ def draw_cell(axis: Axes, cell: Cell) -> None:
 
 
 def distance_figure(
-    labels: Sequence[str], found: Sequence[AttentionDistance], blocks: Sequence[int], caption: str
+    labels: Sequence[str], found: Sequence[AttentionDistance], blocks: Sequence[int], even: float, caption: str
 ) -> Figure:
     """Figure 4a: a violin for each model and layer over all images and heads, a dot for each head's mean.
 
-    `blocks` names the groups; a model with fewer layers has those at the end.
+    Args:
+        blocks: names of the groups; a model with fewer layers has those at the end.
+        even: the distance of attention that is the same to all patches.
     """
     groups = len(blocks)
     width = max(5.0, 1.0 + groups * (0.35 + 0.5 * len(found)))
@@ -148,7 +151,8 @@ def distance_figure(
     axes.set_xticks(range(groups), [str(block) for block in blocks])
     axes.set_xlabel("block, counted from 0" if blocks[0] >= 0 else "block, counted from the end")
     axes.set_ylabel("attention distance, image side = 1")
-    axes.set_ylim(bottom=0)
+    axes.axhline(even, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.annotate("even", (1, even), (2, 0), ("axes fraction", "data"), "offset points", fontsize=8, va="center")
     finish(axes)
     axes.legend(fontsize=8, frameon=False, ncols=min(3, len(found)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure

@@ -16,7 +16,11 @@ from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
 Weights = Literal["student", "momentum"]
-WRAPPERS = ("module.", "_orig_mod.")  # left in names by DistributedDataParallel and torch.compile
+# left in names by DistributedDataParallel, torch.compile, DINO and iBOT, MoCo v3
+WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.")
+STATES = ("model", "state_dict", "teacher")  # where programs put their weights; of DINO's and iBOT's two the teacher
+# projector or classifier, and what else is no part of an encoder; the last one is MoCo v3's
+OTHER_PARTS = ("head", "predictor", "mask_head", "mask_predictor", "fc_norm", "momentum_encoder")
 PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
 
 
@@ -64,7 +68,7 @@ class WeightsFile(NamedTuple):
 
 
 def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_from") -> WeightsFile:
-    """The weights in a checkpoint of ours, of MAE, LUT's release or timm; code in the file is refused.
+    """The weights in a checkpoint of ours, of MAE, LUT's release, timm, DINO, iBOT or MoCo v3; code in it is refused.
 
     Raises:
         UserError: unreadable, no state dict in it, or no momentum encoder where that is asked for.
@@ -79,7 +83,7 @@ def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_f
         state = {name.removeprefix("ema."): tensor for name, tensor in followed.items()}
         moving_average = "head.weight" in state or "fc_norm.weight" in state
         return WeightsFile(state, "ViT, moving average" if moving_average else "LUT, momentum encoder", config)
-    state = tensors_of(next((checkpoint[k] for k in ("model", "state_dict") if k in checkpoint), checkpoint))
+    state = tensors_of(next((checkpoint[key] for key in STATES if key in checkpoint), checkpoint))
     if not state:
         raise UserError(f"{flag} {path}: holds no tensors, is it a checkpoint?")
     return WeightsFile(state, layout_of(state, "model" in checkpoint), config)
@@ -89,6 +93,8 @@ def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
     """Which program writes such names; `wrapped`: under the key `model`, as MAE does."""
     if "head.weight" in state or "fc_norm.weight" in state:
         return "ViT classifier"
+    if "momentum_encoder.cls_token" in state:
+        return "MoCo v3"
     if "decoder.weight" in state:
         return "SimMIM, student"
     if "predictor.0.weight" in state:
@@ -117,12 +123,11 @@ def tensors_of(state: object) -> dict[str, Tensor]:
 
 
 def part_of(name: str) -> str:
-    """`encoder`, `decoder`, `head` (projector or classifier), `predictor`, `mask_head`, `mask_predictor` or `fc_norm`:
-    what is loaded as a whole or not at all."""
+    """`encoder`, `decoder`, or the first word of `OTHER_PARTS`: what is loaded as a whole or not at all."""
     if name.startswith("decoder") or name == "mask_token":
         return "decoder"
     part = name.split(".")[0]
-    return part if part in ("head", "predictor", "mask_head", "mask_predictor", "fc_norm") else "encoder"
+    return part if part in OTHER_PARTS else "encoder"
 
 
 def load_weights(

@@ -234,7 +234,7 @@ def distance_study(vits: Sequence[NamedViT], images: Images, last_layers: int) -
     text = (
         f"Mean distance from a patch to the patches it attends to (Eq. 4, per query patch) on {found[0].images} images."
         " Violin: all images and heads; dots: mean of each head; bar: mean of all. Each side of the image has length 1;"
-        " attention to cls and registers counts as distance 0."
+        " attention to cls and registers counts as distance 0. Dashed: attention that is the same to all patches."
     )
     blocks = max((each.layers for each in found), key=len)
     if len({each.layers[-1] for each in found}) > 1:  # of models of several depths the ends are compared
@@ -247,8 +247,10 @@ def distance_study(vits: Sequence[NamedViT], images: Images, last_layers: int) -
         {"label": vit.label, "layers": each.layers, "mean": each.mean, "std": each.std, "patch_share": each.patch_share}
         for vit, each in zip(vits, found, strict=True)
     ]
-    figure = distance_figure([vit.label for vit in vits], found, blocks, text)
-    return Study("Attention distance", text, {"": figure}, {"images": found[0].images, "models": numbers}, table)
+    even = analysis.patch_distances(grid_of(vits[0].model)).mean().item()
+    figure = distance_figure([vit.label for vit in vits], found, blocks, even, text)
+    shown = {"images": found[0].images, "even": even, "models": numbers}
+    return Study("Attention distance", text, {"": figure}, shown, table)
 
 
 def spectrum_study(vits: Sequence[NamedViT], images: Images, pool: Pool) -> Study:
