@@ -383,6 +383,15 @@ def test_a_file_is_never_looked_at_by_its_name_alone(run_analyze, run, tmp_path)
     assert "fake.png: cannot be read" in said
 
 
+def test_a_bad_image_in_a_data_set_is_named(run_analyze, run, tmp_path):
+    write_images(tmp_path / "flat", 3)
+    (tmp_path / "flat" / "bad.png").write_bytes(b"words")
+    status, _, said, _ = run_analyze("distance", "--checkpoint", run, "--data_path", tmp_path / "flat")
+    assert (status, said.count("\n")) == (2, 1)
+    assert "bad.png: cannot be read" in said
+    assert "mend it or take it out" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

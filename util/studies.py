@@ -116,7 +116,10 @@ def attention_study(
         text,
         scale,
     )
-    lines = [line for i, q in pairs for each in seen for line in head_rows(each, i, q, places[q])]
+    lines = []
+    for i, q in pairs:
+        own = [line for each in seen for line in head_rows(each, i, q, places[q])]
+        lines += [(f"{images.title(i)}\n{own[0][0]}", own[0][1]), *own[1:]]
     by_head = picture_grid(
         [cells for _, cells in lines],
         [],
@@ -156,14 +159,15 @@ def look(vit: NamedViT, images: Images, block: int, heads: list[int], places: Se
     return Seen(vit, block, heads, pictures, np.array(maps))
 
 
-def head_rows(seen: Seen, image: int, query: int, place: tuple[float, float]) -> list[tuple[str, list[Cell]]]:
-    """The maps of all heads, `CELLS_PER_ROW` in a row, with the model's name beside the first row."""
+def head_rows(seen: Seen, image: int, query: int, place: tuple[float, float]) -> list[tuple[str, list[Cell | None]]]:
+    """The query, and the maps of all heads, `CELLS_PER_ROW` in a row; the model's name stands beside the first row."""
     cells = [
         Cell(seen.pictures[image], heat, place, f"head {head}")
         for head, heat in zip(seen.heads, seen.maps[image, query], strict=True)
     ]
     parts = [cells[begin : begin + CELLS_PER_ROW] for begin in range(0, len(cells), CELLS_PER_ROW)]
-    return [("" if number else broken(seen.vit.label), part) for number, part in enumerate(parts)]
+    asked = Cell(seen.pictures[image], mark=place, title="query")
+    return [(broken(seen.vit.label), [asked, *parts[0]]), *(("", [None, *part]) for part in parts[1:])]
 
 
 # --------------------------------------------------------------------------------------------------------
