@@ -18,7 +18,7 @@ import torch
 
 from engine_segment import SegmenterTrainer
 from models_upernet import UperNet
-from util.amp import grad_scaler
+from util.amp import choose_attention, grad_scaler
 from util.classification import start_from
 from util.command_line import parse_config
 from util.data import Normalise
@@ -42,6 +42,7 @@ def main() -> None:
     model = UperNet(**config.model_arguments(run.data.num_classes))
     said = start_from(model, config)
     model = synchronise_batch_norm(model, device).to(device)
+    choose_attention(model, run.dtype, device)
     shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
     skeleton = shard(model, None, device) if shards else None
     transform_blocks(model, config)

@@ -27,7 +27,7 @@ from util.command_line import parse_config
 from util.config import as_dict
 from util.curves import Thinned, curves_of, metrics_of, points_per_curve, thin
 from util.errors import UserError
-from util.figures import heat_over
+from util.figures import HEAT_ALPHA, HEAT_GROUND, heat_over
 from util.logs import RunLog
 from util.paper_rows import paper_tables
 from util.pretrain_config import PretrainConfig
@@ -241,8 +241,8 @@ def test_heat_lies_over_the_grey_image_patch_by_patch():
     for rows in (slice(0, 4), slice(4, 8)):
         for columns in (slice(0, 4), slice(4, 8)):
             assert len(np.unique(found[rows, columns].reshape(-1, 3), axis=0)) == 1
-    grey = 0.3 * 30
-    assert np.allclose(found[0, 0], np.array([0, 0, 3]) * 0.7 + grey, atol=3)  # inferno begins black
+    grey = (1 - HEAT_ALPHA) * HEAT_GROUND * 30
+    assert np.allclose(found[0, 0], np.array([0, 0, 3]) * HEAT_ALPHA + grey, atol=3)  # inferno begins black
     assert found[7, 7].astype(int).sum() > found[7, 0].astype(int).sum() > found[0, 7].astype(int).sum()
 
 

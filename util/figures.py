@@ -25,7 +25,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without the yellow: lost on white
 MARKERS = "os^DvPX*"
 HEAT = "inferno"
-HEAT_OPACITY = 0.7
+HEAT_ALPHA, HEAT_GROUND = 0.75, 0.7  # over an image whose white is so bright: it shows, and changes no colour by much
 DEPTH = "viridis"  # early layers dark, late ones bright
 DPI = 150
 MOST_NAMED_CLASSES = 20
@@ -99,7 +99,7 @@ def picture_grid(
 
 
 def draw_cell(axis: Axes, cell: Cell) -> None:
-    """The image; heat over its grey version, so that colour always means heat."""
+    """The image; heat over its faint grey version, so that colours are those of the scale, or nearly."""
     H, W = cell.image.shape[:2]
     if cell.heat is None:
         axis.imshow(cell.image, interpolation="nearest")
@@ -120,8 +120,8 @@ def heat_over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     H, W = image.shape[:2]
     rows, columns = (np.arange(side) * parts // side for side, parts in zip((H, W), heat.shape, strict=True))
     shares = heat[np.ix_(rows, columns)] / max(float(heat.max()), 1e-12)  # [H, W]
-    grey = image.mean(axis=2, keepdims=True) / (255 if image.dtype == np.uint8 else 1)
-    blended = HEAT_OPACITY * colormaps[HEAT](shares)[..., :3] + (1 - HEAT_OPACITY) * grey
+    grey = HEAT_GROUND * image.mean(axis=2, keepdims=True) / (255 if image.dtype == np.uint8 else 1)
+    blended = HEAT_ALPHA * colormaps[HEAT](shares)[..., :3] + (1 - HEAT_ALPHA) * grey
     return (blended * 255).round().astype(np.uint8)
 
 
@@ -131,11 +131,13 @@ def heat_over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def distance_figure(
-    labels: Sequence[str], found: Sequence[AttentionDistance], blocks: Sequence[int], caption: str
+    labels: Sequence[str], found: Sequence[AttentionDistance], blocks: Sequence[int], even: float, caption: str
 ) -> Figure:
     """Figure 4a: a violin for each model and layer over all images and heads, a dot for each head's mean.
 
-    `blocks` names the groups; a model with fewer layers has those at the end.
+    Args:
+        blocks: names of the groups; a model with fewer layers has those at the end.
+        even: the distance of attention that is the same to all patches.
     """
     groups = len(blocks)
     width = max(5.0, 1.0 + groups * (0.35 + 0.5 * len(found)))
@@ -157,7 +159,8 @@ def distance_figure(
     axes.set_xticks(range(groups), [str(block) for block in blocks])
     axes.set_xlabel("block, counted from 0" if blocks[0] >= 0 else "block, counted from the end")
     axes.set_ylabel("attention distance, image side = 1")
-    axes.set_ylim(bottom=0)
+    axes.axhline(even, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.annotate("even", (1, even), (2, 0), ("axes fraction", "data"), "offset points", fontsize=8, va="center")
     finish(axes)
     axes.legend(fontsize=8, frameon=False, ncols=min(3, len(found)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure

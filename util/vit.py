@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models_lut import Encoder, patchify
 from models_vit import Classifier, LinearProbe, Pool
-from util.checkpoint import load_checkpoint
 from util.config import DataConfig, nearest
 from util.data import Normalise
 from util.errors import UserError
@@ -209,11 +208,11 @@ def random_timm(architecture: str) -> nn.Module:
 
 
 def load_timm(model: VisionTransformer, path: Path, architecture: str, flag: str) -> str:
-    """Fill timm's model from a file of its own or of a program whose names timm knows; what to say of it.
+    """Fill timm's model from a file of its own or of a program whose names timm or we know; what to say of it.
 
     A head for other classes is left out, and the model then has none.
     """
-    state, own = checkpoint_filter_fn(load_checkpoint(path, flag), model), model.state_dict()
+    state, own = checkpoint_filter_fn(read_weights(path, flag=flag).state, model), model.state_dict()
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
     missing = [name for name in own if name not in fitting and not name.startswith(("head.", "fc_norm."))]
     if missing:
