@@ -29,6 +29,7 @@ from util.logs import RunLog
 from util.masked_data import MaskedImages, WholeImages, count_pixels, load_pair, open_masked, train_dataset
 from util.masks import IGNORED, MaskedSource
 from util.pictures import drawable
+from util.progress import progress
 from util.segment_config import SegmentConfig
 from util.segment_pictures import Predicted, as_array, segmentation_figure
 
@@ -108,7 +109,8 @@ class SegmentEvaluation(Evaluation):
         # ranks have different numbers of windows: none may wait for the others' weights
         model = trainer.state.unsharded(trainer.state.model, trainer.device)
         how = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
-        scores = evaluate(model, self.loader, self.data.num_classes, *how)
+        loader = progress(self.loader, len(self.loader), "evaluating", "images") if is_main() else self.loader
+        scores = evaluate(model, loader, self.data.num_classes, *how)
         if is_main():
             self.shown = [self.predicted(model, index) for index in self.chosen]
         return scores
