@@ -116,7 +116,7 @@ class PlanFlags(GridFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(bool(re.fullmatch(r"[\w.+-]+", self.label)), "label", self.label, "letters, digits and . + - _ only")
+        check(bool(re.fullmatch(r"\w[\w.+-]*", self.label)), "label", self.label, "letters, digits and . + - _ only")
         check(self.seeds >= 1, "seeds", self.seeds, "must be 1 or more")
         check(self.processes is None or self.processes >= 1, "processes", self.processes, "must be 1 or more")
         check(self.tflops is None or self.tflops > 0, "tflops", self.tflops, "must be above 0")
@@ -246,13 +246,8 @@ def run(flags: RunFlags) -> None:
     with locked(search.folder / target.name for target in chosen_from):
         failed = do(cells, flags)
         if search.holdout:
-            chosen = {
-                target: runs
-                for target, runs in chosen_of(search, chosen_from).items()
-                if finished(cells, target, flags)
-            }
             print("\nthe best cell of each data set, on all training images", flush=True)
-            failed = do(chosen, flags) or failed
+            failed = do(chosen_of(search, chosen_from), flags) or failed
     for target in chosen_from:
         folder = grid_folder(search.folder, target.name, search.holdout)
         figure = heat_maps({title_of(target.name): read_grid(folder)}, f"Grid of {flags.label}", judged(flags))
@@ -262,11 +257,6 @@ def run(flags: RunFlags) -> None:
     show(ShowFlags(flags.output_dir, flags.holdout))
     if failed is not None:
         raise failed
-
-
-def finished(cells: dict[Target, list[Run]], target: Target, flags: RunFlags) -> bool:
-    """Whether the best cell of a data set may be chosen: all have finished, or those that have not never will."""
-    return flags.keep_going or all(share_done(each) == 1 for each in cells[target])
 
 
 def do(planned: dict[Target, list[Run]], flags: RunFlags) -> RunError | None:
@@ -319,7 +309,8 @@ def submit_all(flags: RunFlags, launcher_flags: Sequence[str]) -> None:
             note_cells(runs)
         named = dataclasses.replace(config, job_name=config.job_name or f"lut-transfer-{target.name}")
         submit.submit_array(named, [submit.Run(run.title, run.flags) for run in todo], job_dir, "", flags.dry_run)
-    print(f"{waiting} runs submitted" if waiting and not flags.dry_run else "" if waiting else "all done")
+    if not (waiting and flags.dry_run):
+        print(f"{waiting} runs submitted" if waiting else "all done")
     if search.holdout and len(ready) < len(cells):
         print("once they have ended, the same command submits the best cell of each data set, on all training images")
 

@@ -240,6 +240,13 @@ def test_all_sets_may_lie_in_folders_of_their_names(tmp_path, own_md5, name):
     assert seen(open_images(str(tmp_path), name, "train")) == train
 
 
+def test_both_birds_in_one_folder_are_told_apart(tmp_path):
+    _, cub, _ = make_cub200(tmp_path)
+    _, north_american, _ = make_nabirds(tmp_path)
+    assert seen(open_images(str(tmp_path), "cub200", "train")) == cub
+    assert seen(open_images(str(tmp_path), "nabirds", "train")) == north_american
+
+
 def test_flowers_and_aircraft_are_what_torchvision_makes_of_them(tmp_path, monkeypatch):
     made = {"flowers102": tmp_path / "f", "aircraft": tmp_path / "a"}
     for name, root in made.items():
@@ -430,8 +437,16 @@ def test_fine_tuning_on_what_is_not_held_out(class_folders, finetune, tmp_path):
     assert json.loads(line)["metrics"]["top1"] == log[-1]["top1"]
 
 
-@pytest.mark.parametrize("share", ["-0.1", "1", "nan"])
-def test_a_wrong_share_is_one_line(class_folders, finetune, capsys, share):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--holdout=-0.1", "must lie in [0, 1)"),
+        ("--holdout 1", "must lie in [0, 1)"),
+        ("--holdout nan", "must lie in [0, 1)"),
+        ("--holdout 0.2 --val_path x", "--holdout 0.2: evaluates training images, leave out --val_path"),
+    ],
+)
+def test_a_wrong_share_is_one_line(class_folders, finetune, capsys, flags, said):
     with pytest.raises(SystemExit):
-        finetune("--data_path", class_folders, f"--holdout={share}")
-    assert "must lie in [0, 1)" in capsys.readouterr().err
+        finetune("--data_path", class_folders, flags)
+    assert said in capsys.readouterr().err

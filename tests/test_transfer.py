@@ -79,6 +79,7 @@ def test_the_default_grid_is_logarithmic_and_has_what_table_d_prints():
         (["digits"], [], [("digits", "digits", "")]),
         (["torch/eurosat"], ["E"], [("torch_eurosat", "torch/eurosat", "E")]),
         ([], ["a/pets", "b/cars.tar"], [("pets", "", "a/pets"), ("cars", "", "b/cars.tar")]),
+        ([], ["pets/train", "cars/train.tar"], [("pets", "", "pets/train"), ("cars", "", "cars/train.tar")]),
         ([], ["a/cifar10/"], [("cifar10-files", "", "a/cifar10/")]),  # perhaps a part of it: no number for Table 3
     ],
 )
@@ -362,6 +363,7 @@ WRONG = {
     "plan --weight_decays -0.1": "--weight_decays -0.1: must be 0 or more, and finite",
     "plan --weight_decays 0.1:x:3": "--weight_decays 0.1:x:3: give a number or LOW:HIGH:NUMBER",
     "plan --label a/b": "--label a/b: letters, digits and . + - _ only",
+    "plan --label ..": "--label ..: letters, digits and . + - _ only",
     "plan --holdout 1": "--holdout 1.0: must lie in [0, 1)",
     "plan --seeds 0": "--seeds 0: must be 1 or more",
     "plan {aircraft} --finetune_flags='--lr 1'": "--lr 1.0: leave it out, the",

@@ -66,8 +66,9 @@ def find(dataset: str, root: Path) -> Path | None:
     """The folder with the files of the data set, or None."""
     about = DATASETS[dataset]
     for folder in dict.fromkeys((root, root / dataset, root / about.archive)):
-        if any(all((folder / name).exists() for name in group) for group in about.files):
-            return None if about.never and (folder / about.never).exists() else folder
+        there = any(all(os.path.exists(folder / name) for name in group) for group in about.files)
+        if there and not (about.never and os.path.exists(folder / about.never)):
+            return folder
     return None
 
 

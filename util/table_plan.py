@@ -309,8 +309,9 @@ def flops(run: Run, images: int) -> float:
 
 def flops_per_image(run: Run) -> int:
     """As the mains' --dry_run counts them."""
-    about = {"seed": 0, "output_dir": "", **({} if run.after is None else {"finetune": ""})}
-    return _flops_per_image(run.main, dataclasses.replace(run.config, **about))
+    alike = {"seed": 0, "output_dir": "", "finetune": "", "blr": 0.0, "weight_decay": 0.0, "holdout": 0.0}
+    known = {name: value for name, value in alike.items() if hasattr(run.config, name)}  # counted once for all of them
+    return _flops_per_image(run.main, dataclasses.replace(run.config, **known))
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from util.classifier_config import FinetuneConfig
 from util.command_line import as_flags
 from util.config import check
 from util.errors import UserError
-from util.sources import published_names
+from util.sources import SPLIT_NAMES, published_names
 from util.table_plan import Run, check_outcomes, cut_batch, outcome_in, parse
 from util.tables import STAGES, Score
 
@@ -83,16 +83,15 @@ def targets(datasets: Sequence[str], data_paths: Sequence[str], recipe: str) -> 
     """
     fix = f"give one folder for all, or one for each of --dataset {' '.join(datasets)}"
     check(not datasets or len(data_paths) in (0, 1, len(datasets)), "data_path", data_paths, fix)
-    check(
-        bool(datasets or data_paths), "dataset", "", f"name data sets ({', '.join(published_names())}) or --data_path"
-    )
+    known = published_names()
+    check(bool(datasets or data_paths), "dataset", "", f"name data sets ({', '.join(known)}) or --data_path")
     paths = list(data_paths) or [""]
     paths = paths * len(datasets) if len(paths) < len(datasets) else paths
     pairs = list(itertools.zip_longest(datasets, paths, fillvalue=""))
     found = []
     for dataset, path in pairs:
-        name = dataset or Path(path).resolve().name.removesuffix(".tar")
-        if not dataset and name in published_names():  # class folders may hold another part of it: no column of its own
+        name = dataset or name_of(Path(path).resolve())
+        if not dataset and name in known:  # class folders may hold another part of it: no column of its own
             name += "-files"
         chosen = recipe or RECIPES.get(dataset, RECIPE)
         found.append(Target(re.sub(r"[^\w.-]+", "_", name), dataset, path, chosen))
@@ -100,6 +99,12 @@ def targets(datasets: Sequence[str], data_paths: Sequence[str], recipe: str) -> 
     twice = next((name for name in names if names.count(name) > 1), None)
     check(twice is None, "dataset" if datasets else "data_path", datasets or data_paths, f"{twice} comes twice")
     return found
+
+
+def name_of(path: Path) -> str:
+    """What plain files are called: as their folder or .tar, above train/ or train.tar."""
+    named = path.parent if path.name.removesuffix(".tar") in SPLIT_NAMES["train"] else path
+    return named.name.removesuffix(".tar")
 
 
 def read_values(flag: str, given: Sequence[str], zero: bool) -> tuple[float, ...]:
@@ -120,9 +125,8 @@ def read_values(flag: str, given: Sequence[str], zero: bool) -> tuple[float, ...
             count = int(parts[2]) if len(parts) == 3 else len(parts)
         except ValueError:
             count = 0
-        check(
-            count == len(parts) == 1 or (len(parts) == 3 and count >= 2), flag, text, "give a number or LOW:HIGH:NUMBER"
-        )
+        right = count == len(parts) == 1 or (len(parts) == 3 and count >= 2)
+        check(right, flag, text, "give a number or LOW:HIGH:NUMBER")
         if len(parts) == 3:
             low, high = numbers
             check(0 < low < high < math.inf, flag, text, "LOW must be above 0 and below HIGH")
@@ -189,7 +193,7 @@ def check_same_start(runs: Sequence[Run]) -> None:
             continue
         for flag in ("finetune", "dataset", "data_path"):
             if flag == "data_path" and run.config.dataset:
-                continue  # the same set may have moved
+                continue  # it may have moved
             before, now = outcome.config.get(flag, ""), getattr(run.config, flag)
             if before != now and (flag == "dataset" or os.path.abspath(before) != os.path.abspath(now)):
                 raise UserError(
@@ -225,7 +229,7 @@ class Grid:
 
     @property
     def best(self) -> Point | None:
-        """The cell with the highest mean, of equal ones the gentlest; None: none has finished."""
+        """The cell with the highest mean, of equal ones that of the lowest learning rate; None: none has finished."""
         means = self.means
         return max(sorted(means), key=means.__getitem__, default=None)
 

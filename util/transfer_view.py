@@ -63,8 +63,8 @@ def values_of(keys: Sequence[str], found: Mapping[str, Result]) -> dict[str, flo
 
 
 def counterpart(table: Table, label: str) -> Row:
-    """The row that ours is compared with."""
-    by_name = {row.labels[0]: row for row in table.rows}
+    """The row that ours is compared with; the paper's marks are not part of its name."""
+    by_name = {row.labels[0].rstrip("†‡"): row for row in table.rows}
     return by_name.get(label, by_name["LUT"])
 
 
