@@ -190,7 +190,8 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, st
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given
-    tasks, missing = plan_tasks(config.wanted, paths, config.partial)
+    absent = "is not given" + (f", nor in {config.data_root} by a usual name" if config.data_root else "")
+    tasks, missing = plan_tasks(config.wanted, paths, config.partial, absent)
     identity = identity_of(config, classifier)
     settings = {task.key: settings_of(task, identity, paths, look) for task in tasks}
     folder = Path(config.output_dir)
