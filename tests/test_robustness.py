@@ -214,8 +214,12 @@ def test_what_has_finished_is_not_done_again(made, call, tmp_path):
     assert [line["config"]["column"] for line in read_results("out")] == ["v2", "sketch"]
     call(command)
     assert len(read_results("out")) == 2
+    _, shown, _ = call(f"{command} --label mine --columns v2")
+    assert "done before: IN-V2" in shown
+    assert next(line for line in shown.splitlines() if " ours " in line).startswith("mine ")
+    assert [line["config"]["label"] for line in read_results("out")] == ["tuned/best", "tuned/best", "mine"]
     call(f"{command} --again --columns v2")
-    assert [line["config"]["column"] for line in read_results("out")] == ["v2", "sketch", "v2"]
+    assert [line["config"]["column"] for line in read_results("out")] == ["v2", "sketch", "v2", "v2"]
 
 
 def test_another_model_of_the_same_name_is_another_row(made, call, tmp_path):

@@ -231,6 +231,7 @@ def wrong_inputs(made, tmp_path):
         f"timm:test_resnet={resnet} --imagenet_v2 {v2}": "has 7 classes",
         f"timm:test_resnet={tuned} --imagenet_v2 {v2}": "does not fit timm's test_resnet",
         f"timm:test_vit --imagenet_v2 {v2} --input_size 50": "--input_size 50: no multiple of the patch, 16 pixels",
+        f"timm:test_vit --imagenet_v2 {v2} --weights momentum": "has one set of weights, leave the flag out",
         "": "holds no results yet, give a CHECKPOINT",
     }
 
