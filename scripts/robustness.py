@@ -44,6 +44,7 @@ from util.robustness_view import (
     draw_with,
     finished,
     main_metric,
+    read_lines,
     read_ours,
     remarks_on,
     render_with,
@@ -190,17 +191,20 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, st
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given
-    tasks, missing = plan_tasks(config.wanted, paths, config.partial)
+    absent = "is not given" + (f", nor in {config.data_root} by a usual name" if config.data_root else "")
+    tasks, missing = plan_tasks(config.wanted, paths, config.partial, absent)
     identity = identity_of(config, classifier)
     settings = {task.key: settings_of(task, identity, paths, look) for task in tasks}
     folder = Path(config.output_dir)
-    done = [] if config.again else [task for task in tasks if finished(folder, settings[task.key])]
+    lines = [] if config.again else read_lines(folder)
+    done = [task for task in tasks if finished(lines, settings[task.key])]
     passes = in_passes([task for task in tasks if task not in done])
     if is_main():
         announce(classifier, passes, done, missing)
     if not config.dry_run:
-        if is_main() and passes:
+        if is_main():
             make_folder(folder)
+            rename([settings[task.key] for task in done], lines, folder)
         run_passes(classifier, passes, look, settings, folder)
         if is_main() and passes and config.examples:
             show_examples(classifier, [task for task in tasks if task not in done], config.examples, look, folder)
@@ -262,6 +266,14 @@ def make_folder(folder: Path) -> None:
         (folder / RESULTS_FILE).open("a").close()
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror or error})") from error
+
+
+def rename(done: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Record once more what has finished under another --label, which then is the model's name."""
+    for settings in done:
+        before = finished(lines, settings)
+        if before["config"]["label"] != settings["label"]:
+            append_result(folder, STAGE, settings, before["metrics"], before["seconds"])
 
 
 def run_passes(

@@ -16,11 +16,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_analyze import save_lut
 
 from conftest import one_line, script_caller
 from runs import complete, pretraining_lines, write_run
 from scripts import report as script
+from test_analyze import save_lut
 from util import report as report_module
 from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.command_line import parse_config

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_analyze import save_lut
 
 from runs import complete, pretraining_lines, write_run
+from test_analyze import save_lut
 from util.report import attention, report
 from util.run_folder import open_runs
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_analyze import save_lut, shaken
 
 from conftest import write_images
 from models_lut import mask_from_noise
 from models_simmim import SimMIM
 from scripts import visualize
+from test_analyze import save_lut, shaken
 from util.config import as_dict
 from util.errors import UserError, run_main
 from util.images import find_images

@@ -61,6 +61,8 @@ def open_classifier(
         UserError: unknown, unreadable, no classifier, or one of another number of classes.
     """
     if name.startswith(TIMM):
+        if weights != "student":
+            raise UserError(f"--weights {weights}: {name} has one set of weights, leave the flag out")
         return open_timm_classifier(name, label, size, device, num_classes, flag)
     vit = open_vit(name, weights, label, size, num_heads, device, flag)
     if not is_classifier(vit.model):

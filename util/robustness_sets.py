@@ -273,11 +273,14 @@ def flags_of(key: str) -> tuple[str, ...]:
     return (COLUMNS[key], "imagenet") if key == "o" else (COLUMNS[key],)
 
 
-def plan_tasks(columns: Sequence[str], paths: Mapping[str, str], partial: bool) -> tuple[list[Task], dict[str, str]]:
+def plan_tasks(
+    columns: Sequence[str], paths: Mapping[str, str], partial: bool, absent: str = "is not given"
+) -> tuple[list[Task], dict[str, str]]:
     """The tasks of the columns whose images are there, and why each other column is missing.
 
     Args:
         paths: by the flags of IMAGE_SETS.
+        absent: what to say of a flag that is not among them.
 
     Raises:
         UserError: a path holds something else, or less than is allowed.
@@ -289,11 +292,9 @@ def plan_tasks(columns: Sequence[str], paths: Mapping[str, str], partial: bool) 
             opened(flag)
     tasks, missing = [], {}
     for key in columns:
-        absent = [
-            flag for flag in dict.fromkeys((COLUMNS[key], *(["imagenet"] if key == "o" else []))) if flag not in paths
-        ]
-        if absent:
-            missing[key] = " and ".join(f"--{flag}" for flag in absent) + " is not given"
+        without = [flag for flag in flags_of(key) if flag not in paths]
+        if without:
+            missing[key] = " and ".join(f"--{flag}" for flag in without) + f" {absent}"
         elif key == "o":
             tasks.append(outlier_task(opened("imagenet_o"), opened("imagenet")))
         elif key == "real" and opened("imagenet").numbers is None:

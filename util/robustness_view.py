@@ -19,7 +19,7 @@ from util.table_view import FORMATS, MISSING, Cell, Filled, draw
 from util.tables import Row, Table, find_tables
 
 STAGE = "robustness"  # of the lines in results.jsonl
-IDENTITY = ("label", "checkpoint", "sha256", "weights", "num_heads", "input_size")  # what makes a row of the table
+IDENTITY = ("checkpoint", "sha256", "weights", "num_heads", "input_size")  # what makes a row of the table
 PARTIAL = "*"
 
 
@@ -49,30 +49,33 @@ def remark_on(line: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The newest line of results.jsonl with exactly these settings, or None."""
-    lines = [line for line in read_results(folder) if line["stage"] == STAGE and line["config"] == settings]
-    return lines[-1] if lines else None
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl that are ours, oldest first."""
+    return [line for line in read_results(folder) if line["stage"] == STAGE]
+
+
+def finished(lines: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The newest line with these settings, whatever the model was called, or None."""
+    found = [line for line in lines if line["config"] | {"label": ""} == {**settings, "label": ""}]
+    return found[-1] if found else None
 
 
 def read_ours(folder: Path) -> list[Ours]:
-    """All models of results.jsonl in the order in which they came; a label that two share gets their hash."""
+    """All models of results.jsonl in the order in which they came, by their last names, which are made to differ."""
     models: dict[tuple, dict[str, Any]] = {}
-    for line in read_results(folder):
-        if line["stage"] == STAGE:
-            config = line["config"]
-            identity = tuple(str(config[name]) for name in IDENTITY)
-            models.setdefault(identity, {})[config["column"]] = line
-    labels = [identity[0] for identity in models]
-    return [
-        Ours(
-            f"{identity[0]} ({identity[2][:8] or identity[1]}, {identity[3]}, {identity[5]})"
-            if labels.count(identity[0]) > 1
-            else identity[0],
-            lines,
-        )
-        for identity, lines in models.items()
-    ]
+    labels: dict[tuple, str] = {}
+    for line in read_lines(folder):
+        config = line["config"]
+        identity = tuple(str(config[name]) for name in IDENTITY)
+        models.setdefault(identity, {})[config["column"]] = line
+        labels[identity] = config["label"]
+    shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
+    ours = []
+    for identity, lines in models.items():
+        checkpoint, digest, weights, _, size = identity
+        more = f" ({digest[:8] or checkpoint}, {weights}, {size})" if labels[identity] in shared else ""
+        ours.append(Ours(labels[identity] + more, lines))
+    return ours
 
 
 def table_with(ours: Sequence[Ours]) -> Filled:
