@@ -9,6 +9,8 @@ fails ends the script, and the notebook stays as it was. Needs the packages of r
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
+from PIL import Image
 from tyro.conf import Positional, arg
 
 from util.command_line import parse_config
@@ -84,7 +87,7 @@ def execute(path: Path, folder: Path, timeout: int) -> NotebookNode:
 
 
 def cleaned(notebook: NotebookNode) -> NotebookNode:
-    """In place, without what another machine or another minute would have written differently."""
+    """In place, small, and without what another machine or another minute would have written differently."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -93,7 +96,20 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = smaller(output.data["image/png"])
     return notebook
+
+
+def smaller(picture: str) -> str:
+    """A PNG in base64 with 256 colours, a third of the size; one that has them already stays as it is."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture)))
+    if image.mode == "P":
+        return picture
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def pictures(notebook: NotebookNode) -> list[str]:
