@@ -23,6 +23,7 @@ from util.errors import UserError
 from util.pretrain_config import PretrainConfig
 from util.published import DATASETS
 from util.run import share_batch
+from util.segment_config import SegmentConfig
 from util.table_plan import Clock, Options, flops, parse, plan_runs, read_scale, work_behind
 from util.tables import FOLDER, PRETRAIN, STAGES, Score, find_tables, load_tables, read_score
 
@@ -333,7 +334,7 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     lines = [line.split(" #")[0] for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line) for line in [*lines, *re.findall(r"`((?:python|torchrun) [^`]*)`", text)]]
-    mains = {stage.program: stage.settings for stage in STAGES.values()}
+    mains = {stage.program: stage.settings for stage in STAGES.values()} | {"main_segment.py": SegmentConfig}
     recipes = set()
     for command in commands:
         place = next(i for i, word in enumerate(command) if word.endswith(".py"))
