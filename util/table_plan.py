@@ -304,7 +304,11 @@ def flops(run: Run, images: int) -> float:
     Args:
         images: per epoch, unless the run has a number of its own.
     """
-    return flops_per_image(run) * (run.images or images) * run.config.epochs
+    config = run.config
+    seen = (run.images or images) * config.epochs
+    if config.max_steps is not None:
+        seen = min(seen, config.max_steps * config.batch_size * config.accum_iter * run.processes)
+    return flops_per_image(run) * seen
 
 
 def flops_per_image(run: Run) -> int:
