@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch import nn
 from conftest import TINY_SEGMENTER
 from engine_segment import SegmenterTrainer, pixel_loss
 from models_upernet import UperNet
+from ranks import Ranks
 from test_masks import DAMAGES, config_of, damage
 from util.amp import grad_scaler
 from util.checkpoint import load_checkpoint
@@ -30,7 +29,6 @@ from util.results import read_results
 from util.segment_config import SegmentConfig
 from util.training import TrainState
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -84,11 +82,10 @@ def test_a_segmenter_learns_colours(segment, scenes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["block", "whole"])
-def test_compiled_as_eager(segment, scenes, tmp_path, how):
+def test_compiled_as_eager(segment, scenes, tmp_path):
     flags = ["--data_path", scenes, "--drop_path 0 --dropout 0"]
     eager = segment(*flags, output=tmp_path / "eager")
-    compiled = segment(*flags, "--compile", how, output=tmp_path / "compiled")
+    compiled = segment(*flags, "--compile block", output=tmp_path / "compiled")
     assert values(compiled, "loss") == pytest.approx(values(eager, "loss"), rel=1e-3)
     names = [newest(tmp_path / run)["model"].keys() for run in ("eager", "compiled")]
     assert names[0] == names[1]
@@ -214,32 +211,30 @@ def test_the_schedule_spans_the_updates_and_not_the_epochs():
 # ---- processes ---------------------------------------------------------------------------------------------
 
 
-def launched(processes: int, *flags: object) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main_segment.py"]
-    words = [sys.executable, *launch, *TINY_SEGMENTER.split(), *" ".join(map(str, flags)).split()]
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=400)
+def in_two(*flags: object) -> None:
+    """Call the main in two processes."""
+    words = ["main_segment.py", *TINY_SEGMENTER.split(), *" ".join(map(str, flags)).split()]
+    with Ranks(words, 2) as ranks:
+        assert [status for status, _ in ranks.finish()] == [0, 0]
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one_does(scenes, tmp_path):
-    """Losses with BatchNorm over both, scores over five images, also with the weights sharded."""
-    logs = {}
-    flags = ["--data_path", scenes, "--drop_path 0 --dropout 0 --output_dir"]
-    for name, processes, more in (("one", 1, "--batch_size 4"), ("two", 2, "--batch_size 2"),
-                                  ("fsdp", 2, "--batch_size 2 --parallel fsdp")):  # fmt: skip
-        launched(processes, *flags, tmp_path / name, more)
-        logs[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-    for name in ("two", "fsdp"):
-        assert values(logs[name], "loss") == pytest.approx(values(logs["one"], "loss"), abs=2e-5)
+def test_two_processes_train_and_evaluate_as_one_does(segment, scenes, tmp_path):
+    """Losses with BatchNorm over both, also with the weights sharded; scores over five images."""
+    flags = ["--data_path", scenes, "--drop_path 0 --dropout 0"]
+    expected = values(segment(*flags, "--per_class", output=tmp_path / "one"), "loss")
+    for parallel in ("ddp", "fsdp"):
+        run = tmp_path / parallel
+        in_two(*flags, "--batch_size 2 --parallel", parallel, "--output_dir", run)
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert values(log, "loss") == pytest.approx(expected, abs=2e-5)
+        assert len(values(log, "miou")) == 3
     trained = next((tmp_path / "one").glob("checkpoint-*-step5.pth"))
-    found = []
-    for processes in (1, 2):
-        output = tmp_path / f"evaluated{processes}"
-        launched(processes, "--data_path", scenes, "--eval --per_class --resume", trained, "--output_dir", output)
-        found.append(np.load(output / "confusion.npy"))
-    assert (found[0] == found[1]).all()
+    in_two("--data_path", scenes, "--eval --per_class --resume", trained, "--output_dir", tmp_path / "evaluated")
+    one, two = (np.load(tmp_path / run / "confusion.npy") for run in ("one", "evaluated"))
+    assert (one == two).all()
     masks = [np.asarray(Image.open(path)) for path in (scenes / "masks" / "val").iterdir()]
-    assert found[0].sum() == sum((mask != 3).sum() for mask in masks)
+    assert one.sum() == sum((mask != 3).sum() for mask in masks)
 
 
 # ---- wrong input -------------------------------------------------------------------------------------------
