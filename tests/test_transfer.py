@@ -28,6 +28,7 @@ from util.config import as_dict
 from util.errors import UserError
 from util.published import DATASETS
 from util.results import append_result, read_results
+from util.table_plan import flops
 from util.tables import load_tables
 from util.transfer import Grid, Search, Target, check_same_start, plan_cells, prune, read_grid, read_values, targets
 from util.transfer_view import heat_maps
@@ -163,6 +164,17 @@ def test_a_holdout_is_told_to_the_runs(call, class_folders):
     assert "/images/holdout_0.25/lr_0.001-wd_0.05/seed_0 " in shown
     assert "# then the best cell of each data set again, on all training images: 3 runs each" in shown
     assert "# 24 images per epoch" in shown
+
+
+def test_a_limit_of_updates_limits_the_cost(tmp_path, class_folders):
+    def cost(*flags: str) -> float:
+        extra = (*f"{TINY_CLASSIFIER} --input_size 32".split(), *flags)
+        search = Search(tmp_path / "out", "", (1e-3,), (0.05,), 1, 0.0, extra, 1)
+        target = Target("images", "", str(class_folders), "transfer_vit_base")
+        return flops(plan_cells(search, target, 0.0, search.points)[0], images=0)
+
+    assert cost("--max_steps", "3") == pytest.approx(cost() * 3 * 8 / (2 * 32))  # 2 epochs of 32 images
+    assert cost("--max_steps", "9") == cost()
 
 
 # ---- results -------------------------------------------------------------------------------------------------------
