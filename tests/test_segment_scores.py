@@ -24,7 +24,7 @@ from engine_segment import (
 from test_masks import config_of
 from util.data import Normalise
 from util.masks import IGNORED
-from util.segment_pictures import Predicted, as_array, cielab, overlay, palette, segmentation_figure
+from util.segment_pictures import Predicted, as_array, oklab, overlay, palette, segmentation_figure
 
 CPU = torch.device("cpu")
 NO_AMP = torch.autocast("cpu", enabled=False)
@@ -177,14 +177,14 @@ def test_evaluation_scores_at_the_mask_s_own_size():
 
 
 def test_colours_can_be_told_apart():
-    for number, apart in ((11, 45), (150, 12)):
-        colours = cielab(palette(number))
-        distance = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 1000 * np.eye(number)
+    for number, apart in ((11, 0.2), (150, 0.055)):
+        colours = oklab(palette(number))
+        distance = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 9 * np.eye(number)
         assert distance.min() > apart
-        assert np.linalg.norm(colours - cielab(np.zeros(3)), axis=1).min() > apart  # black is for ignored pixels
+        assert np.linalg.norm(colours - oklab(np.zeros(3)), axis=1).min() > apart  # black is for ignored pixels
     assert np.array_equal(palette(150)[:11], palette(11))
-    assert cielab(np.array([255, 255, 255])) == pytest.approx([100, 0, 0], abs=0.1)
-    assert cielab(np.array([255, 0, 0])) == pytest.approx([53.24, 80.09, 67.20], abs=0.1)
+    assert oklab(np.array([255, 255, 255])) == pytest.approx([1, 0, 0], abs=1e-6)
+    assert oklab(np.array([255, 0, 0])) == pytest.approx([0.628, 0.225, 0.126], abs=1e-3)
 
 
 def test_a_mask_over_its_image():

@@ -17,6 +17,20 @@ OPACITY = 0.65  # of a mask over its image
 MOST_IN_LEGEND = 40
 LEGEND_COLUMNS = 6
 SHADES = 8  # of red, green and blue among which the colours are chosen
+TO_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+TO_OKLAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
 AVOIDED = ((0, 0, 0), (255, 255, 255), (128, 128, 128))  # ignored pixels, paper, and what is no colour
 
 
@@ -25,8 +39,8 @@ def palette(number: int) -> np.ndarray:
     """Colours uint8 [number, 3]: each as unlike those before it as a choice of 512 allows, black for ignored apart."""
     levels = np.linspace(0, 255, SHADES).round()
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    candidates = cielab(colours)
-    nearest = np.min([np.linalg.norm(candidates - each, axis=1) for each in cielab(np.array(AVOIDED))], axis=0)
+    candidates = oklab(colours)
+    nearest = np.min([np.linalg.norm(candidates - each, axis=1) for each in oklab(np.array(AVOIDED))], axis=0)
     chosen = []
     for _ in range(number):
         best = int(nearest.argmax())
@@ -35,15 +49,11 @@ def palette(number: int) -> np.ndarray:
     return np.array(chosen, dtype=np.uint8)
 
 
-def cielab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB [..., 3] in 0..255 to CIELAB (white point D65), in which distances are those that an eye sees."""
+def oklab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB [..., 3] in 0..255 to Oklab (Ottosson 2020), in which distances are those that an eye sees, in blue too."""
     share = rgb / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = linear @ to_xyz.T / (0.9505, 1.0, 1.089)
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = np.moveaxis(f, -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+    return np.cbrt(linear @ TO_CONES.T) @ TO_OKLAB.T
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
