@@ -35,6 +35,7 @@ from util.analysis import (
     watched_attention,
 )
 from util.errors import UserError
+from util.figures import apart
 from util.vit import num_prefix_tokens, tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -398,6 +399,21 @@ def test_patch_colours_are_alike_where_tokens_are():
     for a in range(12):
         for b in range(12):
             assert np.allclose(flat[a], flat[b], atol=1e-6) == (kind[a] == kind[b])
+
+
+@quick
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 12))
+def test_names_in_the_plane_do_not_lie_on_each_other(seed, count):
+    rng = np.random.default_rng(seed)
+    centres, widths = rng.random((count, 2)) * (0.6, 0.1), rng.uniform(0.05, 0.2, count)
+    found = apart(centres, widths, 0.04)
+    assert np.array_equal(found[:, 0], centres[:, 0])
+    for i in range(count):
+        for j in range(i):
+            across, up = np.abs(found[i] - found[j])
+            assert across >= (widths[i] + widths[j]) / 2 or up >= 0.04 - 1e-3
+    far = np.array([[0.1, 0.1], [0.9, 0.1]])
+    assert np.array_equal(apart(far, [0.2, 0.2], 0.04), far)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
