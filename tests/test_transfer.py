@@ -279,7 +279,7 @@ def test_a_chosen_cell_is_shown_with_its_accuracy_on_the_test_images(call, tmp_p
     out = tmp_path / "output" / "transfer" / "LUT" / "dogs"
     for lr, value in ((1e-3, 91.0), (2e-3, 93.0), (4e-3, 92.0)):
         finish(out / "holdout_0.2", lr, 0.05, value)
-    status, shown, _ = call("show --holdout 0.2")
+    _, shown, _ = call("show --holdout 0.2")
     assert "; not yet trained on all training images" in shown
     assert rows_of(shown)[9][:2] == ["LUT", "ours"]
     assert set(rows_of(shown)[9][2:]) == {"–"}
