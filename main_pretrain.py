@@ -194,7 +194,9 @@ def make_monitor(config: PretrainConfig, source: ImageSource, trainer: PretrainT
 
 
 def show_plan(config: PretrainConfig, source: ImageSource, order: BatchOrder, dtype: torch.dtype | None) -> None:
-    """Print the settings, what the run costs, and one real batch."""
+    """Print once the settings, what the run costs, and one real batch."""
+    if not is_main():
+        return
     cost: Cost = pretrain_cost(config.model_arguments, config.views == "symmetric", config.student_type)
     print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     total = order.updates_per_epoch * config.epochs

@@ -240,11 +240,13 @@ def train_and_evaluate(
 
 
 def show_plan(trainer: Trainer, images: str, order: BatchOrder, make_dataset: Callable[[], Dataset] | None) -> None:
-    """--dry_run: the settings, what the run costs, and one real batch (None: none is made).
+    """--dry_run, said once: the settings, what the run costs, and one real batch (None: none is made).
 
     Args:
         images: how many there are, in words.
     """
+    if not is_main():
+        return
     config = trainer.config
     print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     flops = classifier_flops(trainer.state.model, (config.in_chans, *config.image_size))
