@@ -49,7 +49,7 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 def choose_attention(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
     """In place, the faster way: PyTorch's fused kernel, but for bf16 on a CPU.
 
-    There it takes up to 1.6 times, and its backward pass 2 to 10 times, as long as the products and the softmax one
+    There the backward pass of a block takes 1.2 to 3.5 times as long with it as with the products and the softmax one
     by one (docs/RESULTS.md).
     """
     fused = not (device.type == "cpu" and dtype == torch.bfloat16)
