@@ -171,7 +171,7 @@ def test_a_limit_of_updates_limits_the_cost(tmp_path, class_folders):
         extra = (*f"{TINY_CLASSIFIER} --input_size 32".split(), *flags)
         search = Search(tmp_path / "out", "", (1e-3,), (0.05,), 1, 0.0, extra, 1)
         target = Target("images", "", str(class_folders), "transfer_vit_base")
-        return flops(plan_cells(search, target, 0.0, search.points)[0], images=0)
+        return flops(plan_cells(search, target, search.points)[0], images=0)
 
     assert cost("--max_steps", "3") == pytest.approx(cost() * 3 * 8 / (2 * 32))  # 2 epochs of 32 images
     assert cost("--max_steps", "9") == cost()
@@ -283,13 +283,28 @@ def test_a_chosen_cell_is_shown_with_its_accuracy_on_the_test_images(call, tmp_p
     assert "; not yet trained on all training images" in shown
     assert rows_of(shown)[9][:2] == ["LUT", "ours"]
     assert set(rows_of(shown)[9][2:]) == {"–"}
-    finish(out / "test", 2e-3, 0.05, 87.0)
-    finish(out / "test", 1e-3, 0.05, 89.0)  # better, but not what the held-out images say
+    finish(out / "test", 2e-3, 0.05, 88.0)  # of a grid that is judged by the test images
+    finish(out / "holdout_0.3/chosen", 2e-3, 0.05, 86.0)
+    assert "; not yet trained on all training images" in call("show --holdout 0.2")[1]
+    finish(out / "holdout_0.2/chosen", 2e-3, 0.05, 87.0)
+    finish(out / "holdout_0.2/chosen", 1e-3, 0.05, 89.0)  # better, but not what the held-out images say
     _, shown, _ = call("show --holdout 0.2")
     assert "87.0 (92.0 ± 1.0)" in shown
     assert "not yet" not in shown
     assert "ours: the cell that is best on 20% of the training images, held out, trained again on all of them" in shown
     assert "--output_dir output/transfer: holds no grid of --holdout 0.1" in call("show --holdout 0.1")[2]
+    prune(out / "holdout_0.2/chosen", keep_best=True)
+    left = (out / "holdout_0.2/chosen").rglob("checkpoint-*.pth")
+    assert [path.parent.parent.name for path in left] == ["lr_0.002-wd_0.05"]
+
+
+def test_the_retrained_choice_is_no_result_of_a_grid_judged_by_the_test(call, tmp_path):
+    out = tmp_path / "output" / "transfer" / "LUT" / "dogs" / "holdout_0.2"
+    finish(out, 1e-3, 0.05, 91.0)
+    finish(out / "chosen", 1e-3, 0.05, 89.0)
+    assert call("show --holdout 0.2")[0] == 0
+    status, _, said = call("show")
+    assert (status, "holds no grid of --holdout 0 " in said) == (2, True)
 
 
 @pytest.mark.parametrize(("best", "said"), [(0, "lowest"), (1, ""), (2, "highest")])
@@ -326,23 +341,23 @@ def test_other_weights_or_data_need_another_label(tmp_path, class_folders):
     extra = tuple(f"{TINY_CLASSIFIER} --input_size 32".split())
     search = Search(tmp_path / "out", str(tmp_path / "a.pth"), (1e-3,), (0.05,), 1, 0.0, extra, 1)
     target = Target("images", "", str(class_folders), "transfer_vit_base")
-    (run,) = plan_cells(search, target, 0.0, search.points)
+    (run,) = plan_cells(search, target, search.points)
     run.folder.mkdir(parents=True)
     append_result(run.folder, "finetune", as_dict(run.config), {"top1": 50.0}, 1.0)
-    check_same_start(plan_cells(search, target, 0.0, search.points))
+    check_same_start(plan_cells(search, target, search.points))
     for other, said in (
         (Search(tmp_path / "out", str(tmp_path / "b.pth"), (1e-3,), (0.05,), 1, 0.0, extra, 1), "a.pth, not .*b.pth;"),
         (Search(tmp_path / "out", "", (1e-3,), (0.05,), 1, 0.0, extra, 1), "a.pth, not none; choose another --label"),
         (Search(tmp_path / "out", search.finetune, (1e-3,), (0.05,), 1, 0.0, (*extra, "--epochs", "9"), 1), "epochs 2"),
     ):
         with pytest.raises(UserError, match=said):
-            plan_cells(other, target, 0.0, search.points)
+            plan_cells(other, target, search.points)
     write_images(tmp_path / "images2/train/cat", 8)
     write_images(tmp_path / "images2/train/dog", 8)
     write_images(tmp_path / "images2/val/cat", 2)
     write_images(tmp_path / "images2/val/dog", 2)
     with pytest.raises(UserError, match=r"has finished with --data_path .*images, not .*images2"):
-        plan_cells(search, Target("images", "", str(tmp_path / "images2"), "transfer_vit_base"), 0.0, search.points)
+        plan_cells(search, Target("images", "", str(tmp_path / "images2"), "transfer_vit_base"), search.points)
 
 
 # ---- wrong input: one line -----------------------------------------------------------------------------------------
@@ -433,6 +448,27 @@ def test_the_cells_of_each_data_set_are_an_array(call, tmp_path):
     assert "once they have ended, the same command submits the best cell" in shown
 
 
+def test_a_call_that_submits_first_deletes_what_the_last_one_s_jobs_left(call, monkeypatch, tmp_path, class_folders):
+    extra = tuple(f"{TINY_CLASSIFIER} --input_size 32 --aa none --drop_path 0".split())
+    search = Search(tmp_path / "output/transfer/ours", "", (1e-3, 4e-3, 9e-3), (0.05,), 1, 0.0, extra, 1)
+    runs = plan_cells(search, Target("images", "", str(class_folders), "transfer_vit_base"), search.points)
+    for run, top1 in zip(runs, (50.0, 60.0, None), strict=True):
+        run.folder.mkdir(parents=True)
+        (run.folder / "checkpoint-1.pth").write_text("x")
+        if top1 is not None:
+            append_result(run.folder, "finetune", as_dict(run.config), {"top1": top1}, 1.0)
+    submitted = []
+    monkeypatch.setattr(script.submit, "check_sbatch", lambda: None)
+    monkeypatch.setattr(script.submit, "submit_array", lambda config, runs, *_: submitted.extend(runs))
+    flags = f"run {TINY} --data_path {class_folders} --lrs 1e-3 4e-3 9e-3 --weight_decays 0.05 --submit"
+    for more, kept in (("--dry_run", [0, 1, 2]), ("--keep_checkpoints all", [0, 1, 2]), ("", [1, 2])):
+        submitted.clear()
+        status, _, said = call(f"{flags} {more} -- --ngpus 0")
+        assert status == 0, said
+        assert [run.name for run in submitted] == [runs[2].title]
+        assert [i for i, run in enumerate(runs) if (run.folder / "checkpoint-1.pth").exists()] == kept
+
+
 # ---- real runs -----------------------------------------------------------------------------------------------------
 
 
@@ -478,7 +514,7 @@ def test_a_grid_that_is_killed_goes_on_and_the_held_out_choice_is_trained_again(
 
     best = read_grid(grid).best
     assert "the best cell of each data set, on all training images\n1 runs, 0 done already\n" in said
-    chosen = read_grid(grid.parent / "test")
+    chosen = read_grid(grid / "chosen")
     assert list(chosen.means) == [best]
     means = list(read_grid(grid).means.values())
     shown = f"{chosen.means[best]:.1f} ({statistics.mean(means):.1f} ± {statistics.stdev(means):.1f})"
