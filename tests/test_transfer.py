@@ -1,4 +1,4 @@
-"""scripts/transfer.py: what is searched, plans, results beside the paper, heat maps, wrong input, killed runs."""
+"""scripts/transfer.py: what is searched, plans, results beside the paper, heat maps, wrong input, job arrays."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import re
 import shlex
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ import pytest
 from PIL import Image
 
 from conftest import TINY_CLASSIFIER, script_caller, write_images
-from ranks import PATIENCE, wait_until
 from scripts import transfer as script
 from test_published import make_aircraft, make_cub200, make_flowers102, make_naturalist
 from util.checkpoint import lock_folder
@@ -27,13 +24,12 @@ from util.command_line import parse_config
 from util.config import as_dict
 from util.errors import UserError
 from util.published import DATASETS
-from util.results import append_result, read_results
+from util.results import append_result
 from util.table_plan import flops
 from util.tables import load_tables
 from util.transfer import Grid, Search, Target, check_same_start, plan_cells, prune, read_grid, read_values, targets
 from util.transfer_view import heat_maps
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = f'--finetune scratch --finetune_flags="{TINY_CLASSIFIER} --input_size 32 --aa none --drop_path 0"'
 SMALL_GRID = "--lrs 1e-3 4e-3 --weight_decays 0.05 0.2"
 
@@ -467,69 +463,3 @@ def test_a_call_that_submits_first_deletes_what_the_last_one_s_jobs_left(call, m
         assert status == 0, said
         assert [run.name for run in submitted] == [runs[2].title]
         assert [i for i, run in enumerate(runs) if (run.folder / "checkpoint-1.pth").exists()] == kept
-
-
-# ---- real runs -----------------------------------------------------------------------------------------------------
-
-
-def start(folder: Path, flags: str) -> subprocess.Popen:
-    """The script in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "transfer.py"), *shlex.split(flags)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-@pytest.mark.slow
-def test_a_grid_that_is_killed_goes_on_and_the_held_out_choice_is_trained_again(tmp_path, class_folders):
-    flags = f"run {TINY} --data_path {class_folders} --lrs 1e-3 4e-3 --weight_decays 0.05 --holdout 0.25"
-    flags = flags.replace("--epochs 2", "--epochs 15 --save_freq 1")
-    grid = tmp_path / "output/transfer/ours/images/holdout_0.25"
-    first, second = (grid / f"lr_{lr}-wd_0.05" / "seed_0" for lr in ("0.001", "0.004"))
-
-    process = start(tmp_path, flags)
-    wait_until(lambda: list(second.glob("checkpoint-*.pth.json")) or process.poll() is not None)
-    assert process.poll() is None, process.stdout.read()
-    process.kill()
-    process.wait()
-    assert (first / "results.jsonl").exists()
-    assert not (second / "results.jsonl").exists()
-    before = (first / "results.jsonl").read_text()
-    wait_until(
-        lambda: not subprocess.run(["pgrep", "-f", str(second.relative_to(tmp_path))], capture_output=True).stdout
-    )
-
-    process = start(tmp_path, flags)
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
-    assert said.startswith("2 runs, 1 done already\n")
-    assert re.search(r"^\[2/2, all left 0:\d\d:\d\d\] epoch ", said, re.M)
-    assert re.search(r"^resumed after update \d+$", (second / "output.txt").read_text(), re.M)
-    assert (first / "results.jsonl").read_text() == before
-    assert [len(read_results(folder)) for folder in (first, second)] == [1, 1]
-
-    best = read_grid(grid).best
-    assert "the best cell of each data set, on all training images\n1 runs, 0 done already\n" in said
-    chosen = read_grid(grid / "chosen")
-    assert list(chosen.means) == [best]
-    means = list(read_grid(grid).means.values())
-    shown = f"{chosen.means[best]:.1f} ({statistics.mean(means):.1f} ± {statistics.stdev(means):.1f})"
-    assert ["ours", "ours", shown] in rows_of(said)
-    kept = [lr for lr, folder in ((1e-3, first), (4e-3, second)) if list(folder.glob("checkpoint-*.pth"))]
-    assert kept == [best[0]]
-    with Image.open(grid / "grid.png") as picture:
-        assert min(picture.size) > 300
-
-    # a cell that fails is named, and the others are done
-    [path.unlink() for path in second.iterdir()]
-    (second / "log.jsonl").mkdir()
-    process = start(tmp_path, f"{flags} --keep_going")
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1, said
-    assert "FAILED: ours, images, lr 0.004, weight decay 0.05, seed 0: exit status 1" in said
-    assert "ours, images: 1 of 2 cells" in said
-    assert said.splitlines()[-1].startswith("transfer.py: error: 1 of 2 runs failed: ours, images, lr 0.004")
