@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tyro.conf import Positional, arg
 
-from util.amp import autocast_dtype
+from util.amp import autocast_dtype, choose_attention
 from util.checkpoint import sha256_of
 from util.classifiers import NamedClassifier, open_classifier
 from util.command_line import parse_config
@@ -34,7 +34,7 @@ from util.errors import RunError, UserError, run_main
 from util.imagenet import NUM_CLASSES
 from util.interop import Weights
 from util.logs import format_duration
-from util.results import RESULTS_FILE, append_result
+from util.results import append_result
 from util.robustness import Look, examples, in_passes, places_of, scores_of_pass
 from util.robustness_sets import COLUMNS, IMAGE_SETS, Task, find_below, flags_of, plan_tasks
 from util.robustness_view import (
@@ -49,6 +49,7 @@ from util.robustness_view import (
     remarks_on,
     render_with,
 )
+from util.run import writable_folder
 from util.table_view import commented
 from util.vit import TIMM
 
@@ -190,6 +191,7 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, st
         config.checkpoint, config.weights, config.label, config.input_size, config.num_heads, processes.device,
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
+    choose_attention(classifier.model, dtype, processes.device)
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given
     absent = "is not given" + (f", nor in {config.data_root} by a usual name" if config.data_root else "")
     tasks, missing = plan_tasks(config.wanted, paths, config.partial, absent)
@@ -203,7 +205,7 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, st
         announce(classifier, passes, done, missing)
     if not config.dry_run:
         if is_main():
-            make_folder(folder)
+            writable_folder(folder, "output_dir")  # now, rather than after the first pass
             rename([settings[task.key] for task in done], lines, folder)
         run_passes(classifier, passes, look, settings, folder)
         if is_main() and passes and config.examples:
@@ -212,7 +214,10 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, st
 
 
 def identity_of(config: RobustnessConfig, classifier: NamedClassifier) -> dict[str, Any]:
-    """What tells the model from others; a file by its content, since runs write to the same name again."""
+    """What tells the model from others; of a file the content, since runs write to the same name again.
+
+    Its path is for the reader: a file that has moved is still the same model.
+    """
     name = config.checkpoint
     path = name.partition("=")[2] if name.startswith(TIMM) else name
     digest = ""
@@ -257,15 +262,6 @@ def announce(
     for key, why in missing.items():
         print(f"missing: {titles[key]}, {why}")
     sys.stdout.flush()
-
-
-def make_folder(folder: Path) -> None:
-    """UserError now, rather than after the first pass, where results cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULTS_FILE).open("a").close()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror or error})") from error
 
 
 def rename(done: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], folder: Path) -> None:

@@ -171,8 +171,8 @@ def main() -> None:
     if config.dry_run:
         show(config, resources, runs, jobs, job_dir, code)
         return
-    if config.cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UserError("--cluster slurm: there is no sbatch here, submit from a login node or use --cluster local")
+    if config.cluster == "slurm":
+        check_sbatch("cluster slurm", "use --cluster local")
     submitted = submit(config, resources, jobs, job_dir, code)
     report(config, runs, submitted)
     if config.follow:
@@ -294,10 +294,10 @@ def config_of_arrays(stage: str, launcher_flags: Sequence[str], processes: int |
     return config
 
 
-def check_sbatch() -> None:
-    """UserError where no job can be submitted."""
+def check_sbatch(flag: str = "submit", fix: str = "leave it out") -> None:
+    """UserError, which names the flag that asked for it, where no job can be submitted."""
     if shutil.which("sbatch") is None:
-        raise UserError("--submit: there is no sbatch here, submit from a login node or leave it out")
+        raise UserError(f"--{flag}: there is no sbatch here, submit from a login node or {fix}")
 
 
 def submit_array(config: SubmitConfig, runs: list[Run], job_dir: Path, after: str, dry_run: bool) -> str:

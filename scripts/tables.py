@@ -124,11 +124,7 @@ COMMANDS = {"plan": PlanFlags, "run": RunFlags, "show": ShowFlags}
 
 def main() -> None:
     """The command's flags, then the command."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    flags, launcher_flags = parse_command(COMMANDS, arguments, Path(__file__).name, ", then the table")
+    flags, launcher_flags = parse_command(COMMANDS, sys.argv[1:], Path(__file__).name, __doc__, ", then the table")
     tables = find_tables(flags.table)
     if isinstance(flags, ShowFlags):
         show(tables, flags)

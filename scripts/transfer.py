@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -161,7 +162,8 @@ class RunFlags(PlanFlags):
     keep_going: bool = False
     """after a failed cell, as one that diverges, go on with the others, and choose among those"""
     keep_checkpoints: Literal["best", "all", "none"] = "best"
-    """of the cells that have finished; each has the weights and the optimiser's two moments"""
+    """of the cells that have finished; each has the weights and the optimiser's two moments. With --submit the next
+    call of the same command deletes the others, for nothing does while the jobs run"""
     submit: bool = False
     """submit the cells to SLURM, those of each data set as a job array; after `--` come flags of scripts/submit.py"""
     dry_run: bool = False
@@ -179,11 +181,7 @@ COMMANDS = {"plan": PlanFlags, "run": RunFlags, "show": ShowFlags}
 
 def main() -> None:
     """The command's flags, then the command."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    flags, launcher_flags = parse_command(COMMANDS, arguments, Path(__file__).name)
+    flags, launcher_flags = parse_command(COMMANDS, sys.argv[1:], Path(__file__).name, __doc__)
     if isinstance(flags, ShowFlags):
         show(flags)
         return
@@ -205,7 +203,7 @@ def main() -> None:
 
 def cells_of(search: Search, chosen_from: Sequence[Target]) -> dict[Target, list[Run]]:
     """The grid of each data set."""
-    return {target: plan_cells(search, target, search.holdout, search.points) for target in chosen_from}
+    return {target: plan_cells(search, target, search.points) for target in chosen_from}
 
 
 def chosen_of(search: Search, chosen_from: Sequence[Target]) -> dict[Target, list[Run]]:
@@ -214,7 +212,7 @@ def chosen_of(search: Search, chosen_from: Sequence[Target]) -> dict[Target, lis
     for target in chosen_from if search.holdout else ():
         best = read_grid(grid_folder(search.folder, target.name, search.holdout)).best
         if best is not None:
-            found[target] = plan_cells(search, target, 0.0, [best])
+            found[target] = plan_cells(search, target, [best], chosen=True)
     return found
 
 
@@ -263,20 +261,21 @@ def do(planned: dict[Target, list[Run]], flags: RunFlags) -> RunError | None:
     """The runs of all data sets; what failed, with --keep_going."""
     runs = [run for cells in planned.values() for run in cells]
     note_cells(runs)
-
-    def tidy(run: Run) -> None:
-        if flags.keep_checkpoints != "all":
-            prune(run.folder.parent.parent, flags.keep_checkpoints == "best")
-
     for cells in planned.values():  # also of those that were done elsewhere
-        tidy(cells[0])
+        tidy(flags, cells[0])
     try:
-        run_all(runs, clock_for(runs, flags), flags.keep_going, tidy)
+        run_all(runs, clock_for(runs, flags), flags.keep_going, partial(tidy, flags))
     except RunError as error:
         if not flags.keep_going:
             raise
         return error
     return None
+
+
+def tidy(flags: RunFlags, run: Run) -> None:
+    """Delete what --keep_checkpoints does not keep of the grid that has this run."""
+    if flags.keep_checkpoints != "all":
+        prune(run.folder.parent.parent, flags.keep_checkpoints == "best")
 
 
 @contextlib.contextmanager
@@ -296,11 +295,14 @@ def submit_all(flags: RunFlags, launcher_flags: Sequence[str]) -> None:
     cells = cells_of(search, flags.targets)
     ready = [t for t in flags.targets if all(share_done(run) == 1 for run in cells[t])]
     chosen = chosen_of(search, ready)
+    planned = [*cells.items(), *chosen.items()]
     if not flags.dry_run:
         submit.check_sbatch()
+        for _, runs in planned:
+            tidy(flags, runs[0])
     job_dir = Path(config.job_dir).absolute() if config.job_dir else search.folder / "jobs"
     waiting = 0
-    for target, runs in [*cells.items(), *chosen.items()]:
+    for target, runs in planned:
         todo = [run for run in runs if share_done(run) < 1]
         if not todo:
             continue

@@ -238,6 +238,29 @@ def test_another_model_of_the_same_name_is_another_row(made, call, tmp_path):
     assert rows[0].split()[-1] == rows[1].split()[-1] == "–"
 
 
+def test_a_file_that_has_moved_is_the_same_model(made, call, tmp_path):
+    command = f"{everything(made)} --columns v2"
+    call(f"{made.checkpoint} {command}")
+    shutil.copy(made.checkpoint, tmp_path / "moved.pth")
+    _, shown, _ = call(f"moved.pth --label moved {command}")
+    assert "done before: IN-V2" in shown
+    assert [line.split()[0] for line in shown.splitlines() if " ours " in line] == ["moved"]
+
+
+def test_bf16_on_a_cpu_takes_no_fused_attention(made, call, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(script, "autocast_dtype", lambda amp, device: torch.bfloat16)
+
+    def scores(classifier, tasks, look, title):
+        chosen.extend(block.attn.fused_attn for block in classifier.model.blocks)
+        return iter(())
+
+    monkeypatch.setattr(script, "scores_of_pass", scores)
+    call(f"{made.checkpoint} {everything(made)} --columns v2 --examples 0")
+    assert chosen
+    assert not any(chosen)
+
+
 def test_missing_sets_are_missing(made, call):
     v2 = made.root / "data" / "imagenetv2-matched-frequency-format-val"
     status, shown, _ = call(f"{made.checkpoint} --imagenet_v2 {v2} --partial {FLAGS}")

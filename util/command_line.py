@@ -48,13 +48,18 @@ def parse_config(config_type: type[Config], arguments: Sequence[str], program: s
 
 
 def parse_command(
-    commands: Mapping[str, type], arguments: Sequence[str], program: str, after: str = ""
+    commands: Mapping[str, type], arguments: Sequence[str], program: str, about: str, after: str = ""
 ) -> tuple[Any, list[str]]:
     """The settings of `COMMAND [flags] [-- flags of the launcher]`, and those flags, which need `submit` among them.
+
+    No command, or --help instead of one, prints what the program is about and exits.
 
     Args:
         after: what stands behind the command, for the message.
     """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(about)
+        raise SystemExit
     command, *rest = arguments
     if command not in commands:
         known = ", ".join(commands)

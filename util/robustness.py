@@ -20,8 +20,9 @@ from engine_finetune import predict
 from util.classifiers import NamedClassifier, View, without_border
 from util.config import DataConfig
 from util.data import Loader, Normalise, load_image
-from util.distributed import Processes, sum_over_ranks
+from util.distributed import Processes, is_main, sum_over_ranks
 from util.errors import UserError
+from util.evaluation import share_of_images
 from util.imagenet import NUM_CLASSES, Answer
 from util.pictures import colours, drawable
 from util.progress import progress
@@ -134,7 +135,7 @@ def look_at(classifier: NamedClassifier, task: Task, places: Sequence[int], look
     Each image is looked at once, by one of the ranks.
     """
     processes, device = look.processes, look.processes.device
-    share = range(processes.rank, len(places), processes.world_size)
+    share = share_of_images(len(places), processes, dist_eval=True)
     loader = Loader(
         images_of(classifier, task, places, share, look),
         batch_size=look.batch_size,
@@ -142,7 +143,7 @@ def look_at(classifier: NamedClassifier, task: Task, places: Sequence[int], look
         pin_memory=look.loading.pins(device),
         patience=look.loading.loader_timeout,
     )
-    batches = progress(loader, len(share), title, "images", lambda batch: len(batch[1])) if is_first(look) else loader
+    batches = progress(loader, len(share), title, "images", lambda batch: len(batch[1])) if is_main() else loader
     prepare = input_of(classifier, task, look)
     classes = torch.tensor(task.classes or range(NUM_CLASSES), device=device)
     best = torch.zeros(len(places), 5, dtype=torch.int64, device=device)
@@ -188,11 +189,6 @@ def examples(classifier: NamedClassifier, task: Task, number: int, look: Look) -
     said = classes[logits.cpu()[:, classes].argmax(dim=1)].tolist()
     seen = colours(prepare(pixels.to(look.processes.device)).cpu(), classifier.normalise.mean, classifier.normalise.std)
     return [Example(image, best, answer) for image, best, (_, answer) in zip(drawable(seen), said, found, strict=True)]
-
-
-def is_first(look: Look) -> bool:
-    """Whether this process shows how far it is."""
-    return look.processes.rank == 0
 
 
 def in_passes(tasks: Sequence[Task]) -> list[list[Task]]:

@@ -17,6 +17,7 @@ from util.robustness import Example
 from util.robustness_sets import COLUMNS
 from util.table_view import FORMATS, MISSING, Cell, Filled, draw
 from util.tables import Row, Table, find_tables
+from util.vit import TIMM
 
 STAGE = "robustness"  # of the lines in results.jsonl
 IDENTITY = ("checkpoint", "sha256", "weights", "num_heads", "input_size")  # what makes a row of the table
@@ -54,9 +55,15 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_results(folder) if line["stage"] == STAGE]
 
 
+def without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a number depends on: neither what the model was called, nor where the file lies that `sha256` tells."""
+    path = {} if config["checkpoint"].startswith(TIMM) else {"checkpoint": ""}
+    return {**config, "label": "", **path}
+
+
 def finished(lines: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The newest line with these settings, whatever the model was called, or None."""
-    found = [line for line in lines if line["config"] | {"label": ""} == {**settings, "label": ""}]
+    """The newest line with these settings, whatever the model and its file were called, or None."""
+    found = [line for line in lines if without_names(line["config"]) == without_names(settings)]
     return found[-1] if found else None
 
 
@@ -66,7 +73,8 @@ def read_ours(folder: Path) -> list[Ours]:
     labels: dict[tuple, str] = {}
     for line in read_lines(folder):
         config = line["config"]
-        identity = tuple(str(config[name]) for name in IDENTITY)
+        named = without_names(config)
+        identity = tuple(str(named[name]) for name in IDENTITY)
         models.setdefault(identity, {})[config["column"]] = line
         labels[identity] = config["label"]
     shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}

@@ -5,7 +5,8 @@ choose the best cell on images held out of the training set, train it again on a
 images. The paper (Tables 2 and 3) reports the maximum, mean and standard deviation of the accuracies of a grid, so that
 its cells are judged, and the best is chosen, on the test images. Both ways are here: see `Search.holdout`.
 
-Folders: OUTPUT/LABEL/DATA SET/{test, holdout_SHARE}/lr_LR-wd_WD/seed_N, one main_finetune.py each.
+Folders: OUTPUT/LABEL/DATA SET/{test, holdout_SHARE, holdout_SHARE/chosen}/lr_LR-wd_WD/seed_N, one main_finetune.py
+each; `chosen` has the best cell of those beside it, trained again on all training images.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ RECIPES = {  # of the data sets that want another one
 }
 LRS = ("1.25e-4", "2.5e-4", "5e-4", "1e-3")  # with the three of Table D
 WEIGHT_DECAYS = ("0.005", "0.016", "0.05", "0.16")  # with Table D's
+CHOSEN = "chosen"
 CELL = re.compile(r"lr_(.+)-wd_(.+)")
 Point = tuple[float, float]  # learning rate per 256 images, weight decay
 
@@ -150,19 +152,29 @@ def grid_folder(folder: Path, name: str, holdout: float) -> Path:
     return folder / name / (f"holdout_{holdout:g}" if holdout else "test")
 
 
+def judged_folder(folder: Path, name: str, holdout: float) -> Path:
+    """Of the cells that were trained on all training images, whose accuracy on the test images is reported."""
+    grid = grid_folder(folder, name, holdout)
+    return grid / CHOSEN if holdout else grid
+
+
 def cell_folder(grid: Path, point: Point) -> Path:
     """Of a cell's runs, one per seed."""
     lr, weight_decay = point
     return grid / f"lr_{lr!r}-wd_{weight_decay!r}"
 
 
-def plan_cells(search: Search, target: Target, holdout: float, points: Sequence[Point]) -> list[Run]:
+def plan_cells(search: Search, target: Target, points: Sequence[Point], chosen: bool = False) -> list[Run]:
     """A run for each point and seed; the data set is opened, as the runs will.
+
+    Args:
+        chosen: whether held-out images have chosen the points, which are now trained on all training images.
 
     Raises:
         UserError: a flag, recipe or data set is wrong, or other runs have finished in these folders.
     """
-    kind = STAGES[STAGE]
+    kind, holdout = STAGES[STAGE], 0.0 if chosen else search.holdout
+    grid = (judged_folder if chosen else grid_folder)(search.folder, target.name, search.holdout)
     data = {key: value for key, value in (("dataset", target.dataset), ("data_path", target.data_path)) if value}
     shared = ["--recipe", target.recipe, *as_flags(data), *search.extra]
     config: FinetuneConfig = parse(FinetuneConfig, kind.program, tuple(shared))
@@ -172,7 +184,7 @@ def plan_cells(search: Search, target: Target, holdout: float, points: Sequence[
     images = len(open_labelled(dataclasses.replace(config, holdout=holdout, eval=False)).train)
     runs = []
     for (lr, weight_decay), seed in itertools.product(points, range(search.seeds)):
-        folder = cell_folder(grid_folder(search.folder, target.name, holdout), (lr, weight_decay)) / f"seed_{seed}"
+        folder = cell_folder(grid, (lr, weight_decay)) / f"seed_{seed}"
         own = changes | ({"finetune": search.finetune} if search.finetune else {})
         own |= {"blr": lr, "weight_decay": weight_decay, "seed": seed, "output_dir": str(folder)}
         own |= {"holdout": holdout} if holdout else {}
@@ -275,14 +287,14 @@ def result_of(folder: Path, name: str, holdout: float) -> Result:
     grid = read_grid(grid_folder(folder, name, holdout))
     if grid.best is None:
         return Result(grid, None)
-    judged = list(accuracies(cell_folder(grid_folder(folder, name, 0), grid.best)))
+    judged = list(accuracies(cell_folder(judged_folder(folder, name, holdout), grid.best)))
     mean, std = grid.spread or (None, None)
     return Result(grid, Score(statistics.mean(judged), "", mean, std) if judged else None)
 
 
 def prune(folder: Path, keep_best: bool) -> None:
-    """Delete the checkpoints of finished cells, but those of the best one so far."""
-    best = read_grid(folder).best
+    """Delete the checkpoints of finished cells, but those of the best one so far, or of the chosen one."""
+    best = read_grid(folder.parent if folder.name == CHOSEN else folder).best
     for point, cell in cell_folders(folder):
         for run in cell.glob("seed_*") if not (keep_best and point == best) else ():
             if outcome_in(run, STAGE) is not None:
