@@ -47,7 +47,11 @@ class Classes:
     @property
     def known(self) -> str:
         """The numbers that a mask may hold, in words."""
-        return in_words(np.flatnonzero(self.table != UNKNOWN).tolist())
+        ignored = self.table == IGNORED
+        classes = in_words(np.flatnonzero(~ignored & (self.table != UNKNOWN)).tolist())
+        return (
+            f"{len(self.names)} classes ({classes}) and ignores {in_words(np.flatnonzero(ignored).tolist()) or 'none'}"
+        )
 
 
 def make_classes(names: Sequence[str], first_label: int, ignored: Sequence[int], origin: str) -> Classes:
@@ -168,8 +172,8 @@ class MaskedSource(FileSource):
         """For a number that is no class."""
         classes = self.classes
         return UserError(
-            f"{path}: holds the number {number}, but {classes.origin} knows {len(classes.names)} classes (numbers"
-            f" {classes.known}); mend it, or see --classes, --first_label and --ignore_index"
+            f"{path}: holds the number {number}, but {classes.origin} knows {classes.known};"
+            " mend it, or see --classes, --first_label and --ignore_index"
         )
 
     def count(self, index: int) -> np.ndarray:
@@ -266,7 +270,8 @@ class Layout:
             if (self.root / "images" / name).is_dir():
                 return self.root / "images" / name, self.root / self.mask_folder / name
         wanted = ", ".join(f"images/{name}" for name in SPLIT_NAMES[split])
-        raise UserError(f"--data_path {self.root}: has none of {wanted}")
+        fix = f"add one, or --{split}_images and --{split}_masks"
+        raise UserError(f"--data_path {self.root}: has none of {wanted}; {fix}")
 
 
 def find_layout(data_path: str) -> Layout:
@@ -284,9 +289,14 @@ def find_layout(data_path: str) -> Layout:
         images = any(name in found for names in SPLIT_NAMES.values() for name in names)
         hint = "; is it one for main_finetune.py?" if images else ""
         raise UserError(f"--data_path {root}: holds {shown}, but {wanted}{hint}")
-    splits = [root / "annotations" / name for name in ("training", "validation")]
-    native = any(split.is_dir() for split in splits) and not (root / "classes.json").exists()
+    marks = [root / "annotations" / name for name in ("training", "validation")] + object_info_files(root)
+    native = masks == "annotations" and any(mark.exists() for mark in marks) and not (root / "classes.json").exists()
     return Layout(root, masks, ade20k=native)
+
+
+def object_info_files(root: Path) -> list[Path]:
+    """Where ADE20K's names of classes may be."""
+    return [root / f"{ADE20K_CLASSES}{suffix}" for suffix in (".txt", ".csv")]
 
 
 def find_classes(
@@ -300,7 +310,7 @@ def find_classes(
     ade20k = layout is not None and layout.ade20k
     inside = [] if layout is None else [layout.root / n for n in ("classes.json", "classes.txt")]
     if ade20k:
-        inside += [layout.root / f"{ADE20K_CLASSES}{suffix}" for suffix in (".txt", ".csv")]
+        inside += object_info_files(layout.root)
     path = Path(class_file) if class_file else next((each for each in inside if each.is_file()), None)
     ignored = None
     if path is not None:
