@@ -125,7 +125,7 @@ def measured_elsewhere(run: RunFolder) -> str:
     held_out = as_number(run.config.get("holdout")) or 0
     if held_out > 0:
         return f"judged by a share of {held_out:g} of the training images of {data_of(run)}"
-    transfer = recipe.startswith("transfer_") or run.config.get("dataset") in published_names()
+    transfer = recipe.startswith("transfer_") or str(run.config.get("dataset")) in published_names()
     return f"transfer to {data_of(run)}" if transfer else ""
 
 

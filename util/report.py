@@ -163,8 +163,10 @@ def images_for(runs: Sequence[RunFolder], files: Sequence[str]) -> Images:
 
 
 def places_of_images(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Where images of a run may be: folder or file, data set and split. Of a segmentation, whose folder has masks too,
-    those of validation alone; none where its settings name none."""
+    """Where images of a run may be: folder or file, data set and split.
+
+    Of a segmentation, whose folder has masks too, those of validation alone; none where its settings name none.
+    """
     known = ("dataset", "data_path", "val_path", "val_images")
     dataset, path, val, val_images = (str(run.config.get(key) or "") for key in known)
     if run.stage != SEGMENT:
