@@ -30,19 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from submitit import Job
 from tyro.conf import Positional, UseAppendAction, arg
 
-from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.cluster import Refused, Resources, batch_script, follow, submit_local, submit_slurm
 from util.command_line import flag_values, parse_config
 from util.config import check, nearest
 from util.errors import UserError, run_main
 from util.launch import StageJob
 from util.logs import git_state
-from util.pretrain_config import PretrainConfig
-from util.segment_config import SegmentConfig
+from util.stages import MAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUEUE_FLAGS = ("partition", "account", "qos", "constraint", "exclude", "comment")
-STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linprobe": LinprobeConfig, "segment": SegmentConfig}
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,8 @@ class SubmitConfig:
     """print the log as it grows, and exit with the job's status"""
 
     def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise UserError(f"STAGE {self.stage}: unknown{nearest(self.stage, STAGES)} (one of {', '.join(STAGES)})")
+        if self.stage not in MAINS:
+            raise UserError(f"STAGE {self.stage}: unknown{nearest(self.stage, MAINS)} (one of {', '.join(MAINS)})")
         for flag in ("nodes", "tasks_per_node", "cpus_per_task", "timeout", "array_parallelism"):
             value = getattr(self, flag)
             check(value is None or value >= 1, flag, value, "must be 1 or more")
@@ -205,7 +202,7 @@ def plan_runs(config: SubmitConfig, stage_flags: list[str], job_dir: Path) -> li
     Raises:
         UserError: a flag is wrong, or two runs would be the same.
     """
-    settings, program = STAGES[config.stage], f"main_{config.stage}.py"
+    settings, program = MAINS[config.stage].settings, f"main_{config.stage}.py"
     os.environ["WORLD_SIZE"] = str(config.nodes * config.processes_per_node)  # batches are checked per process
     try:
         given = parse_config(settings, stage_flags, program)

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import one_line, script_caller
+from conftest import TINY_SEGMENTER, one_line, script_caller
+from models_upernet import UperNet
 from runs import complete, pretraining_lines, write_run
 from scripts import report as script
 from test_analyze import save_lut
@@ -25,15 +26,16 @@ from util import report as report_module
 from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.command_line import parse_config
 from util.config import as_dict
-from util.curves import Thinned, curves_of, metrics_of, points_per_curve, thin
+from util.curves import METRICS, Thinned, curves_of, metrics_of, points_per_curve, thin
 from util.errors import UserError
 from util.figures import HEAT_ALPHA, HEAT_GROUND, heat_over
 from util.logs import RunLog
 from util.paper_rows import paper_tables
 from util.pretrain_config import PretrainConfig
 from util.report import report
-from util.report_parts import commands, differing_settings, environment_rows, speed_rows, summary_rows
+from util.report_parts import card, commands, differing_settings, environment_rows, speed_rows, summary_rows
 from util.run_folder import Curve, open_runs, read_run
+from util.segment_config import SegmentConfig
 from util.thumbnails import evenly, film
 
 # ---- folders -----------------------------------------------------------------------------------------------
@@ -90,6 +92,41 @@ def test_max_steps_cuts_an_epoch_short(tmp_path):
     assert (run.updates_per_epoch, run.total_updates, run.finished) == (None, 3, True)
 
 
+def segmenting_lines(updates: int, per_epoch: int) -> list[dict]:
+    """As a segmentation of so many updates logs them."""
+    lines = []
+    for step in range(1, updates + 1):
+        epoch = (step - 1) // per_epoch
+        about = {"step": step, "epoch": epoch, "seconds": 2.0 * step}
+        lines.append(about | {"loss": 1.4, "main": 1.0, "auxiliary": 1.0, "lr": 1e-4})
+        if step % per_epoch == 0 or step == updates:
+            lines.append(about | {"epoch": epoch + 1, "miou": 40.0 + epoch, "aacc": 80.0, "macc": 50.0})
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("most", "done", "expected"),
+    [
+        (12, 7, (5, 12, False)),  # under way in its second epoch
+        (7, 7, (5, 7, True)),  # the end is in the middle of an epoch
+        (3, 3, (None, 3, True)),  # of the first one, of which nobody knows how long it is
+        (5, 3, (None, 5, False)),
+    ],
+)
+def test_max_updates_end_a_segmentation(tmp_path, most, done, expected):
+    config = as_dict(SegmentConfig(data_path="scenes", max_updates=most, warmup_updates=0))
+    lines = [line for line in segmenting_lines(most, 5) if line["step"] <= done]
+    folder = write_run(tmp_path / "a", lines, config, stage="segment", finished={} if done == most else None)
+    run = read_run(folder, "a")
+    assert (run.updates_per_epoch, run.total_updates, run.finished) == expected
+    shown = card(run, metrics_of([run]))
+    if expected[2]:
+        assert (shown.status, shown.done) == ("finished", None)
+    else:
+        assert f"{done} of {most} updates, left 0:00:{2 * (most - done):02}" in shown.status
+        assert shown.done == pytest.approx(done / most)
+
+
 def test_a_finished_run_that_was_prolonged_is_under_way(tmp_path):
     config = as_dict(PretrainConfig(epochs=4, warmup_epochs=1))
     assert not read_run(write_run(tmp_path / "a", pretraining_lines(2, 5), config, finished={}), "a").finished
@@ -102,6 +139,7 @@ def test_a_finished_run_that_was_prolonged_is_under_way(tmp_path):
         ("/code/main_pretrain.py --x", [], {}, "pretrain"),
         ("", ["linprobe-eval"], {}, "linprobe"),
         ("", [], {"mask_ratio": 0.75}, "pretrain"),
+        ("", [], {"max_updates": 5}, "segment"),
         ("", [], {}, ""),
     ],
 )
@@ -190,6 +228,19 @@ def test_numbers_of_other_stages_are_shown_under_their_own_name(tmp_path):
     assert found["road_iou"] == ("road iou", "What it has learned")
     assert found["miou"][0] == "Mean IoU"
     assert ["Mean IoU, best", "40.00 % (epoch 1)"] in summary_rows([run], metrics_of([run]))
+
+
+def test_all_numbers_of_a_segmentation_are_known(tmp_path):
+    config = as_dict(SegmentConfig(data_path="scenes", max_updates=5, warmup_updates=0))
+    run = read_run(write_run(tmp_path / "a", segmenting_lines(5, 2), config, stage="segment"), "a")
+    metrics = metrics_of([run])
+    assert metrics.keys() - METRICS.keys() == set()
+    assert {metrics[name].better for name in ("loss", "main", "auxiliary")} == {"lower"}
+    assert ["Mean accuracy of the classes, best", "50.00 % (epoch 1)"] in summary_rows([run], metrics)
+    assert differing_settings([run]) == [
+        ["", "a", "default"], ["data_path", "scenes", "–"], ["max_updates", "5", "160000"],
+        ["warmup_updates", "0", "1500"],
+    ]  # fmt: skip
 
 
 def test_what_the_page_draws_is_valid_json_in_the_units_it_names(tmp_path):
@@ -298,7 +349,8 @@ def test_commands_repeat_the_run(tmp_path):
 
 def paper_run(folder: Path, settings: type, flags: list[str], stage: str, finished: dict | None) -> Path:
     config = as_dict(parse_config(settings, flags, f"main_{stage}.py"))
-    lines = [{"step": 5 * config["epochs"], "epoch": config["epochs"], "loss": 1.0}]
+    epochs = config.get("epochs", 1)
+    lines = [{"step": config.get("max_updates", 5 * epochs), "epoch": epochs, "loss": 1.0}]
     return write_run(folder, lines, config, stage=stage, finished=finished)
 
 
@@ -325,6 +377,61 @@ def test_a_fine_tuned_run_stands_in_the_row_of_its_pre_training(tmp_path):
     assert first.marked == [2]
     assert "tuned, finetune with other settings than finetune_vit_base: epochs 50 (planned: 100)" in first.remarks
     assert any("was measured on digits" in remark for remark in first.remarks)
+
+
+def test_transfer_learning_is_not_the_number_on_imagenet(tmp_path):
+    before = paper_run(tmp_path / "lut", PretrainConfig, ["--recipe", "paper_vit_base"], "pretrain", {})
+    start = ["--finetune", str(before / "checkpoint-1599.pth")]
+    birds = ["--recipe", "transfer_vit_base", *start, "--dataset", "cub200", "--data_path", "/birds"]
+    grid = [
+        paper_run(tmp_path / f"cell_{blr}", FinetuneConfig, [*birds, "--blr", blr], "finetune", {"top1": 80.0})
+        for blr in ("1e-3", "2e-3")
+    ]
+    others = {
+        "by_recipe": ["--recipe", "transfer_vit_base", "--data_path", "/mine"],
+        "by_data": ["--recipe", "finetune_vit_base", "--dataset", "dogs", "--data_path", "/dogs"],
+        "held_out": ["--recipe", "finetune_vit_base", "--holdout", "0.1", "--data_path", "/imagenet"],
+    }
+    others = [
+        paper_run(tmp_path / name, FinetuneConfig, [*flags, *start], "finetune", {"top1": 80.0})
+        for name, flags in others.items()
+    ]
+    tuned = paper_run(
+        tmp_path / "tuned", FinetuneConfig, ["--recipe", "finetune_vit_base", *start], "finetune", {"top1": 84.0}
+    )
+    assert paper_tables(open_runs([str(each) for each in grid]))[0] == []
+    shown, homeless = paper_tables(open_runs([str(each) for each in (*grid, *others, tuned)]))
+    assert homeless == [
+        "cell_1e-3 (transfer to cub200 /birds)",
+        "cell_2e-3 (transfer to cub200 /birds)",
+        "by_recipe (transfer to /mine)",
+        "by_data (transfer to dogs /dogs)",
+        "held_out (judged by a share of 0.1 of the training images of /imagenet)",
+    ]
+    table = next(each for each in shown if each.heading.startswith("Table 1"))
+    (cells,) = (dict(zip(table.rows[0], table.rows[1:][row], strict=True)) for row in table.marked)
+    assert (cells["method"], cells["ViT-B, ours"]) == ("LUT", "84.0")
+
+
+def test_a_segmentation_fills_the_column_of_its_own(tmp_path):
+    before = paper_run(tmp_path / "lut", PretrainConfig, ["--recipe", "paper_vit_base"], "pretrain", {})
+    flags = ["--finetune", str(before / "checkpoint-1599.pth"), "--data_path", "/ADE20K"]
+    recipe = ["--recipe", "segment_vit_base", "--pictures", "0", "--drop_path", "0.2"]
+    ours = paper_run(tmp_path / "ours", SegmentConfig, [*recipe, *flags], "segment", {"miou": 48.0})
+    streets = ["--recipe", "camvid_segment", *flags]
+    camvid = paper_run(tmp_path / "camvid", SegmentConfig, streets, "segment", {"miou": 70.0})
+    shown, homeless = paper_tables(open_runs([str(ours), str(camvid)]))
+    assert homeless == ["camvid (segmentation of /ADE20K, recipe camvid_segment)"]
+    (table,) = shown
+    assert table.heading.startswith("Table 1")
+    (cells,) = (dict(zip(table.rows[0], table.rows[1:][row], strict=True)) for row in table.marked)
+    found = [cells[f"ADE20K mIoU, {part}"] for part in ("paper", "ours", "diff.")]
+    assert (cells["method"], *found) == ("LUT", "49.5", "48.0", "-1.5")
+    assert cells["ViT-B, ours"] == "–"
+    assert [remark for remark in table.remarks if "pre-training" not in remark] == [
+        "ours, segment with other settings than segment_vit_base: drop_path 0.2 (planned: 0.1)",
+        "ours was measured on /ADE20K",
+    ]
 
 
 def test_a_pre_training_marks_its_rows_and_other_recipes_have_none(tmp_path):
@@ -493,6 +600,31 @@ def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path, monkeypat
     few = report_module.attention(runs, (), torch.device("cpu"))
     assert [name for name, _ in few.images[2].rows[0].cells] == ["mean"]
     assert few.said == ["So many runs: only the means over heads are shown."]
+
+
+@pytest.mark.parametrize("layout", ["data_path", "folders"])
+def test_attention_of_a_segmenter_on_its_validation_images(tmp_path, scenes, layout):
+    given = {"data_path": ["--data_path", str(scenes)]}
+    given["folders"] = [
+        word for split in ("train", "val") for kind in ("images", "masks")
+        for word in (f"--{split}_{kind}", str(scenes / kind / split))
+    ] + ["--classes", str(scenes / "classes.json")]  # fmt: skip
+    settings = parse_config(SegmentConfig, [*TINY_SEGMENTER.split(), *given[layout]], "main_segment.py")
+    folder = write_run(tmp_path / "a", segmenting_lines(5, 2), as_dict(settings), stage="segment")
+    model = UperNet(**settings.model_arguments(3))
+    torch.save({"model": model.state_dict(), "config": as_dict(settings)}, folder / "checkpoint-0.pth")
+    complete(folder / "checkpoint-0.pth", epoch=0, step=2)
+    runs = open_runs([str(folder)])
+    seen = report_module.attention(runs, (), torch.device("cpu"))
+    assert seen.said == []
+    names = {path.name for path in (scenes / "images" / "val").iterdir()}
+    assert {image.title for image in seen.images} <= names
+    assert len({image.title for image in seen.images}) == 3
+    assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
+    shutil.rmtree(scenes / "images" / "val")
+    seen = report_module.attention(runs, (), torch.device("cpu"))
+    assert seen.images == []
+    assert "No images to look at" in seen.said[0]
 
 
 @pytest.mark.slow

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.command_line import parse_config, recipe_chain
+from util.command_line import as_flags, parse_config, recipe_chain
 from util.errors import UserError
-from util.run_folder import RunFolder, read_mapping
+from util.report_parts import data_of
+from util.run_folder import RunFolder, as_number, read_mapping
+from util.sources import published_names
 from util.table_plan import Options, Outcome, deviations, outcome_in, read_scale, work_behind
 from util.table_view import MISSING, Against, Cell, Filled, fill, grid
-from util.tables import FOLDER, PRETRAIN, STAGES, Column, Row, Table, load_tables, read_yaml
+from util.tables import ALL_STAGES, FOLDER, PRETRAIN, SEGMENT, STAGES, Column, Row, Table, load_tables, read_yaml
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Place:
     """Where a run stands in the tables."""
 
     run: RunFolder
-    stage: str  # of STAGES
+    stage: str  # of ALL_STAGES
     recipe: str  # of its pre-training
     pretraining: dict  # the settings of that; empty where they cannot be found
 
@@ -42,7 +45,7 @@ def paper_tables(runs: Sequence[RunFolder]) -> tuple[list[Shown], list[str]]:
     Also what to say of the runs that belong to none.
     """
     tables = load_tables()
-    paper = [table for table in tables.values() if table.from_paper]
+    paper = [with_segmentation(table) for table in tables.values() if table.from_paper]
     studies: dict[tuple[str, Path], set[str]] = {}  # scale and folder of scripts/tables.py -> names of work
     places: list[Place] = []
     homeless: list[str] = []
@@ -52,8 +55,8 @@ def paper_tables(runs: Sequence[RunFolder]) -> tuple[list[Shown], list[str]]:
         elif (place := place_of(run)) is not None and any(row_of(t, place) for t in paper):
             places.append(place)
         else:
-            recipe = place.recipe if place else ""
-            homeless.append(f"{run.label} ({f'recipe {recipe}' if recipe else 'no known recipe'})")
+            recipe = f"recipe {place.recipe}" if place else "no known recipe"
+            homeless.append(f"{run.label} ({measured_elsewhere(run) or recipe})")
     shown = [found for key, work in studies.items() for found in of_study(tables, *key, work)]
     shown += [by_recipe(table, places) for table in paper if any(row_of(table, place) for place in places)]
     return shown, homeless
@@ -95,11 +98,44 @@ def of_study(tables: dict[str, Table], scale_name: str, folder: Path, names: set
 # --------------------------------------------------------------------------------------------------------
 
 
+# settings of a segmentation that name its data, without which they are not valid
+MASKED_DATA = ("data_path", "train_images", "train_masks", "val_images", "val_masks")
+
+
+def with_segmentation(table: Table) -> Table:
+    """With the columns that need `segmentation` as those of the stage that gives them."""
+    columns = [
+        dataclasses.replace(column, stage=SEGMENT) if column.needs == "segmentation" else column
+        for column in table.columns
+    ]
+    return dataclasses.replace(table, columns=tuple(columns))
+
+
+def measured_elsewhere(run: RunFolder) -> str:
+    """On what, where it is not the images that the columns of its stage are about; empty: it may be these.
+
+    Transfer learning and a share held out of the training images have numbers of their own, each cell of a grid one.
+    """
+    recipe = Path(str(run.config.get("recipe") or "")).stem
+    if run.stage == SEGMENT:
+        here = recipe.startswith("segment_")
+        return "" if here else f"segmentation of {data_of(run)}, {f'recipe {recipe}' if recipe else 'no recipe'}"
+    if run.stage not in ("finetune", "linprobe"):
+        return ""
+    held_out = as_number(run.config.get("holdout")) or 0
+    if held_out > 0:
+        return f"judged by a share of {held_out:g} of the training images of {data_of(run)}"
+    transfer = recipe.startswith("transfer_") or str(run.config.get("dataset")) in published_names()
+    return f"transfer to {data_of(run)}" if transfer else ""
+
+
 def place_of(run: RunFolder) -> Place | None:
-    """By its recipe, or that of the pre-training that it started from; None: neither names one."""
+    """By its recipe, or that of the pre-training that it started from; None: neither names one, or it is no row's."""
+    if measured_elsewhere(run):
+        return None
     if run.stage == PRETRAIN:
         stage, settings = PRETRAIN, run.config
-    elif run.stage in ("finetune", "linprobe"):
+    elif run.stage in ("finetune", "linprobe", SEGMENT):
         stage, start = run.stage, str(run.config.get("finetune") or "")
         if stage == "linprobe" and run.config.get("global_pool") and not run.config.get("cls_token"):
             stage = "linprobe_pooled"
@@ -130,7 +166,7 @@ def by_recipe(table: Table, places: Sequence[Place]) -> Shown:
         cells = row_of(table, place)
         marked |= {number for number, _ in cells}
         outcome = outcome_in(place.run.path, place.stage)
-        metric = STAGES[place.stage].metric
+        metric = ALL_STAGES[place.stage].metric
         for number, column in cells:
             if column.stage == place.stage and outcome is not None and metric in outcome.metrics:
                 ours.setdefault((number, column.key), []).append(outcome.metrics[metric])
@@ -158,21 +194,21 @@ def differences(place: Place) -> list[str]:
     if place.stage != PRETRAIN:
         parts.append((place.stage, place.stage.partition("_")[0], run.config))
     for stage, name, settings in parts:
-        recipe, kind = str(settings.get("recipe") or ""), STAGES[stage]
+        recipe, kind = str(settings.get("recipe") or ""), ALL_STAGES[stage]
         if not recipe:
             found.append(f"{run.label}, {name}: no recipe of the paper's")
             continue
         try:
             recipe_chain(recipe)
-            planned = parse_config(kind.settings, ["--recipe", recipe], kind.program)
+            data = {key: settings[key] for key in MASKED_DATA if stage == SEGMENT and settings.get(key)}
+            planned = parse_config(kind.settings, ["--recipe", recipe, *as_flags(data)], kind.program)
         except UserError as error:
             found.append(f"{run.label}, {name}: {error}")
             continue
         others = deviations(planned, Outcome({}, settings))
         if others:
             found.append(f"{run.label}, {name} with other settings than {recipe}: {', '.join(others)}")
-    data = run.config.get("data_path") or run.config.get("dataset") or "digits"
-    return [*found, f"{run.label} was measured on {data}"]
+    return [*found, f"{run.label} was measured on {data_of(run) or 'digits'}"]
 
 
 def as_shown(filled: Filled, against: Against, marked: Sequence[int], where: str) -> Shown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from util.images import Images, find_images
 from util.page import Embedded, embed, render
 from util.paper_rows import paper_tables
 from util.run_folder import RunFolder
-from util.sources import BadImage
+from util.sources import SPLIT_NAMES, BadImage
 from util.studies import known_heads, look
-from util.tables import PRETRAIN
+from util.tables import PRETRAIN, SEGMENT
 from util.thumbnails import enlarged, film, webp
 from util.vit import NamedViT, block_number, grid_of, open_vit
 
@@ -133,7 +134,7 @@ def small(picture: Any) -> Embedded:
 
 
 def open_newest(runs: Sequence[RunFolder], device: torch.device) -> tuple[list[NamedViT], list[str]]:
-    """Encoder or classifier of each run that has a checkpoint which can be opened; what to say of the others."""
+    """The encoder (or classifier) of each run that has a checkpoint which can be opened; what to say of the others."""
     vits, said = [], []
     for run in runs:
         path = run.newest_checkpoint
@@ -148,20 +149,31 @@ def open_newest(runs: Sequence[RunFolder], device: torch.device) -> tuple[list[N
 
 
 def images_for(runs: Sequence[RunFolder], files: Sequence[str]) -> Images:
-    """--image, or some of the first data set that can still be opened."""
+    """--image, or some of the first data set that can still be opened; of a segmentation its validation images."""
     if files:
         return find_images(files, "", "", "val", most=len(files), show=len(files), seed=0)
     said: list[str] = []
     for run in (run for run in runs if run.config):
-        dataset, path, val = (str(run.config.get(key) or "") for key in ("dataset", "data_path", "val_path"))
-        for source, split in ((val or path, "val"), (path, "train")):
+        for path, dataset, split in places_of_images(run):
             try:
-                return find_images(
-                    (), source, dataset, split, most=ATTENTION_IMAGES, show=ATTENTION_IMAGES, seed=0
-                )  # fmt: skip
+                return find_images((), path, dataset, split, most=ATTENTION_IMAGES, show=ATTENTION_IMAGES, seed=0)
             except (UserError, OSError) as error:
                 said.append(str(error))
     raise UserError(said[0] if said else "no run tells its data set")
+
+
+def places_of_images(run: RunFolder) -> list[tuple[str, str, str]]:
+    """Where images of a run may be: folder or file, data set and split.
+
+    Of a segmentation, whose folder has masks too, those of validation alone; none where its settings name none.
+    """
+    known = ("dataset", "data_path", "val_path", "val_images")
+    dataset, path, val, val_images = (str(run.config.get(key) or "") for key in known)
+    if run.stage != SEGMENT:
+        return [(val or path, dataset, "val"), (path, dataset, "train")]
+    if val_images:
+        return [(val_images, "", "val")]
+    return [(str(Path(path) / "images" / name), "", "val") for name in SPLIT_NAMES["val"]] if path else []
 
 
 # --------------------------------------------------------------------------------------------------------

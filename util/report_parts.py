@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -12,19 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from util.config import as_dict
 from util.curves import METRICS, Metric
 from util.logs import LOG_FILE, VERSIONS_OF, format_duration
 from util.run_folder import RunFolder, as_number
-from util.tables import STAGES
+from util.stages import MAINS
 
 MISSING = "–"
-STAGE_TITLES = {
-    "pretrain": "pre-training",
-    "finetune": "fine-tuning",
-    "linprobe": "linear probing",
-    "segment": "segmentation",
-}
 HEADLINES = ("top1", "miou", "knn", "rankme", "val_loss", "loss")  # the first few that a run has stand on its card
 MOST_HEADLINES = 3
 Rows = list[list[str]]  # of a table, the first one are heads
@@ -57,7 +51,7 @@ class Card:
 
 def card(run: RunFolder, metrics: dict[str, Metric]) -> Card:
     """The best numbers first."""
-    about = [STAGE_TITLES.get(run.stage, run.stage or "unknown stage"), str(run.config.get("model", "")), data_of(run)]
+    about = [title_of(run) or "unknown stage", str(run.config.get("model", "")), data_of(run)]
     names = [name for name in HEADLINES if name in run.curves][:MOST_HEADLINES]
     total = run.total_updates
     done = None if run.finished or not total else min(1.0, run.updates / total)
@@ -93,18 +87,25 @@ def status(run: RunFolder) -> str:
     return ", ".join([*said, f"last line of log {written:%Y-%m-%d %H:%M} UTC"])
 
 
+def title_of(run: RunFolder) -> str:
+    """What its stage is called; empty where nothing tells it."""
+    return MAINS[run.stage].title if run.stage in MAINS else run.stage
+
+
 def data_of(run: RunFolder) -> str:
     """What it was trained on."""
     if not run.config:
         return ""
     named = [str(run.config.get(key) or "") for key in ("dataset", "data_path")]
+    if run.stage == "segment" and not any(named):
+        named = [str(run.config.get("train_images") or run.config.get("val_images") or "")]
     return " ".join(filter(None, named)) or "digits"
 
 
 def summary_rows(runs: Sequence[RunFolder], metrics: dict[str, Metric]) -> Rows:
     """A column for each run."""
     facts: dict[str, Callable[[RunFolder], str]] = {
-        "stage": lambda run: STAGE_TITLES.get(run.stage, run.stage),
+        "stage": title_of,
         "model": lambda run: setting(run.config.get("model")),
         "image, patch": size_of,
         "data": data_of,
@@ -216,16 +217,24 @@ def differing_settings(runs: Sequence[RunFolder]) -> Rows:
 
 def departures(run: RunFolder) -> Rows:
     """Settings that are not the stage's default."""
-    kind = next((stage.settings for stage in STAGES.values() if stage.main == run.stage), None)
-    if kind is None:
+    if run.stage not in MAINS:
         return []
-    defaults = as_dict(kind())
+    defaults = defaults_of(MAINS[run.stage].settings)
     rows = [
         [key, setting(value) or MISSING, setting(defaults[key]) or MISSING]
         for key, value in run.config.items()
         if key in defaults and value != defaults[key]
     ]
     return [["", run.label, "default"], *rows] if rows else []
+
+
+def defaults_of(settings: type) -> dict[str, Any]:
+    """As config.yaml would have them; they need not be valid together: a segmentation has no default data."""
+    found = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(settings)
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from util.logs import LOG_FILE
 from util.results import read_results
 
 NOT_MEASURED = ("step", "epoch", "seconds")  # keys of a line of log that are no curve of their own
+ONLY_IN = {"mask_ratio": "pretrain", "max_updates": "segment"}  # settings that no other stage has
 EPOCH_IN_NAME = re.compile(r"(.+)-(\d+)\.png")
 
 
@@ -65,7 +66,7 @@ class RunFolder:
             return script.group(1)
         if self.results:
             return str(self.results[-1]["stage"]).removesuffix("-eval")
-        return "pretrain" if "mask_ratio" in self.config else ""
+        return next((stage for setting, stage in ONLY_IN.items() if setting in self.config), "")
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
@@ -96,19 +97,20 @@ class RunFolder:
         for epoch, step in ends.items():
             if epoch != newest and step % (epoch + 1) == 0:
                 return step // (epoch + 1)
-        # a monitor's or an evaluation's line counts finished epochs; --max_steps may have cut the last one short
+        # a monitor's or an evaluation's line counts finished epochs; --max_steps may have cut the last one short, and
+        # --max_updates the one that they end in
         whole = [] if self.config.get("max_steps") else [line for line in self.lines if "lr" not in line]
         for line in whole:
-            epochs = line.get("epoch")
-            if isinstance(epochs, int) and epochs > 0 and line["step"] % epochs == 0:
+            epochs, cut = line.get("epoch"), line["step"] == self.config.get("max_updates")
+            if isinstance(epochs, int) and epochs > 0 and not cut and line["step"] % epochs == 0:
                 return line["step"] // epochs
         return None
 
     @property
     def total_updates(self) -> int | None:
         """Optimiser steps that the settings ask for, as far as it can be known."""
-        epochs, most = (self.config.get(key) for key in ("epochs", "max_steps"))
-        limits = [most] if isinstance(most, int) else []
+        limits = [most for key in ("max_steps", "max_updates") if isinstance(most := self.config.get(key), int)]
+        epochs = self.config.get("epochs")
         if isinstance(epochs, int) and self.updates_per_epoch:
             limits.append(epochs * self.updates_per_epoch)
         return min(limits, default=None)

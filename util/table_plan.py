@@ -24,7 +24,7 @@ from util.errors import UserError
 from util.logs import LOG_FILE
 from util.results import read_results
 from util.run import share_batch
-from util.tables import FOLDER, PRETRAIN, STAGES, Column, Row, Table, expect, mapping, read_yaml
+from util.tables import ALL_STAGES, FOLDER, PRETRAIN, STAGES, Column, Row, Table, expect, mapping, read_yaml
 
 Settings = Mapping[str, Any]  # a recipe's name under `recipe`, and fields on top of it
 
@@ -246,6 +246,7 @@ def parse(settings: type, program: str, flags: tuple[str, ...]) -> Any:
 # of which the numbers do not depend: where things lie, how the batch is cut, what is looked at on the way
 ANYWHERE = (MAY_CHANGE - {"blr", "lr", "input_size", "mean", "std"}) | {
     *("monitor_freq", "monitor_images", "eval_freq", "dist_eval", "per_class", "finetune", "seed"),
+    *("check_data", "pictures"),
 }
 
 
@@ -258,8 +259,8 @@ class Outcome:
 
 
 def outcome_in(folder: Path, stage: str) -> Outcome | None:
-    """Of the run in this folder; None: it has not finished."""
-    lines = [line for line in read_results(folder) if line.get("stage") == STAGES[stage].main]
+    """Of the run of one of ALL_STAGES in this folder; None: it has not finished."""
+    lines = [line for line in read_results(folder) if line.get("stage") == ALL_STAGES[stage].main]
     return Outcome(lines[-1]["metrics"], lines[-1]["config"]) if lines else None
 
 

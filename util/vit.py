@@ -33,7 +33,7 @@ AnyViT = Encoder | VisionTransformer
 
 
 def tokens_of(model: AnyViT, images: Tensor) -> Tensor:
-    """Normalised images [B, C, H, W] to tokens [B, N, D] after the encoder's last norm, prefix tokens first."""
+    """Normalised images [B, C, H, W] to tokens [B, N, D] after the encoder's last norm, if any, prefix tokens first."""
     if isinstance(model, Encoder):
         return model.encode(patchify(images, model.patch_size))
     return model.forward_features(images)
@@ -162,7 +162,7 @@ def open_file(path: Path, weights: Weights, size: Sequence[int], num_heads: int 
 
 
 def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
-    """Our classifier, linear probe or encoder, as the file has it, for images of `size`."""
+    """Our classifier, linear probe or encoder (a segmenter's too), as the file has it, for images of `size`."""
     common = dict(img_size=size, patch_size=shape.patch_size, in_chans=shape.in_chans)
     architecture = dict(embed_dim=shape.embed_dim, depth=shape.depth, num_heads=shape.num_heads)
     state, run = file.state, file.config or {}
@@ -172,6 +172,8 @@ def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
     if "head.1.weight" in state and "head.0.weight" not in state:  # a projector has its first linear layer at 0
         pool = "avg" if run.get("global_pool") and not run.get("cls_token") else "token"
         return LinearProbe(architecture, num_classes=len(state["head.1.weight"]), pool=pool, **common)
+    if any(name.startswith("decode_head.") for name in state):  # a segmenter's encoder has no last norm
+        return Classifier(architecture, num_classes=0, pool="token", final_norm=False, **common)
     return Encoder(**architecture, **common)
 
 
