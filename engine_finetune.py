@@ -5,7 +5,7 @@ Letters: B images, C channels, H x W pixels, K classes, N images of the evaluati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,6 +90,28 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    normalise: Callable[[Tensor], Tensor],
+    device: torch.device,
+    autocast: torch.autocast,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [B, K], float32, of a classifier in eval mode and what the loader yields beside the images, per batch.
+
+    `loader` yields uint8 images and a tensor [B], `normalise` makes the model's input of images on the device.
+    """
+    was_training = model.training
+    model.eval()
+    for pixels, others in loader:
+        images = normalise(pixels.to(device, non_blocking=True))
+        with autocast:
+            logits = model(images)
+        yield logits.float(), others.to(device, non_blocking=True)
+    model.train(was_training)
+
+
+@torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # the last batch is short: no compilation for its sake
 def evaluate(
     model: nn.Module,
@@ -104,21 +126,14 @@ def evaluate(
     `loader` yields uint8 images and labels; ranks hold disjoint parts, of any sizes, also none (or every image is
     on one of them). The sums travel, not the means, so that each image weighs the same.
     """
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct in the first five, images
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for pixels, labels in loader:
-        images, labels = normalise(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-        with autocast:
-            logits = model(images)
-        logits = logits.float()
+    for logits, labels in predict(model, loader, normalise, device, autocast):
         best = logits.topk(min(5, num_classes), dim=1).indices  # [B, 5]
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (best == labels[:, None]).sum()
         sums[2] += len(labels)
         confusion += (labels * num_classes + best[:, 0]).bincount(minlength=num_classes**2).view_as(confusion)
-    model.train(was_training)
     loss, in_five, images = sum_over_ranks(sums).tolist()
     confusion = sum_over_ranks(confusion).cpu()
     correct = int(confusion.diagonal().sum())

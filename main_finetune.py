@@ -20,16 +20,13 @@ from timm.data import Mixup
 
 from engine_finetune import ClassifierTrainer
 from models_vit import Classifier
-from util.amp import grad_scaler
 from util.classification import prepare, start_from, train_classifier
 from util.classifier_config import FinetuneConfig
 from util.command_line import parse_config
 from util.distributed import stop_processes
 from util.errors import run_main
-from util.optim import build_optimizer
-from util.run import parallel, transform_blocks
-from util.sharding import shard
-from util.training import TrainState
+from util.evaluation import fresh_state
+from util.run import parallel
 
 
 def main() -> None:
@@ -43,12 +40,7 @@ def main() -> None:
     said = start_from(model, config)
     model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if config.model_ema else None
-    shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
-    skeleton = shard(model, average, device) if shards else None
-    transform_blocks(model, config)
-    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
-    state = TrainState(model, average, optimizer, grad_scaler(run.dtype, device), skeleton=skeleton)
-    state.updates = config.start_epoch * run.order.updates_per_epoch
+    state = fresh_state(model, run, average)
 
     # ---- the run ---------------------------------------------------------------------------------------
     trainer = ClassifierTrainer(

@@ -17,7 +17,7 @@ import torch
 
 from engine_finetune import ClassifierTrainer
 from models_vit import LinearProbe
-from util.amp import grad_scaler
+from util.amp import choose_attention, grad_scaler
 from util.classification import prepare, start_from, train_classifier
 from util.classifier_config import LinprobeConfig
 from util.command_line import parse_config
@@ -38,6 +38,7 @@ def main() -> None:
     model = LinearProbe(**config.model_arguments(run.data.num_classes))
     said = start_from(model, config)
     model = synchronise_batch_norm(model, device).to(device)
+    choose_attention(model, run.dtype, device)
     transform_blocks(model, config)
     optimizer = build_lars(model, config.peak_lr, config.weight_decay)
     state = TrainState(model, None, optimizer, grad_scaler(run.dtype, device))

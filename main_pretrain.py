@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from engine_pretrain import PretrainTrainer
 from models_lut import MomentumEncoder
-from util.amp import autocast_dtype, grad_scaler
+from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.cache import cache_images, readable
 from util.command_line import parse_config
 from util.config import as_dict, check_same_run
@@ -148,6 +148,8 @@ def build_state(
     student = config.student_type(**config.model_arguments).to(device)
     report = load_weights(student, Path(config.init_from), config.init_weights) if config.init_from else None
     momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
+    for model in filter(None, (student, momentum_encoder)):
+        choose_attention(model, dtype, device)
     student = synchronise_batch_norm(student, device).to(device)
     skeleton = shard(student, momentum_encoder, device) if config.parallel == "fsdp" else None
     optimizer = build_optimizer(student, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
@@ -192,7 +194,9 @@ def make_monitor(config: PretrainConfig, source: ImageSource, trainer: PretrainT
 
 
 def show_plan(config: PretrainConfig, source: ImageSource, order: BatchOrder, dtype: torch.dtype | None) -> None:
-    """Print the settings, what the run costs, and one real batch."""
+    """Print once the settings, what the run costs, and one real batch."""
+    if not is_main():
+        return
     cost: Cost = pretrain_cost(config.model_arguments, config.views == "symmetric", config.student_type)
     print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     total = order.updates_per_epoch * config.epochs

@@ -18,18 +18,15 @@ import torch
 
 from engine_segment import SegmenterTrainer
 from models_upernet import UperNet
-from util.amp import grad_scaler
 from util.classification import start_from
 from util.command_line import parse_config
 from util.data import Normalise
 from util.distributed import stop_processes, synchronise_batch_norm
 from util.errors import run_main
-from util.optim import build_optimizer
-from util.run import parallel, transform_blocks
+from util.evaluation import fresh_state
+from util.run import parallel
 from util.segment_config import SegmentConfig
 from util.segmentation import prepare, train_segmenter
-from util.sharding import shard
-from util.training import TrainState
 
 
 def main() -> None:
@@ -42,12 +39,7 @@ def main() -> None:
     model = UperNet(**config.model_arguments(run.data.num_classes))
     said = start_from(model, config)
     model = synchronise_batch_norm(model, device).to(device)
-    shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
-    skeleton = shard(model, None, device) if shards else None
-    transform_blocks(model, config)
-    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
-    state = TrainState(model, None, optimizer, grad_scaler(run.dtype, device), skeleton=skeleton)
-    state.updates = config.start_epoch * run.order.updates_per_epoch
+    state = fresh_state(model, run)
 
     # ---- the run ---------------------------------------------------------------------------------------
     trainer = SegmenterTrainer(

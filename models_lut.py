@@ -312,7 +312,11 @@ class DecoderBlock(Block):
         q = F.linear(normed[:, -last:], weight[:E], bias[:E]).unflatten(-1, (self.attn.num_heads, -1))
         kv = F.linear(normed, weight[E:], bias[E:]).unflatten(-1, (2, self.attn.num_heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, E / heads]
-        seen = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        q = q.transpose(1, 2)
+        if self.attn.fused_attn:
+            seen = F.scaled_dot_product_attention(q, k, v)
+        else:  # see util.amp.choose_attention
+            seen = (q * self.attn.scale @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         x = x[:, -last:] + self.attn.proj(seen.transpose(1, 2).reshape(B, last, E))
         return x + self.mlp(self.norm2(x))
 

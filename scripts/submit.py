@@ -11,6 +11,7 @@ submitted.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shlex
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,19 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from submitit import Job
 from tyro.conf import Positional, UseAppendAction, arg
 
-from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.cluster import Refused, Resources, batch_script, follow, submit_local, submit_slurm
 from util.command_line import flag_values, parse_config
 from util.config import check, nearest
 from util.errors import UserError, run_main
 from util.launch import StageJob
 from util.logs import git_state
-from util.pretrain_config import PretrainConfig
-from util.segment_config import SegmentConfig
+from util.stages import MAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUEUE_FLAGS = ("partition", "account", "qos", "constraint", "exclude", "comment")
-STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linprobe": LinprobeConfig, "segment": SegmentConfig}
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ class SubmitConfig:
     """print the log as it grows, and exit with the job's status"""
 
     def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise UserError(f"STAGE {self.stage}: unknown{nearest(self.stage, STAGES)} (one of {', '.join(STAGES)})")
+        if self.stage not in MAINS:
+            raise UserError(f"STAGE {self.stage}: unknown{nearest(self.stage, MAINS)} (one of {', '.join(MAINS)})")
         for flag in ("nodes", "tasks_per_node", "cpus_per_task", "timeout", "array_parallelism"):
             value = getattr(self, flag)
             check(value is None or value >= 1, flag, value, "must be 1 or more")
@@ -169,8 +168,8 @@ def main() -> None:
     if config.dry_run:
         show(config, resources, runs, jobs, job_dir, code)
         return
-    if config.cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UserError("--cluster slurm: there is no sbatch here, submit from a login node or use --cluster local")
+    if config.cluster == "slurm":
+        check_sbatch("cluster slurm", "use --cluster local")
     submitted = submit(config, resources, jobs, job_dir, code)
     report(config, runs, submitted)
     if config.follow:
@@ -203,7 +202,7 @@ def plan_runs(config: SubmitConfig, stage_flags: list[str], job_dir: Path) -> li
     Raises:
         UserError: a flag is wrong, or two runs would be the same.
     """
-    settings, program = STAGES[config.stage], f"main_{config.stage}.py"
+    settings, program = MAINS[config.stage].settings, f"main_{config.stage}.py"
     os.environ["WORLD_SIZE"] = str(config.nodes * config.processes_per_node)  # batches are checked per process
     try:
         given = parse_config(settings, stage_flags, program)
@@ -270,6 +269,46 @@ def resources_of(config: SubmitConfig, job_dir: Path) -> Resources:
         interpreter=config.interpreter,
         srun=tuple(srun),
     )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Runs that other scripts have planned
+# --------------------------------------------------------------------------------------------------------
+
+
+def config_of_arrays(stage: str, launcher_flags: Sequence[str], processes: int | None) -> SubmitConfig:
+    """The settings behind `--submit --` of a script that plans the runs itself.
+
+    Args:
+        processes: what its own --processes says.
+    """
+    config = parse_config(SubmitConfig, [stage, *launcher_flags], "submit.py")
+    check(config.cluster == "slurm", "cluster", config.cluster, "runs on this machine need no --submit")
+    for flag in ("seeds", "grid", "follow"):
+        check(not getattr(config, flag), flag, getattr(config, flag), "leave it out behind --submit")
+    size = config.nodes * config.processes_per_node
+    check(processes in (None, size), "processes", processes, f"the launcher starts {size}, leave it out")
+    return config
+
+
+def check_sbatch(flag: str = "submit", fix: str = "leave it out") -> None:
+    """UserError, which names the flag that asked for it, where no job can be submitted."""
+    if shutil.which("sbatch") is None:
+        raise UserError(f"--{flag}: there is no sbatch here, submit from a login node or {fix}")
+
+
+def submit_array(config: SubmitConfig, runs: list[Run], job_dir: Path, after: str, dry_run: bool) -> str:
+    """Submit or print the runs, after what sbatch calls `after`; the number of the job."""
+    code = unused_folder(job_dir)
+    jobs = [stage_job(config, code, run) for run in runs]
+    resources = resources_of(config, job_dir)
+    resources = dataclasses.replace(resources, dependency=after or resources.dependency)
+    if dry_run:
+        show(config, resources, runs, jobs, job_dir, code)
+        return "JOB"
+    submitted = submit(config, resources, jobs, job_dir, code)
+    report(config, runs, submitted)
+    return submitted[0].job_id.partition("_")[0]
 
 
 # --------------------------------------------------------------------------------------------------------

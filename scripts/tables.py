@@ -13,8 +13,6 @@ flags. `run` skips what has finished and goes on with what was interrupted: run 
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,26 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tyro.conf import Positional, arg
 
 from scripts import submit
-from util.command_line import parse_config
-from util.config import check, nearest
+from util.command_line import parse_command, words
+from util.config import check
 from util.errors import UserError, run_main
-from util.logs import format_duration
 from util.sources import open_images
-from util.table_plan import (
-    Clock,
-    Options,
-    Run,
-    deviations,
-    flops,
-    outcome_in,
-    plan_runs,
-    read_scale,
-    share_done,
-    work_behind,
-)
-from util.table_run import run_all
-from util.table_view import draw, fill, render
-from util.tables import PRETRAIN, STAGES, Table, find_tables
+from util.table_plan import Clock, Options, Run, check_outcomes, plan_runs, read_scale, share_done, work_behind
+from util.table_run import print_plan, run_all
+from util.table_view import commented, draw, fill, render
+from util.tables import PRETRAIN, STAGES, TOOLS, Table, find_tables
 
 
 @dataclass(frozen=True)
@@ -133,31 +119,12 @@ class RunFlags(PlanFlags):
     """do nothing: print the plan, with --submit the batch scripts and commands"""
 
 
-def words(flag: str, text: str) -> list[str]:
-    """As a shell cuts them."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--{flag} {text}: {error}") from error
-
-
 COMMANDS = {"plan": PlanFlags, "run": RunFlags, "show": ShowFlags}
 
 
 def main() -> None:
     """The command's flags, then the command."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    command, *rest = arguments
-    if command not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        raise UserError(f"{command}: unknown command{nearest(command, COMMANDS)} (one of {known}, then the table)")
-    rest, launcher_flags = (rest[: rest.index("--")], rest[rest.index("--") + 1 :]) if "--" in rest else (rest, [])
-    flags = parse_config(COMMANDS[command], rest, f"{Path(__file__).name} {command}")
-    if launcher_flags and not getattr(flags, "submit", False):
-        raise UserError("`--`: flags of the launcher need --submit before it")
+    flags, launcher_flags = parse_command(COMMANDS, sys.argv[1:], Path(__file__).name, __doc__, ", then the table")
     tables = find_tables(flags.table)
     if isinstance(flags, ShowFlags):
         show(tables, flags)
@@ -175,7 +142,7 @@ def main() -> None:
 
 
 def plan(tables: Sequence[Table], flags: PlanFlags) -> None:
-    """All commands in their order, as a shell script whose comments say the rest."""
+    """What is run, what is not, and the commands."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     options = flags.options
     runs = plan_runs(tables, options)
@@ -185,26 +152,7 @@ def plan(tables: Sequence[Table], flags: PlanFlags) -> None:
     print(f"# scale {options.scale.name}: {options.scale.about}")
     for line in left_out(tables, options):
         print(f"# {line}")
-    shares = {run.folder: share_done(run) for run in runs}
-    for number, run in enumerate(runs, start=1):
-        share = shares[run.folder]
-        state = "done" if share == 1 else f"{share:.0%} done, " if share else ""
-        if share < 1:
-            left = format_duration(clock.seconds(run, 1 - share))
-            state += f"{(1 - share) * flops(run, clock.images):.1e} FLOP, about {left}"
-        print(f"\n# [{number}/{len(runs)}] {run.title}: {state}\n{shlex.join(run.command)}")
-    if not runs:
-        return
-    work = sum((1 - shares[run.folder]) * flops(run, clock.images) for run in runs)
-    seconds = sum(clock.seconds(run, 1 - shares[run.folder]) for run in runs)
-    done = sum(share == 1 for share in shares.values())
-    print(f"\n# {len(runs)} runs, {done} done; left {work:.1e} FLOP, about {format_duration(seconds)}")
-    measured = [f"{main} {len(speeds)}" for main, speeds in clock.seen.items()]
-    print(
-        f"# {clock.images} images per epoch, matrix products forward and backward, evaluations not counted; time by "
-        + (f"the logs of runs here ({', '.join(measured)}), else " if measured else "")
-        + f"{clock.assumed / 1e12:g} TFLOP/s (assumed, --tflops)"
-    )
+    print_plan(runs, clock)
 
 
 def left_out(tables: Sequence[Table], options: Options) -> list[str]:
@@ -216,7 +164,7 @@ def left_out(tables: Sequence[Table], options: Options) -> list[str]:
             if column.needs:
                 needed.setdefault(column.needs, []).append(column.title)
         for tool, titles in needed.items():
-            lines.append(f"table {table.name}: ours not yet available, no tool for {tool}: {', '.join(titles)}")
+            lines.append(f"table {table.name}: ours by {TOOLS[tool]}: {', '.join(titles)}")
         others = [row.labels[0] for row in table.rows if not row.recipes]
         if others:
             lines.append(f"table {table.name}: shown from the paper, not run: {', '.join(others)}")
@@ -280,11 +228,7 @@ def check_input(runs: Sequence[Run], flags: PlanFlags, options: Options) -> None
         raise UserError(f"--data_path: is missing, --scale {scale.name} needs {scale.data} ({scale.about})")
     if flags.data_path and not Path(flags.data_path).exists():
         raise UserError(f"--data_path {flags.data_path}: there is no such file or folder")
-    for run in runs:
-        outcome = outcome_in(run.folder, run.stage)
-        others = deviations(run.config, outcome) if outcome is not None else []
-        if others:
-            raise UserError(f"--output_dir {run.folder}: has finished with {', '.join(others)}, choose another folder")
+    check_outcomes(runs)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -294,17 +238,13 @@ def check_input(runs: Sequence[Run], flags: PlanFlags, options: Options) -> None
 
 def submit_all(tables: Sequence[Table], flags: RunFlags, launcher_flags: Sequence[str]) -> None:
     """An array for each stage of what is not done; each task waits for the pre-training that it starts from."""
-    config = parse_config(submit.SubmitConfig, [PRETRAIN, *launcher_flags], "submit.py")
-    check(config.cluster == "slurm", "cluster", config.cluster, "runs on this machine need no --submit")
-    for flag in ("seeds", "grid", "follow"):
-        check(not getattr(config, flag), flag, getattr(config, flag), "leave it out behind --submit")
+    config = submit.config_of_arrays(PRETRAIN, launcher_flags, flags.processes)
     size = config.nodes * config.processes_per_node
-    check(flags.processes in (None, size), "processes", flags.processes, f"the launcher starts {size}, leave it out")
     options = dataclasses.replace(flags.options, folder=Path(flags.output_dir).absolute(), processes=size)
     runs = plan_runs(tables, options)
     check_input(runs, flags, options)
-    if not flags.dry_run and shutil.which("sbatch") is None:
-        raise UserError("--submit: there is no sbatch here, submit from a login node or leave it out")
+    if not flags.dry_run:
+        submit.check_sbatch()
     todo = [run for run in runs if share_done(run) < 1]
     job_dir = Path(config.job_dir).absolute() if config.job_dir else options.folder / options.scale.name / "jobs"
     pretrainings, number = [run for run in todo if run.stage == PRETRAIN], "JOB"
@@ -316,7 +256,7 @@ def submit_all(tables: Sequence[Table], flags: RunFlags, launcher_flags: Sequenc
         for waits, array in enumerate(arrays):
             if array:
                 after = dependency(array, pretrainings, number) if waits else ""
-                submitted = submit_array(config, stage, array, job_dir, after, flags.dry_run)
+                submitted = submit_stage(config, stage, array, job_dir, after, flags.dry_run)
                 number = submitted if stage == PRETRAIN else number
     if not todo:
         print(f"{len(runs)} runs, all done")
@@ -328,22 +268,12 @@ def dependency(array: Sequence[Run], pretrainings: Sequence[Run], number: str) -
     return f"{'aftercorr' if paired else 'afterok'}:{number}"
 
 
-def submit_array(
+def submit_stage(
     config: submit.SubmitConfig, stage: str, array: Sequence[Run], job_dir: Path, after: str, dry_run: bool
 ) -> str:
     """Submit or print the runs of one stage; the number of the job."""
     config = dataclasses.replace(config, stage=STAGES[stage].main, job_name=config.job_name or f"lut-{stage}")
-    code = submit.unused_folder(job_dir)
-    runs = [submit.Run(run.title, run.flags) for run in array]
-    jobs = [submit.stage_job(config, code, run) for run in runs]
-    resources = submit.resources_of(config, job_dir)
-    resources = dataclasses.replace(resources, dependency=after or resources.dependency)
-    if dry_run:
-        submit.show(config, resources, runs, jobs, job_dir, code)
-        return "JOB"
-    submitted = submit.submit(config, resources, jobs, job_dir, code)
-    submit.report(config, runs, submitted)
-    return submitted[0].job_id.partition("_")[0]
+    return submit.submit_array(config, [submit.Run(run.title, run.flags) for run in array], job_dir, after, dry_run)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -380,11 +310,6 @@ def explained(table: Table, options: Options, against: str) -> list[str]:
         if against == "baseline":
             lines.append("Δ: points above the first row of ours (and of the paper's numbers in that row)")
     return lines + left_out([table], options)
-
-
-def commented(line: str, style: str) -> str:
-    """A line of text as it may stand beside the table."""
-    return f"% {line}" if style == "latex" else f"{line}  " if style == "markdown" else line
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,8 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
+from scripts import prepare_data
+from util.checkpoint import LOCK
 from util.errors import run_main
 
 settings.register_profile("fixed", derandomize=True)  # a test that passes once passes for ever
@@ -165,6 +168,7 @@ def script_caller(monkeypatch, capsys, folder: Path, script):
     """A function that calls a script of scripts/ from the folder: exit status, stdout, stderr."""
     program = Path(script.__file__).name
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("util.progress.SECONDS_BETWEEN_LINES", math.inf)  # lines that come on slow machines only
 
     def call(flags: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [program, *shlex.split(flags)])
@@ -215,3 +219,37 @@ def linprobe(monkeypatch, tmp_path):
 def segment(monkeypatch, tmp_path):
     """Call main_segment.py with TINY_SEGMENTER and the given flags."""
     return caller(monkeypatch, tmp_path, main_segment, TINY_SEGMENTER)
+
+
+# ---- data sets made small ----------------------------------------------------------------------------------
+
+SMALL = ["--short_side", "24", "--num_workers", "0"]
+
+
+@pytest.fixture
+def prepare(monkeypatch, capfd):
+    """Call the script: what it printed, or with `fails` its exit status and error message."""
+
+    def call(*flags, fails=False):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *SMALL, *map(str, flags)])
+        capfd.readouterr()
+        if not fails:
+            run_main("prepare_data.py", prepare_data.main)
+            return capfd.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            run_main("prepare_data.py", prepare_data.main)
+        out, err = capfd.readouterr()
+        return stop.value.code, out, err.splitlines()[-1]
+
+    return call
+
+
+def tree(folder):
+    """Path -> bytes of all that was written."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def noise(seed, size=(60, 50)):
+    """A picture that no format makes small."""
+    return encode(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)))

@@ -8,8 +8,9 @@ import io
 import pytest
 import torch
 
+from models_lut import ARCHITECTURES, LUT
 from util import amp
-from util.amp import autocast_dtype, computes_in_bf16, cpu_flags, grad_scaler
+from util.amp import autocast_dtype, choose_attention, computes_in_bf16, cpu_flags, grad_scaler
 from util.errors import UserError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -113,3 +114,26 @@ def test_a_scaler_that_is_off_steps_as_if_it_were_not_there(dtype):
     assert weight.tolist() == [0.5, 0.0]
     assert scaler.get_scale() == 1
     assert scaler.state_dict() == {}
+
+
+@pytest.mark.parametrize(("dtype", "device", "fused"), [(BF16, CPU, False), (None, CPU, True), (BF16, CUDA, True)])
+def test_attention_is_fused_but_for_bf16_on_a_cpu(dtype, device, fused):
+    model = LUT(**ARCHITECTURES["vit_nano_patch4"] | dict(img_size=(16, 16), in_chans=3))
+    choose_attention(model, dtype, device)
+    assert {block.attn.fused_attn for block in [*model.blocks, *model.decoder_blocks]} == {fused}
+
+
+def test_both_ways_of_attention_have_the_same_losses_and_gradients():
+    torch.manual_seed(0)
+    model = LUT(**ARCHITECTURES["vit_nano_patch4"] | dict(img_size=(16, 16), in_chans=3))
+    views, noise = torch.randn(1, 3, 3, 16, 16), torch.rand(3, 16)
+    found = []
+    for dtype in (None, BF16):  # chosen for bf16, computed in fp32
+        choose_attention(model, dtype, CPU)
+        model.zero_grad()
+        loss = model(views, noise).mim
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 50
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-7)

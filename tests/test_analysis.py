@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
-from models_lut import Encoder, patchify
+from models_lut import LUT, Encoder, MomentumEncoder, patchify
 from models_vit import Classifier, LinearProbe
 from util.analysis import (
     DISTANCE_BINS,
@@ -35,6 +35,7 @@ from util.analysis import (
     watched_attention,
 )
 from util.errors import UserError
+from util.figures import apart
 from util.vit import num_prefix_tokens, tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +120,41 @@ def test_watching_leaves_the_model_as_it_was_bit_by_bit_and_fused(name):
     for block in model.blocks:
         assert block.attn.fused_attn
         assert not block.attn._forward_pre_hooks
+
+
+def count_fused(monkeypatch):
+    """Calls of fused attention, in a list."""
+    calls, fused = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*tensors, **options):
+        calls.append(tensors[0].shape)
+        return fused(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_takes_the_fused_path_watched_or_not(name, monkeypatch):
+    model, calls = MODELS[name](), count_fused(monkeypatch)
+    tokens_of(model, some_images)
+    assert len(calls) == 2  # one for each block
+    with watched_attention(model, [1], lambda *_: None):
+        tokens_of(model, some_images)
+    assert len(calls) == 4
+
+
+def test_training_takes_the_fused_path_before_and_after_somebody_looked(monkeypatch):
+    decoder = dict(decoder_embed_dim=24, decoder_depth=2, decoder_num_heads=3)
+    student = LUT(**TINY | SIZE, **decoder, heads=dict(hidden_dim=16)).train()
+    momentum_encoder = MomentumEncoder(student)
+    attention_maps(student, some_images, 1)
+    calls = count_fused(monkeypatch)
+    noise = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    losses = student(some_images[None], noise, momentum_encoder(some_images[None], noise))
+    (losses.mim + losses.bc).backward()
+    # two blocks of each encoder; of the decoder's the first one, for the last one asks with hidden patches alone
+    assert [shape[2] for shape in calls] == [7, 7, 2, 2, 7, 5]
 
 
 def test_hooks_go_when_the_forward_pass_fails():
@@ -363,6 +399,21 @@ def test_patch_colours_are_alike_where_tokens_are():
     for a in range(12):
         for b in range(12):
             assert np.allclose(flat[a], flat[b], atol=1e-6) == (kind[a] == kind[b])
+
+
+@quick
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 12))
+def test_names_in_the_plane_do_not_lie_on_each_other(seed, count):
+    rng = np.random.default_rng(seed)
+    centres, widths = rng.random((count, 2)) * (0.6, 0.1), rng.uniform(0.05, 0.2, count)
+    found = apart(centres, widths, 0.04)
+    assert np.array_equal(found[:, 0], centres[:, 0])
+    for i in range(count):
+        for j in range(i):
+            across, up = np.abs(found[i] - found[j])
+            assert across >= (widths[i] + widths[j]) / 2 or up >= 0.04 - 1e-3
+    far = np.array([[0.1, 0.1], [0.9, 0.1]])
+    assert np.array_equal(apart(far, [0.2, 0.2], 0.04), far)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -148,6 +149,39 @@ def test_timms_models_without_and_with_a_file(tmp_path):
     pooled(larger.model, tokens_of(larger.model, torch.randn(1, 3, *larger.size)), "avg")
 
 
+@pytest.mark.parametrize("kind", ["DINO", "DINO or iBOT, whole", "MoCo v3", "DeiT"])
+@pytest.mark.parametrize("prefix", ["", "timm:test_vit="])
+def test_the_files_that_the_papers_figure_compares_with(tmp_path, kind, prefix):
+    """Keys as in the files that these programs publish, beside heads and second networks with other weights."""
+    small = dict(img_size=32, embed_dim=24, depth=2, num_heads=3)
+    make = (
+        partial(timm.create_model, "test_vit")
+        if prefix
+        else partial(timm.create_model, "vit_base_patch16_224", **small)
+    )
+    model = shaken(make(num_classes=1000 if kind == "DeiT" else 0))
+    state, wrong = model.state_dict(), shaken(make(num_classes=0), seed=1).state_dict()
+    file = {
+        "DINO": state,
+        "DINO or iBOT, whole": {
+            "student": {f"module.backbone.{name}": x for name, x in wrong.items()},
+            "teacher": {f"backbone.{name}": x for name, x in state.items()} | {"head.mlp.0.weight": torch.zeros(2, 64)},
+            "epoch": 7,
+        },
+        "MoCo v3": {
+            "state_dict": {f"module.base_encoder.{name}": x for name, x in state.items()}
+            | {f"module.momentum_encoder.{name}": x for name, x in wrong.items()}
+            | {"module.predictor.0.weight": torch.zeros(2, 64)},
+        },
+        "DeiT": {"model": state},
+    }[kind]
+    torch.save(file, tmp_path / "file.pth")
+    vit = opened(f"{prefix}{tmp_path / 'file.pth'}", num_heads=None if prefix else 3)
+    images = torch.randn(2, 3, *vit.size)
+    torch.testing.assert_close(tokens_of(vit.model, images), model.forward_features(images), rtol=1e-4, atol=1e-5)
+    assert is_classifier(vit.model) == (kind == "DeiT")
+
+
 def test_opening_draws_nothing_from_the_global_generator():
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -286,8 +320,8 @@ def test_compare_writes_everything_and_a_page_that_needs_no_network(run_analyze,
         Image.open(io.BytesIO(base64.b64decode(picture))).verify()
     assert page.addresses == {f"#{number}" for number in range(5)} <= {f"#{name}" for name in page.ids}
     assert {"viewport"} <= page.metas
-    assert "prefers-color-scheme: dark" in html
-    assert "http" not in html
+    assert "color-scheme: light dark" in html
+    assert "://" not in html
     assert "&lt;MAE&gt;" in html
     assert "<MAE>" not in html
     assert shown in html
@@ -347,6 +381,15 @@ def test_a_file_is_never_looked_at_by_its_name_alone(run_analyze, run, tmp_path)
     status, _, said, _ = run_analyze("attention", "--checkpoint", run, "--image", tmp_path / "fake.png")
     assert (status, said.count("\n")) == (2, 1)
     assert "fake.png: cannot be read" in said
+
+
+def test_a_bad_image_in_a_data_set_is_named(run_analyze, run, tmp_path):
+    write_images(tmp_path / "flat", 3)
+    (tmp_path / "flat" / "bad.png").write_bytes(b"words")
+    status, _, said, _ = run_analyze("distance", "--checkpoint", run, "--data_path", tmp_path / "flat")
+    assert (status, said.count("\n")) == (2, 1)
+    assert "bad.png: cannot be read" in said
+    assert "mend it or take it out" in said
 
 
 @pytest.mark.parametrize(

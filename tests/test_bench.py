@@ -13,13 +13,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_baseline import CPU, FORMS, TINY, variants
 
 import util.bench_step
 import util.limits
 from conftest import script_caller, write_images
 from main_pretrain import build_state
 from scripts import bench
+from test_baseline import CPU, FORMS, TINY, variants
 from util.bench import Spread, in_turn, named_spreads, patched, ratios, short, spread, table
 from util.bench_config import EpochConfig, LoaderConfig, StepConfig
 from util.bench_epoch import recipe_of, summary, timed_run

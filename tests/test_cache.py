@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_faults import command
 
 from conftest import write_images
 from main_pretrain import build_state, build_trainer
 from ranks import Ranks
+from test_faults import command
 from util import cache
 from util.cache import cache_images, readable
 from util.checkpoint import load_checkpoint

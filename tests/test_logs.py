@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import subprocess
 
 import numpy as np
@@ -41,13 +42,14 @@ def read_lines(folder):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def test_scalars_are_valid_json_lines_at_once(tmp_path):
+def test_scalars_are_valid_json_lines_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs.time, "monotonic", iter([100.0, 101.25, 103.5]).__next__)
     log = RunLog(tmp_path / "new", None, enabled=True)
-    log.scalars(1, {"loss": 0.123456789, "lr": 1.23456789e-7, "count": 12}, epoch=2, stage="train")
+    log.scalars(1, {"loss": 0.123456789, "lr": 1.23456789e-7, "count": 12}, epoch=2, by="me")
     log.scalars(2, {"loss": math.nan, "a": math.inf, "b": -math.inf})
     assert read_lines(tmp_path / "new") == [  # before close: it was flushed
-        {"step": 1, "epoch": 2, "stage": "train", "loss": 0.123456789, "lr": 1.23456789e-7, "count": 12},
-        {"step": 2, "loss": "nan", "a": "inf", "b": "-inf"},
+        {"step": 1, "epoch": 2, "by": "me", "seconds": 1.2, "loss": 0.123456789, "lr": 1.23456789e-7, "count": 12},
+        {"step": 2, "seconds": 3.5, "loss": "nan", "a": "inf", "b": "-inf"},
     ]
     log.close()
 
@@ -66,6 +68,22 @@ def test_resume_removes_the_lines_of_a_dead_run(tmp_path):
     log.close()
     assert [(line["step"], line["loss"]) for line in read_lines(tmp_path)] == [(10, 10), (20, 20), (30, -1)]
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_seconds_go_on_from_the_last_line_that_a_resume_keeps(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    log = RunLog(tmp_path, None, enabled=True, resume_step=0)
+    for step in (10, 20):
+        now[0] += 7
+        log.scalars(step, {"loss": 1})
+    log.close()
+    now[0] = 5000.0  # another machine, another day
+    log = RunLog(tmp_path, None, enabled=True, resume_step=10)
+    now[0] += 3
+    log.scalars(20, {"loss": 1})
+    log.close()
+    assert [(line["step"], line["seconds"]) for line in read_lines(tmp_path)] == [(10, 7.0), (20, 10.0)]
 
 
 def test_without_resume_step_lines_are_kept(tmp_path):
@@ -196,6 +214,8 @@ def test_run_info(tmp_path, monkeypatch):
     assert info["numpy"] == np.__version__
     assert info["command"].endswith(" main_pretrain.py --data_path 'two words'")
     assert info["started"].endswith("+00:00")
+    assert (info["processes"], info["cores"]) == (1, os.cpu_count())
+    assert info["cpu"]
 
 
 def test_git_state_of_a_checkout(tmp_path):

@@ -251,7 +251,7 @@ def test_timms_readers_do_not_skip_bad_images_unasked(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("dataset", "what"),
     [
-        ("cifar10", "unknown"),
+        ("cifar-10", "unknown, did you mean cifar10?"),
         ("hdfs/user/name", "unknown"),
         ("torch/nonsense", "cannot be opened"),
         ("torch/cifar10", "cannot be opened"),

@@ -288,7 +288,7 @@ def test_ports_differ_between_starts_and_lie_below_those_that_linux_hands_out():
 @pytest.mark.slow
 def test_a_local_job_of_two_processes_requeues_itself_and_ends(launch, flat_folder, tmp_path):
     flags = f"pretrain --cluster local --ngpus 0 --tasks_per_node 2 --follow --job_dir RUN --prologue true -- {TINY}"
-    status, shown, said = launch(f"{flags} --data_path flat --max_minutes 0.005")
+    status, shown, said = launch(f"{flags} --data_path flat --max_minutes 1e-6")  # one update a start
     assert status == 0, shown + said
     assert re.search(r"^job +\d+: pretrain, 1 x 2 processes$", shown, re.M)
     assert "requeue: after 0 restarts" in shown

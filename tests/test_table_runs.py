@@ -53,11 +53,11 @@ def test_a_plan_is_a_shell_script(call):
 
 def test_a_plan_says_plainly_what_is_not_run(call):
     _, shown, _ = call("plan 1 --scale tiny")
-    assert "# table 1: ours not yet available, no tool for segmentation: ADE20K mIoU" in shown
+    assert "# table 1: ours by main_segment.py: ADE20K mIoU" in shown
     assert "# table 1: shown from the paper, not run: DeiT, DeiT-III, Cosub," in shown
     assert "no counterpart at --scale tiny: MAE ViT-S, MAE ViT-L, LUT ViT-S, LUT ViT-L" in shown
     _, shown, _ = call("plan 5")
-    assert "no tool for robustness: IN-1k, IN-V2," in shown
+    assert "# table 5: ours by scripts/robustness.py: IN-1k, IN-V2," in shown
     assert all(line.startswith("#") for line in shown.splitlines())
 
 
@@ -103,7 +103,7 @@ def test_a_table_of_results(call, tmp_path):
 def test_numbers_of_competitors_and_missing_tools_are_the_papers(call):
     _, shown, _ = call("show 2 --format markdown")
     assert "| data2vec | 75.2 (74.5 ± 0.7) | 80.6 (80.0 ± 0.5) | 76.2 (75.5 ± 0.9) |" in shown
-    assert "ours not yet available, no tool for transfer" in shown
+    assert "table 2: ours by scripts/transfer.py: iNat 2018, iNat 2019, iNat 2021-mini" in shown
     _, shown, _ = call("show 1")
     assert re.search(r"^DINO +ICCV 2021 +Pixel +81.5† +82.8† +46.8$", shown, re.M)
     assert "ADE20K after LUT is 49.5 here and 48.6 in the introduction." in shown

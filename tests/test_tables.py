@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import one_line
-from scripts import analyze
+from scripts import analyze, robustness, transfer
 from scripts import tables as script
 from util.command_line import parse_config, read_recipe, recipe_chain
 from util.config import as_dict
 from util.errors import UserError
 from util.pretrain_config import PretrainConfig
+from util.published import DATASETS
 from util.run import share_batch
 from util.segment_config import SegmentConfig
 from util.table_plan import Clock, Options, flops, parse, plan_runs, read_scale, work_behind
@@ -343,6 +344,11 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
             assert plan_runs(find_tables(given.table), dataclasses.replace(given.options, seeds=1)), command
         elif program == "scripts/analyze.py":
             assert parse_config(analyze.COMMANDS[flags[0]], flags[1:], program).checkpoint
+        elif program == "scripts/transfer.py":
+            given = parse_config(transfer.COMMANDS[flags[0]], flags[1:], program)
+            assert set(getattr(given, "dataset", ())) <= DATASETS.keys()
+        elif program == "scripts/robustness.py":
+            assert parse_config(robustness.RobustnessConfig, flags, program).output_dir
         else:
             recipes.add(parse_config(mains[program], flags, program).recipe)
     assert {recipe for table, row in OURS if table.from_paper for recipe in row.recipes.values()} <= recipes

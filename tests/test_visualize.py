@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_analyze import save_lut
 
 from conftest import write_images
 from models_lut import mask_from_noise
+from models_simmim import SimMIM
 from scripts import visualize
-from util.errors import run_main
+from test_analyze import save_lut, shaken
+from util.config import as_dict
+from util.errors import UserError, run_main
 from util.images import find_images
+from util.pretrain_config import PretrainConfig
 from util.reconstruction import hidden_error, open_autoencoder, reconstruct, reconstruction_figure, reconstructions
 
 DATA = Path(__file__).parent / "data"
@@ -42,6 +45,33 @@ def test_the_error_is_the_loss_of_training(run, target):
     for i in range(3):
         loss = vit.model(images[None, i : i + 1], noise[i : i + 1]).mim.item()
         assert found[i] == pytest.approx(loss, rel=1e-4)
+
+
+def save_simmim(path: Path, **changes) -> Path:
+    """A checkpoint of SimMIM, hidden in squares of two by two patches, as pre-training writes it."""
+    settings = PretrainConfig(model="lut_vit_nano_patch4", method="simmim", alpha=0, in_chans=1, **changes)
+    student = shaken(SimMIM(**settings.model_arguments))
+    torch.save({"model": student.state_dict(), "config": as_dict(settings)}, path)
+    return path
+
+
+def test_simmim_reconstructs_too_by_its_own_loss_and_squares(tmp_path):
+    vit = opened(save_simmim(tmp_path / "checkpoint-0.pth"))
+    images, noise = torch.randn(2, 1, 32, 32), torch.rand(2, 64)
+    mask, prediction = reconstruct(vit.model, images, noise, 0.6)
+    assert {int(square.sum()) for square in mask.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 4)} == {0, 4}
+    found = hidden_error(vit.model, images, mask, prediction)
+    vit.model.mask_ratio = 0.6
+    for i in range(2):
+        loss = vit.model(images[None, i : i + 1], noise[i : i + 1]).mim.item()
+        assert found[i] == pytest.approx(loss, rel=1e-4)
+    digits = find_images((), "", "digits", "val", most=1, show=1, seed=0)
+    figure = reconstruction_figure(vit, digits, reconstructions(vit, digits, (0.6,), (0,)), "title")
+    assert "mean absolute error" in " ".join(figure.get_supxlabel().split())
+    with pytest.raises(UserError, match=r"--mask_ratio 0\.97: leaves 0 of 16 squares visible"):
+        reconstructions(vit, digits, (0.97,), (0,))
+    with pytest.raises(UserError, match="--input_size 36: patches are hidden in squares of 8 pixels"):
+        opened(tmp_path / "checkpoint-0.pth", size=(36,))
 
 
 def test_masks_follow_from_seed_and_ratio_and_the_model_keeps_its_own(run):

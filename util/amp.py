@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from timm.models.vision_transformer import Attention
+from torch import nn
 
 from util.errors import UserError
 
@@ -42,6 +44,18 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16: needs a GPU, this is {describe(device)}; use --amp auto")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
+
+
+def choose_attention(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
+    """In place, the faster way: PyTorch's fused kernel, but for bf16 on a CPU.
+
+    There the backward pass of a block takes 1.2 to 3.5 times as long with it as with the products and the softmax one
+    by one (docs/RESULTS.md).
+    """
+    fused = not (device.type == "cpu" and dtype == torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = fused
 
 
 def describe(device: torch.device) -> str:

@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from util.errors import UserError
-from util.logs import run_info
+from util.logs import processor_name, run_info
 from util.progress import progress
 
 Result = TypeVar("Result")
@@ -176,21 +175,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
-
-
-def processor_name() -> str:
-    """As the kernel calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def write_report(path: str, kind: str, device: torch.device, settings: Mapping[str, Any], **found: Any) -> None:

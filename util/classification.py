@@ -27,7 +27,7 @@ from util.evaluation import (
     write_per_class,
 )
 from util.interop import load_weights
-from util.sources import ImageSource, find_validation, open_images
+from util.sources import ImageSource, find_validation, hold_out, open_images
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,19 @@ def open_labelled(config: ClassifierConfig) -> LabelledImages:
             or from --nb_classes.
     """
     where = f"--dataset {config.dataset_name}" if config.dataset_name else f"--data_path {config.data_path}"
-    train = None if config.eval else open_images(config.data_path, config.dataset_name, "train")
+    unseen = config.eval and not config.holdout  # --eval looks at no training image
+    train = None if unseen else open_images(config.data_path, config.dataset_name, "train")
     if isinstance(train, IterableDataset):
         raise UserError(f"{where}: is a stream, a classifier needs images that can be drawn by number")
     if train is not None and (train.labels is None or len(set(train.labels)) < 2):
         raise UserError(f"{where}: has no labels of two classes, give train/ and val/ with a folder for each class")
-    val = find_validation(config.data_path, config.dataset_name, config.val_path)
+    if config.holdout:
+        train, val = hold_out(train, config.holdout)
+        if len(val) == 0:
+            raise UserError(f"--holdout {config.holdout}: no class of {where} has two images, leave it out")
+        train = None if config.eval else train
+    else:
+        val = find_validation(config.data_path, config.dataset_name, config.val_path)
     if val is None:
         raise UserError(f"{where}: no validation images of two classes, add val/ beside train/ or give --val_path")
     if train is not None and train.class_names != val.class_names:

@@ -37,6 +37,9 @@ class ClassifierConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     """share of an image's area that a random resized crop takes"""
 
     # evaluation
+    holdout: float = 0.0
+    """share of the training images, of each class alike, that is not trained on but evaluated instead of the validation
+    images: to choose settings by"""
     eval: bool = False
     """evaluate --finetune or --resume and stop"""
     eval_freq: int = 1
@@ -56,6 +59,9 @@ class ClassifierConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "crop_scale", self.crop_scale, "give two shares, as 0.08 1")
         check(self.cache != "device", "cache", "device", "is for pre-training, use ram")
+        check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
+        fix = "evaluates training images, leave out --val_path"
+        check(not (self.holdout and self.val_path), "holdout", self.holdout, fix)
         check(self.eval_freq >= 1, "eval_freq", self.eval_freq, "must be 1 or more")
         check(not (self.eval and self.resume and self.finetune), "eval", "", "give one of --resume and --finetune")
         check(not self.eval or bool(self.resume or self.finetune), "eval", "", "add --finetune or --resume with a file")

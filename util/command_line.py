@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -44,6 +45,38 @@ def parse_config(config_type: type[Config], arguments: Sequence[str], program: s
         spelt = "--" + flag.removeprefix("--").replace("-", "_")
         raise UserError(f"{flag}: unknown flag{nearest(spelt, known_flags(config_type))} (--help lists all)")
     return config
+
+
+def parse_command(
+    commands: Mapping[str, type], arguments: Sequence[str], program: str, about: str, after: str = ""
+) -> tuple[Any, list[str]]:
+    """The settings of `COMMAND [flags] [-- flags of the launcher]`, and those flags, which need `submit` among them.
+
+    No command, or --help instead of one, prints what the program is about and exits.
+
+    Args:
+        after: what stands behind the command, for the message.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(about)
+        raise SystemExit
+    command, *rest = arguments
+    if command not in commands:
+        known = ", ".join(commands)
+        raise UserError(f"{command}: unknown command{nearest(command, commands)} (one of {known}{after})")
+    rest, launcher = (rest[: rest.index("--")], rest[rest.index("--") + 1 :]) if "--" in rest else (rest, [])
+    flags = parse_config(commands[command], rest, f"{program} {command}")
+    if launcher and not getattr(flags, "submit", False):
+        raise UserError("`--`: flags of the launcher need --submit before it")
+    return flags, launcher
+
+
+def words(flag: str, text: str) -> list[str]:
+    """As a shell cuts the text of a flag."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--{flag} {text}: {error}") from error
 
 
 def read_recipe(name_or_file: str, config_type: type) -> list[str]:

@@ -151,8 +151,9 @@ class DataConfig(PixelConfig):
     data_path: str = ""
     """folder with train/ (and val/) of class folders, flat folder of images at any depth, or .tar of either"""
     dataset: str = ""
-    """any name of timm's create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..), or `digits`: 1,797
-    handwritten digits that come with scikit-learn, the default without --data_path"""
+    """cub200, flowers102, inat2018, ... as published, under --data_path (util/published.py); any name of timm's
+    create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..); or `digits`: 1,797 handwritten digits that come
+    with scikit-learn, the default without --data_path"""
     val_path: str = ""
     """labelled images for the kNN monitor; default: val/ or val.tar beside the training images, if there"""
     cache: Literal["none", "ram", "device"] = "none"
@@ -256,7 +257,7 @@ class RunConfig:
     start_epoch: int = 0
     """first epoch of a fresh run (a resumed one knows its own)"""
     save_periods: tuple[str, ...] = ("last", "best")
-    """checkpoints to keep: last, best (by the kNN monitor), every_N_epochs"""
+    """checkpoints to keep: last, best (by kNN, top-1 or mIoU), every_N_epochs"""
     save_freq: int = 1
     """epochs between two saves of `last`"""
     keep_last: int = 2
@@ -264,7 +265,7 @@ class RunConfig:
     print_freq: int = 20
     """updates between two log lines"""
     max_steps: int | None = None
-    """end the run after this many updates in all; the schedule stays that of --epochs"""
+    """end the run after this many updates in all; the schedule stays that of the whole run"""
     max_minutes: float | None = None
     """save, stop and ask for a requeue (exit status 75) after so long; default: never"""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -76,7 +76,7 @@ def pretrain_cost(model_arguments: dict, symmetric: bool, student_type: type[Stu
 def classifier_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Matrix products of a classifier, of images or of pixels, per image [C, H, W], forward and backward, 2 per
     multiply-add."""
-    model = copy.deepcopy(model).to("meta").train()
+    model = copy.deepcopy(model).to("meta").eval()  # SyncBatchNorm trains on a GPU only; the products are the same
     images = torch.empty(_BATCH, *shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         outputs = model(images)

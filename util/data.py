@@ -121,8 +121,13 @@ class DrawnBatch(NamedTuple):
 MOST_BAD_IN_A_ROW = 100
 
 
-def load_image(source: ImageSource, index: int, in_chans: int, skip_bad: bool) -> tuple[Tensor, int]:
+def load_image(
+    source: ImageSource, index: int, in_chans: int, skip_bad: bool, fix: str = "mend it or add --on_bad_image skip"
+) -> tuple[Tensor, int]:
     """Pixels of sample `index`, or with `skip_bad` of the next readable one, and the index of what was read.
+
+    Args:
+        fix: what the user can do about a bad image.
 
     Raises:
         UserError: it cannot be read, or with `skip_bad` none of the next hundred.
@@ -135,7 +140,7 @@ def load_image(source: ImageSource, index: int, in_chans: int, skip_bad: bool) -
         except (BadImage, OSError) as error:
             if not skip_bad:
                 name = source.name(place)
-                raise UserError(f"{name}: cannot be read ({error}); mend it or add --on_bad_image skip") from error
+                raise UserError(f"{name}: cannot be read ({error}); {fix}") from error
     raise UserError(f"--on_bad_image skip: {most} unreadable images in a row from {source.name(index)} on")
 
 
@@ -412,7 +417,7 @@ class LabelledDataset(Dataset):
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
         index = self.indices[place]
-        image, _ = load_image(self.source, index, self.in_chans, skip_bad=False)
+        image, _ = load_image(self.source, index, self.in_chans, skip_bad=False, fix="mend it or take it out")
         label = -1 if self.source.labels is None else self.source.labels[index]
         return centre_view(image, self.size), label
 

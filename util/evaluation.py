@@ -12,19 +12,21 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 import yaml
+from torch import nn
 from torch.utils.data import Dataset
 
-from util.amp import autocast_dtype
+from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.config import as_dict, check_same_run
 from util.cost import classifier_flops, count_parameters
 from util.data import BatchOrder, Loader, training_loader
 from util.distributed import Processes, is_main, start_processes
 from util.logs import RunLog
+from util.optim import build_optimizer
 from util.pictures import confusion_picture
 from util.results import append_result
-from util.run import check_batch, checkpoint_to_resume, fit_to_processes, open_log, open_store, train
-from util.sharding import check_sharding
-from util.training import Trainer
+from util.run import check_batch, checkpoint_to_resume, fit_to_processes, open_log, open_store, train, transform_blocks
+from util.sharding import check_sharding, shard
+from util.training import Trainer, TrainState
 
 Config = TypeVar("Config")
 
@@ -161,6 +163,25 @@ def training_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
     return order
 
 
+def fresh_state(model: nn.Module, prepared: Prepared, average: nn.Module | None = None) -> TrainState:
+    """A model that is trained as a whole as its run begins: sharded and compiled where asked, with AdamW.
+
+    Args:
+        model: on the device already.
+        average: a copy that will follow it.
+    """
+    config, device = prepared.config, prepared.processes.device
+    for each in filter(None, (model, average)):
+        choose_attention(each, prepared.dtype, device)
+    shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
+    skeleton = shard(model, average, device) if shards else None
+    transform_blocks(model, config)
+    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
+    state = TrainState(model, average, optimizer, grad_scaler(prepared.dtype, device), skeleton=skeleton)
+    state.updates = config.start_epoch * prepared.order.updates_per_epoch
+    return state
+
+
 def train_and_evaluate(
     trainer: Trainer,
     prepared: Prepared,
@@ -219,11 +240,13 @@ def train_and_evaluate(
 
 
 def show_plan(trainer: Trainer, images: str, order: BatchOrder, make_dataset: Callable[[], Dataset] | None) -> None:
-    """--dry_run: the settings, what the run costs, and one real batch (None: none is made).
+    """--dry_run, said once: the settings, what the run costs, and one real batch (None: none is made).
 
     Args:
         images: how many there are, in words.
     """
+    if not is_main():
+        return
     config = trainer.config
     print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     flops = classifier_flops(trainer.state.model, (config.in_chans, *config.image_size))

@@ -5,6 +5,7 @@ Colours are told apart by colour-blind readers (Okabe and Ito's), maps of intens
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without the yellow: lost on white
 MARKERS = "os^DvPX*"
 HEAT = "inferno"
+HEAT_ALPHA, HEAT_GROUND = 0.75, 0.7  # over an image whose white is so bright: it shows, and changes no colour by much
 DEPTH = "viridis"  # early layers dark, late ones bright
 DPI = 150
 MOST_NAMED_CLASSES = 20
@@ -98,14 +100,12 @@ def picture_grid(
 
 
 def draw_cell(axis: Axes, cell: Cell) -> None:
-    """The image; heat over its grey version, so that colour always means heat."""
+    """The image; heat over its faint grey version, so that colours are those of the scale, or nearly."""
     H, W = cell.image.shape[:2]
     if cell.heat is None:
         axis.imshow(cell.image, interpolation="nearest")
     else:
-        axis.imshow(cell.image.mean(axis=2), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        heat = cell.heat / max(float(cell.heat.max()), 1e-12)
-        axis.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=0.7, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+        axis.imshow(heat_over(cell.image, cell.heat), interpolation="nearest")
     if cell.mark is not None:
         y, x = cell.mark[0] * H - 0.5, cell.mark[1] * W - 0.5
         axis.plot(x, y, "o", markersize=7, markerfacecolor="none", markeredgecolor="black", markeredgewidth=2.6)
@@ -116,17 +116,29 @@ def draw_cell(axis: Axes, cell: Cell) -> None:
         axis.spines[:].set(visible=True, color=cell.frame, linewidth=2.5)
 
 
+def heat_over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]: heat [rows, columns], relative to its maximum, over the grey version of an image [H, W, 3]."""
+    H, W = image.shape[:2]
+    rows, columns = (np.arange(side) * parts // side for side, parts in zip((H, W), heat.shape, strict=True))
+    shares = heat[np.ix_(rows, columns)] / max(float(heat.max()), 1e-12)  # [H, W]
+    grey = HEAT_GROUND * image.mean(axis=2, keepdims=True) / (255 if image.dtype == np.uint8 else 1)
+    blended = HEAT_ALPHA * colormaps[HEAT](shares)[..., :3] + (1 - HEAT_ALPHA) * grey
+    return (blended * 255).round().astype(np.uint8)
+
+
 # --------------------------------------------------------------------------------------------------------
 # Plots
 # --------------------------------------------------------------------------------------------------------
 
 
 def distance_figure(
-    labels: Sequence[str], found: Sequence[AttentionDistance], blocks: Sequence[int], caption: str
+    labels: Sequence[str], found: Sequence[AttentionDistance], blocks: Sequence[int], even: float, caption: str
 ) -> Figure:
     """Figure 4a: a violin for each model and layer over all images and heads, a dot for each head's mean.
 
-    `blocks` names the groups; a model with fewer layers has those at the end.
+    Args:
+        blocks: names of the groups; a model with fewer layers has those at the end.
+        even: the distance of attention that is the same to all patches.
     """
     groups = len(blocks)
     width = max(5.0, 1.0 + groups * (0.35 + 0.5 * len(found)))
@@ -148,7 +160,8 @@ def distance_figure(
     axes.set_xticks(range(groups), [str(block) for block in blocks])
     axes.set_xlabel("block, counted from 0" if blocks[0] >= 0 else "block, counted from the end")
     axes.set_ylabel("attention distance, image side = 1")
-    axes.set_ylim(bottom=0)
+    axes.axhline(even, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.annotate("even", (1, even), (2, 0), ("axes fraction", "data"), "offset points", fontsize=8, va="center")
     finish(axes)
     axes.legend(fontsize=8, frameon=False, ncols=min(3, len(found)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
@@ -236,17 +249,31 @@ def map_figure(
 def name_classes(axis: Axes, named: Sequence[tuple[str, str, np.ndarray]], extent: np.ndarray) -> None:
     """(Name, colour, place) of each class amid its points, so that nobody has to match colours with a legend.
 
-    Names that would lie on each other are moved apart, 4 % of the `extent` of the points at least.
+    Args:
+        extent: width and height [2] that the points cover.
     """
-    places = np.array([place for _, _, place in named]) / np.maximum(extent, 1e-12)
-    for _ in range(50):
-        apart = places[:, None] - places[None]  # [classes, classes, 2]
-        distance = np.linalg.norm(apart, axis=2) + np.eye(len(places))
-        push = np.where(distance < 0.04, 0.01 / np.maximum(distance, 1e-6), 0.0)
-        places = places + (push[..., None] * apart).sum(axis=1)
+    shares = np.array([place for _, _, place in named]) / np.maximum(extent, 1e-12)
+    places = apart(shares, [0.02 + 0.016 * len(name) for name, _, _ in named], 0.042)  # of 7 points on 4 inches
     for (name, colour, _), (x, y) in zip(named, places * extent, strict=True):
         box = dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor=colour, alpha=0.9)
         axis.text(x, y, name, fontsize=7, ha="center", va="center", bbox=box)
+
+
+def apart(centres: np.ndarray, widths: Sequence[float], height: float) -> np.ndarray:
+    """Centres [n, 2] of boxes that lie on each other, moved up and down until none does (or for 200 rounds)."""
+    centres = centres.copy()
+    for _ in range(200):
+        still = True
+        for i, j in itertools.combinations(range(len(centres)), 2):
+            across, up = centres[i] - centres[j]
+            if abs(across) < (widths[i] + widths[j]) / 2 and abs(up) < height - 1e-9:
+                shift = math.copysign((height - abs(up)) / 2, up)
+                centres[i, 1] += shift
+                centres[j, 1] -= shift
+                still = False
+        if still:
+            break
+    return centres
 
 
 def finish(axes: Axes) -> None:

@@ -16,11 +16,13 @@ from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
 Weights = Literal["student", "momentum"]
-WRAPPERS = ("module.", "_orig_mod.")  # left in names by DistributedDataParallel and torch.compile
-# projector or classifier, the other heads of pre-training, a classifier's norm, UperNet
+# left in names by DistributedDataParallel, torch.compile, DINO and iBOT, MoCo v3
+WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.")
+STATES = ("model", "state_dict", "teacher")  # where programs put their weights; of DINO's and iBOT's two the teacher
+# projector or classifier, the other heads of pre-training, a classifier's norm, UperNet, MoCo v3's second encoder
 OTHER_PARTS = (
     *("head", "predictor", "mask_head", "mask_predictor", "fc_norm"),
-    *("neck", "decode_head", "auxiliary_head"),
+    *("neck", "decode_head", "auxiliary_head", "momentum_encoder"),
 )
 PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
 
@@ -69,7 +71,7 @@ class WeightsFile(NamedTuple):
 
 
 def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_from") -> WeightsFile:
-    """The weights in a checkpoint of ours, of MAE, LUT's release or timm; code in the file is refused.
+    """The weights in a checkpoint of ours, of MAE, LUT's release, timm, DINO, iBOT or MoCo v3; code in it is refused.
 
     Raises:
         UserError: unreadable, no state dict in it, or no momentum encoder where that is asked for.
@@ -84,7 +86,7 @@ def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_f
         state = {name.removeprefix("ema."): tensor for name, tensor in followed.items()}
         moving_average = "head.weight" in state or "fc_norm.weight" in state
         return WeightsFile(state, "ViT, moving average" if moving_average else "LUT, momentum encoder", config)
-    state = tensors_of(next((checkpoint[k] for k in ("model", "state_dict") if k in checkpoint), checkpoint))
+    state = tensors_of(next((checkpoint[key] for key in STATES if key in checkpoint), checkpoint))
     if not state:
         raise UserError(f"{flag} {path}: holds no tensors, is it a checkpoint?")
     return WeightsFile(state, layout_of(state, "model" in checkpoint), config)
@@ -96,6 +98,8 @@ def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
         return "ViT classifier"
     if "decode_head.bottleneck.0.weight" in state:
         return "UperNet"
+    if "momentum_encoder.cls_token" in state:
+        return "MoCo v3"
     if "decoder.weight" in state:
         return "SimMIM, student"
     if "predictor.0.weight" in state:

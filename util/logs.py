@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 import yaml
 
+from util.distributed import world_size
+
 LOG_FILE = "log.jsonl"
 COMMIT_FILE = "COMMIT"
 VERSIONS_OF = ("torch", "torchvision", "timm", "numpy")
@@ -29,6 +32,8 @@ ERASE_TO_END_OF_LINE = "\x1b[K"
 
 class RunLog:
     """The log of one run: `output_dir/log.jsonl`, TensorBoard in `log_dir`, messages on stdout.
+
+    Each line of the file tells the `seconds` that the run has taken so far, as if it had never been interrupted.
 
     Args:
         output_dir: made if it is missing.
@@ -48,6 +53,7 @@ class RunLog:
     ) -> None:
         self._enabled = enabled
         self._file = None
+        self._begin = time.monotonic()
         self._tensorboard = None
         self._live = False  # the cursor stands in a progress line
         if not enabled:
@@ -55,7 +61,7 @@ class RunLog:
         path = Path(output_dir) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None and path.exists():
-            _drop_lines_after(path, resume_step)
+            self._begin -= _drop_lines_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
@@ -67,7 +73,8 @@ class RunLog:
         """Log `values` at `step`; `extra` (such as the epoch) goes into the JSON line only."""
         if not self._enabled:
             return
-        line = {"step": step, **extra, **{name: float(value) for name, value in values.items()}}
+        seconds = round(time.monotonic() - self._begin, 1)
+        line = {"step": step, **extra, "seconds": seconds, **{name: float(value) for name, value in values.items()}}
         self._file.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
         self._file.flush()  # the last lines before a crash are those that explain it
         if self._tensorboard is not None:
@@ -185,7 +192,7 @@ def write_run_info(output_dir: str | Path, config: Mapping[str, Any]) -> None:
 
 
 def run_info() -> dict[str, Any]:
-    """What makes a result: source, versions, command line, time."""
+    """What makes a result: source, versions, command line, time, machine."""
     commit, dirty = git_state(Path(__file__).resolve().parent.parent)
     return {
         "git_commit": commit,
@@ -194,7 +201,23 @@ def run_info() -> dict[str, Any]:
         **{package: _version(package) for package in VERSIONS_OF},
         "command": shlex.join([sys.executable, *sys.argv]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processes": world_size(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "cpu": processor_name(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
     }
+
+
+def processor_name() -> str:
+    """As the kernel calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _json_value(value: Any) -> Any:
@@ -204,12 +227,19 @@ def _json_value(value: Any) -> Any:
     return float(f"{value:.9g}") if math.isfinite(value) else str(value)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Rewrite a log without the lines of later steps and without a last line that a crash cut short."""
-    partial = path.with_name(path.name + ".partial")
+def _drop_lines_after(path: Path, step: int) -> float:
+    """Rewrite a log without the lines of later steps and without a last line that a crash cut short.
+
+    Returns the seconds that the run had taken by the last line that stays.
+    """
+    partial, last = path.with_name(path.name + ".partial"), "{}"
     with path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
-        new.writelines(line for line in old if _step_of(line) <= step)
+        for line in old:
+            if _step_of(line) <= step:
+                new.write(line)
+                last = line
     os.replace(partial, path)  # atomic: a crash leaves the old file or the new one
+    return json.loads(last).get("seconds", 0.0)
 
 
 def _step_of(line: str) -> float:

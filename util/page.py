@@ -1,4 +1,7 @@
-"""A web page of pictures, words and tables in one file: it opens from disk, on a phone, in light and dark."""
+"""A web page of pictures, words and tables in one file: it opens from disk, on a phone, in light and dark.
+
+The templates lie in util/pages. Whatever is put into them is escaped, and the page forbids itself the network.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,14 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1b1b1b; --soft: #5a5a5a; --ground: #fbfbfa; --line: #dcdcdc; }
-figure { background: #fff; }
-@media (prefers-color-scheme: dark) { :root { --text: #e8e8e6; --soft: #a5a5a0; --ground: #17181a; --line: #3a3b3e; }
-  figure { background: #d9d9d9; } img { filter: brightness(.85); } } /* white pictures would glare */
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 70rem; color: var(--text); background: var(--ground);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-p { max-width: 46rem; } footer, .soft { color: var(--soft); font-size: .9rem; }
-nav a { display: inline-block; padding: .3rem .8rem .3rem 0; } a { color: inherit; }
-figure { margin: 1rem 0; padding: .5rem; border: 1px solid var(--line); border-radius: .5rem;
-  overflow-x: auto; }
-img { display: block; max-width: 100%; height: auto; margin: auto; }
-@media (max-width: 40rem) { figure img.wide { max-width: none; width: 46rem; } }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-"""
+FOLDER = Path(__file__).resolve().parent / "pages"
 WIDE_PIXELS = 900  # a phone would shrink such a picture beyond reading: it scrolls inside its frame instead
 
 
@@ -42,42 +30,41 @@ class Section:
     table: Sequence[Sequence[str]] = ()
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """A picture as an `img` takes it."""
+
+    address: str  # data:, the bytes themselves
+    width: int
+    height: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether it scrolls on a phone."""
+        return self.width > WIDE_PIXELS
+
+
 def page(title: str, facts: Sequence[str], sections: Sequence[Section], footer: str) -> str:
     """The HTML; nothing in it is fetched from anywhere. `facts` stand below the title."""
-    links = "".join(f'<a href="#{number}">{escape(s.title)}</a>' for number, s in enumerate(sections))
-    body = "".join(section_html(number, section) for number, section in enumerate(sections))
-    head = "".join(f'<p class="soft">{escape(fact)}</p>' for fact in facts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>{head}<nav>{links}</nav>\n{body}<footer><p>{escape(footer)}</p></footer>"
-        "</body></html>\n"
-    )
+    return render("sections.html", title=title, facts=facts, sections=sections, footer=footer)
 
 
-def section_html(number: int, section: Section) -> str:
-    """One section; its number is the anchor."""
-    pictures = "".join(f"<figure>{img(png, section.title)}</figure>\n" for png in section.pictures)
-    return f'<section id="{number}"><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>\n' + (
-        f"{table_html(section.table)}{pictures}</section>\n"
-    )
+def render(template: str, **values: Any) -> str:
+    """A template of util/pages, all values escaped."""
+    blanks = dict(trim_blocks=True, lstrip_blocks=True)
+    # StrictUndefined: what is missing is an error, not a hole in the page
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, **blanks)
+    environment.globals.update(file=own_file, embed=embed)
+    return environment.get_template(template).render(**values)
 
 
-def img(png: bytes, alternative: str) -> str:
-    """The picture, embedded."""
-    width, height = Image.open(io.BytesIO(png)).size
-    wide = ' class="wide"' if width > WIDE_PIXELS else ""
-    data = base64.b64encode(png).decode()
-    return (
-        f'<img{wide} width="{width}" height="{height}" alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
-    )
+def own_file(name: str) -> Markup:
+    """A style or script of util/pages, which is trusted as it stands."""
+    return Markup((FOLDER / name).read_text(encoding="utf-8"))
 
 
-def table_html(rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls inside the page where it is wider than a phone; nothing for no rows."""
-    if not rows:
-        return ""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>\n'
+def embed(picture: bytes) -> Embedded:
+    """An encoded picture (PNG, WebP, ...), to stand in the page itself."""
+    opened = Image.open(io.BytesIO(picture))
+    kind = Image.MIME[opened.format]
+    return Embedded(f"data:{kind};base64,{base64.b64encode(picture).decode()}", *opened.size)

@@ -14,8 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models_lut import ARCHITECTURES, LUT, num_visible_patches, patchify
-from util.config import DataConfig, check
+from models_lut import ARCHITECTURES, LUT, Student, num_visible_patches, patchify
+from models_simmim import SimMIM
+from util.config import DataConfig, check, config_from_dict
 from util.data import Normalise
 from util.errors import UserError
 from util.export import shape_of
@@ -23,6 +24,7 @@ from util.figures import Cell, picture_grid
 from util.images import Images, broken
 from util.interop import WeightsFile, load_weights, read_weights
 from util.pictures import reconstruction_cells
+from util.pretrain_config import PretrainConfig
 from util.vit import NamedViT, default_label, image_size
 
 Target = Literal["run", "normalised", "pixels"]
@@ -36,7 +38,7 @@ COLUMNS = ("image", "masked", "reconstruction", "reconstruction,\nvisible pasted
 def open_autoencoder(
     path: Path, target: Target, size: Sequence[int], heads: tuple[int | None, int | None], device: torch.device
 ) -> NamedViT:
-    """The student of a checkpoint with its decoder: ours, MAE's full one, the release's.
+    """The student of a checkpoint with its decoder: ours (SimMIM's too), MAE's full one, the release's.
 
     Args:
         target: what the decoder was trained to predict; `run`: as the settings in the file say.
@@ -47,7 +49,8 @@ def open_autoencoder(
         UserError: no decoder in it, or heads or target cannot be known.
     """
     file = read_weights(path, flag="CHECKPOINT")
-    if "mask_token" not in file.state or "decoder_embed.weight" not in file.state:
+    decoder = next((name for name in ("decoder_embed.weight", "decoder.weight") if name in file.state), None)
+    if "mask_token" not in file.state or decoder is None:
         raise UserError(
             f"CHECKPOINT {path}: holds no decoder ({file.layout}), nothing can be reconstructed with it;"
             " give a checkpoint of pre-training"
@@ -56,7 +59,7 @@ def open_autoencoder(
     shape = shape_of(file, heads[0], (), f"CHECKPOINT {path}")
     if target == "run" and "norm_pix_loss" not in run:
         raise UserError("--target run: the file does not say what its decoder predicts, give normalised or pixels")
-    model = LUT(
+    arguments = dict(
         img_size=image_size(size, shape.img_size, shape.patch_size),
         patch_size=shape.patch_size,
         in_chans=shape.in_chans,
@@ -64,14 +67,27 @@ def open_autoencoder(
         depth=shape.depth,
         num_heads=shape.num_heads,
         norm_pix_loss=run["norm_pix_loss"] if target == "run" else target == "normalised",
-        **decoder_shape(file, heads[1]),
+        mask_unit=mask_unit_of(run),
     )
+    simmim = decoder == "decoder.weight"
+    model = SimMIM(**arguments) if simmim else LUT(**arguments, **decoder_shape(file, heads[1]))
+    unit = model.mask_unit * model.patch_size
+    if any(side % unit for side in model.shape["img_size"]):
+        raise UserError(f"--input_size {' '.join(map(str, size))}: patches are hidden in squares of {unit} pixels")
     report = load_weights(model, path, flag="CHECKPOINT", whole=True)
     pixels = DataConfig(in_chans=shape.in_chans, mean=tuple(run.get("mean") or ()), std=tuple(run.get("std") or ()))
     normalise = Normalise(pixels.pixel_mean, pixels.pixel_std, device)
     model = model.requires_grad_(False).eval().to(device)
     label = default_label(str(path), "student")
     return NamedViT(label, model, model.shape["img_size"], shape.in_chans, normalise, f"{path}: {report}")
+
+
+def mask_unit_of(run: dict[str, Any]) -> int:
+    """Patches are hidden in squares of so many by so many, by the settings of a run; without any one by one."""
+    if "mask_unit" not in run:
+        return 1
+    config = config_from_dict(PretrainConfig, run | {"recipe": ""})
+    return config.mask_square // config.patch
 
 
 def decoder_shape(file: WeightsFile, num_heads: int | None) -> dict[str, int]:
@@ -98,7 +114,7 @@ class Reconstruction(NamedTuple):
     mask_ratio: float
     seed: int
     cells: np.ndarray  # uint8 [4, H, W, 3]: see pictures.reconstruction_cells
-    error: float  # L_MIM of this image (Eq. 1): mean squared error on hidden patches, in the decoder's target
+    error: float  # L_MIM of this image (Eq. 1) on its hidden patches, in the decoder's target
 
 
 def reconstructions(
@@ -112,11 +128,13 @@ def reconstructions(
     model = vit.model
     inputs, _ = images.shown(vit)
     L, p = model.num_patches, model.patch_size
+    squares = L // model.mask_unit**2
     found = []
     for ratio in ratios:
-        visible = num_visible_patches(L, ratio)
-        if not 1 <= visible < L:
-            raise UserError(f"--mask_ratio {ratio}: leaves {visible} of {L} patches visible")
+        visible = num_visible_patches(squares, ratio)
+        if not 1 <= visible < squares:
+            unit_name = "patches" if model.mask_unit == 1 else "squares"
+            raise UserError(f"--mask_ratio {ratio}: leaves {visible} of {squares} {unit_name} visible")
         for seed in seeds:
             noise = torch.rand(len(inputs), L, generator=torch.Generator().manual_seed(seed)).to(inputs.device)
             mask, prediction = reconstruct(model, inputs, noise, ratio)
@@ -128,7 +146,7 @@ def reconstructions(
     return sorted(found, key=lambda each: each.image)  # stable: masks in the order asked for
 
 
-def reconstruct(model: LUT, inputs: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+def reconstruct(model: Student, inputs: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Mask [n, L] and predicted patches [n, L, P] at another mask ratio than the model's own, which it keeps."""
     own, model.mask_ratio = model.mask_ratio, ratio
     try:
@@ -137,13 +155,13 @@ def reconstruct(model: LUT, inputs: Tensor, noise: Tensor, ratio: float) -> tupl
         model.mask_ratio = own
 
 
-def hidden_error(model: LUT, inputs: Tensor, mask: Tensor, prediction: Tensor) -> list[float]:
+def hidden_error(model: Student, inputs: Tensor, mask: Tensor, prediction: Tensor) -> list[float]:
     """L_MIM of each image [n]."""
     target = patchify(inputs, model.patch_size)  # [n, L, P]
     if model.norm_pix_loss:
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (var + 1e-6).sqrt()
-    errors = (prediction - target).square().mean(dim=-1)  # [n, L]
+    errors = model.pixel_loss(prediction, target, reduction="none").mean(dim=-1)  # [n, L]
     return ((errors * mask).sum(dim=1) / mask.sum(dim=1)).tolist()
 
 
@@ -161,8 +179,9 @@ def reconstruction_figure(vit: NamedViT, images: Images, found: Sequence[Reconst
         )
     else:
         caption = "The model predicts pixels."
+    kind = "absolute" if isinstance(vit.model, SimMIM) else "squared"
     caption += (
-        " Error: mean squared error on hidden patches, as trained. No loss asks for visible patches (third column)."
+        f" Error: mean {kind} error on hidden patches, as trained. No loss asks for visible patches (third column)."
     )
     return picture_grid(rows, COLUMNS, names, title, caption, cell_inches=1.6)
 

@@ -145,6 +145,79 @@ class ReaderSource:
         return f"{self.title}[{index}]"
 
 
+@dataclass
+class SubsetSource:
+    """Some images of another source, by their numbers in it."""
+
+    source: ImageSource
+    indices: list[int]
+    labels: list[int] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = self.source.labels
+        self.labels = None if known is None else [known[index] for index in self.indices]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of the whole source."""
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes | Image.Image | Tensor:
+        """As the source."""
+        return self.source.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        """As the source."""
+        return self.source.name(self.indices[index])
+
+
+def hold_out(source: ImageSource, share: float) -> tuple[SubsetSource, SubsetSource]:
+    """A labelled source in two: what stays, and `share` of each class, one image at least; of one image none.
+
+    Which images these are follows from the source and the share alone: all runs hold out the same.
+    """
+    labels = np.array(source.labels)
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    held = np.zeros(len(labels), dtype=bool)
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):  # one class after the other
+        held[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    stays, goes = (np.flatnonzero(chosen).tolist() for chosen in (~held, held))
+    return SubsetSource(source, stays), SubsetSource(source, goes)
+
+
+@dataclass
+class JoinedSource:
+    """The images of several sources, one after the other; labels are left behind, since their numbers may differ."""
+
+    parts: Sequence[ImageSource]
+    labels: None = None
+    class_names: None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, index: int) -> bytes | Image.Image | Tensor:
+        """As the part that holds it."""
+        part, index = self._find(index)
+        return part.read(index)
+
+    def name(self, index: int) -> str:
+        """As the part that holds it."""
+        part, index = self._find(index)
+        return part.name(index)
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -158,6 +231,10 @@ def open_images(data_path: str, dataset: str, split: str, flag: str = "--data_pa
     """
     if dataset == "digits":
         return digits(split)
+    if dataset in published_names():
+        from util.published import open_published
+
+        return open_published(dataset, data_path, split)
     if dataset:
         return open_reader(dataset, data_path, split)
     path = Path(data_path)
@@ -188,6 +265,8 @@ def find_validation(data_path: str, dataset: str, val_path: str) -> ImageSource 
     """The labelled images for the monitors: --val_path, or what lies beside the training images, or None."""
     if val_path:
         return labelled_or_none(open_images(val_path, "", "val", "--val_path"))
+    if dataset in published_names():  # it has a validation split: that it cannot be read is an error
+        return open_images(data_path, dataset, "val")
     if dataset:
         try:
             return labelled_or_none(open_images(data_path, dataset, "val"))
@@ -284,13 +363,24 @@ def digits(split: str) -> ArraySource:
     return ArraySource(pixels.unsqueeze(1), data.target[keep].tolist(), [str(n) for n in range(10)], "digits")
 
 
+def published_names() -> list[str]:
+    """The data sets that util/published.py reads."""
+    from util.published import DATASETS
+
+    return list(DATASETS)
+
+
 def open_reader(dataset: str, data_path: str, split: str) -> ReaderSource | IterableDataset:
     """A data set by its name in timm's `create_dataset`; streams (wds/, tfds/, hfids/) come as IterableDataset."""
     from timm.data import create_dataset
 
+    from util.config import nearest
+
     if dataset.partition("/")[0] not in READERS:
+        known = ["digits", *published_names()]
         raise UserError(
-            f"--dataset {dataset}: unknown, give digits or a reader ({', '.join(READERS)}) and a name: torch/cifar10"
+            f"--dataset {dataset}: unknown{nearest(dataset, known)} (one of {', '.join(known)}, or a reader of"
+            f" {', '.join(READERS)} and a name: hfds/user/name)"
         )
     split = {"val": "validation"}.get(split, split)  # what all readers know it by
     try:

@@ -116,7 +116,10 @@ def attention_study(
         text,
         scale,
     )
-    lines = [line for i, q in pairs for each in seen for line in head_rows(each, i, q, places[q])]
+    lines = []
+    for i, q in pairs:
+        own = [line for each in seen for line in head_rows(each, i, q, places[q])]
+        lines += [(f"{images.title(i)}\n{own[0][0]}", own[0][1]), *own[1:]]
     by_head = picture_grid(
         [cells for _, cells in lines],
         [],
@@ -156,14 +159,15 @@ def look(vit: NamedViT, images: Images, block: int, heads: list[int], places: Se
     return Seen(vit, block, heads, pictures, np.array(maps))
 
 
-def head_rows(seen: Seen, image: int, query: int, place: tuple[float, float]) -> list[tuple[str, list[Cell]]]:
-    """The maps of all heads, `CELLS_PER_ROW` in a row, with the model's name beside the first row."""
+def head_rows(seen: Seen, image: int, query: int, place: tuple[float, float]) -> list[tuple[str, list[Cell | None]]]:
+    """The query, and the maps of all heads, `CELLS_PER_ROW` in a row; the model's name stands beside the first row."""
     cells = [
         Cell(seen.pictures[image], heat, place, f"head {head}")
         for head, heat in zip(seen.heads, seen.maps[image, query], strict=True)
     ]
     parts = [cells[begin : begin + CELLS_PER_ROW] for begin in range(0, len(cells), CELLS_PER_ROW)]
-    return [("" if number else broken(seen.vit.label), part) for number, part in enumerate(parts)]
+    asked = Cell(seen.pictures[image], mark=place, title="query")
+    return [(broken(seen.vit.label), [asked, *parts[0]]), *(("", [None, *part]) for part in parts[1:])]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def distance_study(vits: Sequence[NamedViT], images: Images, last_layers: int) -
     text = (
         f"Mean distance from a patch to the patches it attends to (Eq. 4, per query patch) on {found[0].images} images."
         " Violin: all images and heads; dots: mean of each head; bar: mean of all. Each side of the image has length 1;"
-        " attention to cls and registers counts as distance 0."
+        " attention to cls and registers counts as distance 0. Dashed: attention that is the same to all patches."
     )
     blocks = max((each.layers for each in found), key=len)
     if len({each.layers[-1] for each in found}) > 1:  # of models of several depths the ends are compared
@@ -247,8 +251,10 @@ def distance_study(vits: Sequence[NamedViT], images: Images, last_layers: int) -
         {"label": vit.label, "layers": each.layers, "mean": each.mean, "std": each.std, "patch_share": each.patch_share}
         for vit, each in zip(vits, found, strict=True)
     ]
-    figure = distance_figure([vit.label for vit in vits], found, blocks, text)
-    return Study("Attention distance", text, {"": figure}, {"images": found[0].images, "models": numbers}, table)
+    even = analysis.patch_distances(grid_of(vits[0].model)).mean().item()
+    figure = distance_figure([vit.label for vit in vits], found, blocks, even, text)
+    shown = {"images": found[0].images, "even": even, "models": numbers}
+    return Study("Attention distance", text, {"": figure}, shown, table)
 
 
 def spectrum_study(vits: Sequence[NamedViT], images: Images, pool: Pool) -> Study:

@@ -24,7 +24,7 @@ from util.errors import UserError
 from util.logs import LOG_FILE
 from util.results import read_results
 from util.run import share_batch
-from util.tables import FOLDER, PRETRAIN, STAGES, Column, Row, Table, expect, mapping, read_yaml
+from util.tables import ALL_STAGES, FOLDER, PRETRAIN, STAGES, Column, Row, Table, expect, mapping, read_yaml
 
 Settings = Mapping[str, Any]  # a recipe's name under `recipe`, and fields on top of it
 
@@ -132,7 +132,8 @@ class Run:
     flags: tuple[str, ...]
     config: Any  # what the main will make of the flags
     processes: int
-    after: Run | None  # the pre-training whose checkpoint it starts from
+    after: Run | None = None  # the pre-training whose checkpoint it starts from
+    images: int | None = None  # per epoch; None: as many as the plan's data set has
 
     @property
     def main(self) -> str:
@@ -213,17 +214,23 @@ def shared_flags(work: Work, stage: str, options: Options) -> tuple[tuple[str, .
     given = list(options.extra.get(kind.main, ()))
     flags = [*as_flags(work.stages[stage]), *options.data, *given]
     config = parse(kind.settings, kind.program, tuple(flags))
-    changes: dict[str, Any] = {}
+    changes = cut_batch(config, given, options.scale.processes, processes_of(options))
     if stage == PRETRAIN and work.epochs_times != 1:
         changes["epochs"] = round(work.epochs_times * config.epochs)
-    meant, processes = options.scale.processes, processes_of(options)
-    cut_by_hand = any(flag.startswith(("--batch_size", "--accum_iter")) for flag in given)
-    if processes != meant and not cut_by_hand:
-        images = config.batch_size * config.accum_iter * meant
-        flag = f"--processes {processes}"
-        changes["batch_size"], changes["accum_iter"] = share_batch(images, processes, config.batch_size, flag)
     flags = (*flags, *as_flags(changes))
     return flags, parse(kind.settings, kind.program, flags)
+
+
+def cut_batch(config: Any, given: Sequence[str], meant: int, processes: int) -> dict[str, Any]:
+    """What keeps the images of an update where a run has other processes than its recipe is `meant` for.
+
+    Nothing where the flags `given` by hand cut the batch themselves.
+    """
+    if processes == meant or any(flag.startswith(("--batch_size", "--accum_iter")) for flag in given):
+        return {}
+    images = config.batch_size * config.accum_iter * meant
+    batch_size, accum_iter = share_batch(images, processes, config.batch_size, f"--processes {processes}")
+    return {"batch_size": batch_size, "accum_iter": accum_iter}
 
 
 @functools.cache
@@ -239,6 +246,7 @@ def parse(settings: type, program: str, flags: tuple[str, ...]) -> Any:
 # of which the numbers do not depend: where things lie, how the batch is cut, what is looked at on the way
 ANYWHERE = (MAY_CHANGE - {"blr", "lr", "input_size", "mean", "std"}) | {
     *("monitor_freq", "monitor_images", "eval_freq", "dist_eval", "per_class", "finetune", "seed"),
+    *("check_data", "pictures"),
 }
 
 
@@ -251,8 +259,8 @@ class Outcome:
 
 
 def outcome_in(folder: Path, stage: str) -> Outcome | None:
-    """Of the run in this folder; None: it has not finished."""
-    lines = [line for line in read_results(folder) if line.get("stage") == STAGES[stage].main]
+    """Of the run of one of ALL_STAGES in this folder; None: it has not finished."""
+    lines = [line for line in read_results(folder) if line.get("stage") == ALL_STAGES[stage].main]
     return Outcome(lines[-1]["metrics"], lines[-1]["config"]) if lines else None
 
 
@@ -264,6 +272,15 @@ def deviations(config: Any, outcome: Outcome) -> list[str]:
         for name, found in outcome.config.items()
         if name in planned and name not in ANYWHERE and planned[name] != found
     ]
+
+
+def check_outcomes(runs: Sequence[Run]) -> None:
+    """UserError where a run with other settings has finished in the folder of one of these."""
+    for run in runs:
+        outcome = outcome_in(run.folder, run.stage)
+        others = deviations(run.config, outcome) if outcome is not None else []
+        if others:
+            raise UserError(f"--output_dir {run.folder}: has finished with {', '.join(others)}, choose another folder")
 
 
 def share_done(run: Run) -> float:
@@ -283,14 +300,23 @@ def share_done(run: Run) -> float:
 
 
 def flops(run: Run, images: int) -> float:
-    """Matrix products of a whole run with so many images per epoch, forward and backward; no evaluation."""
-    return flops_per_image(run) * images * run.config.epochs
+    """Matrix products of a whole run, forward and backward; no evaluation.
+
+    Args:
+        images: per epoch, unless the run has a number of its own.
+    """
+    config = run.config
+    seen = (run.images or images) * config.epochs
+    if config.max_steps is not None:
+        seen = min(seen, config.max_steps * config.batch_size * config.accum_iter * run.processes)
+    return flops_per_image(run) * seen
 
 
 def flops_per_image(run: Run) -> int:
     """As the mains' --dry_run counts them."""
-    about = {"seed": 0, "output_dir": "", **({} if run.after is None else {"finetune": ""})}
-    return _flops_per_image(run.main, dataclasses.replace(run.config, **about))
+    alike = {"seed": 0, "output_dir": "", "finetune": "", "blr": 0.0, "weight_decay": 0.0, "holdout": 0.0}
+    known = {name: value for name, value in alike.items() if hasattr(run.config, name)}  # counted once for all of them
+    return _flops_per_image(run.main, dataclasses.replace(run.config, **known))
 
 
 @functools.cache

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from util.errors import REQUEUE_STATUS, Requeue, RunError
 from util.logs import ERASE_TO_END_OF_LINE, format_duration
-from util.table_plan import Clock, Run, outcome_in, share_done
+from util.table_plan import Clock, Run, flops, outcome_in, share_done
 from util.tables import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,11 +26,40 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED_STATUS = 128 + signal.SIGINT
 
 
-def run_all(runs: Sequence[Run], clock: Clock, keep_going: bool) -> None:
+def print_plan(runs: Sequence[Run], clock: Clock) -> None:
+    """The commands in their order, as a shell script whose comments say the rest."""
+    shares = {run.folder: share_done(run) for run in runs}
+    for number, run in enumerate(runs, start=1):
+        share = shares[run.folder]
+        state = "done" if share == 1 else f"{share:.0%} done, " if share else ""
+        if share < 1:
+            left = format_duration(clock.seconds(run, 1 - share))
+            state += f"{(1 - share) * flops(run, clock.images):.1e} FLOP, about {left}"
+        print(f"\n# [{number}/{len(runs)}] {run.title}: {state}\n{shlex.join(run.command)}")
+    if not runs:
+        return
+    work = sum((1 - shares[run.folder]) * flops(run, clock.images) for run in runs)
+    seconds = sum(clock.seconds(run, 1 - shares[run.folder]) for run in runs)
+    done = sum(share == 1 for share in shares.values())
+    print(f"\n# {len(runs)} runs, {done} done; left {work:.1e} FLOP, about {format_duration(seconds)}")
+    images = sorted({run.images or clock.images for run in runs})
+    measured = [f"{main} {len(speeds)}" for main, speeds in clock.seen.items()]
+    print(
+        f"# {', '.join(map(str, images))} images per epoch, matrix products forward and backward, evaluations not"
+        " counted; time by "
+        + (f"the logs of runs here ({', '.join(measured)}), else " if measured else "")
+        + f"{clock.assumed / 1e12:g} TFLOP/s (assumed, --tflops)"
+    )
+
+
+def run_all(
+    runs: Sequence[Run], clock: Clock, keep_going: bool, after_each: Callable[[Run], None] = lambda run: None
+) -> None:
     """Do what is not done yet.
 
     Args:
         keep_going: after a failure go on with what does not depend on it.
+        after_each: called with each run that has just finished.
 
     Raises:
         RunError: a run failed; the message says what it said last.
@@ -61,6 +90,7 @@ def run_all(runs: Sequence[Run], clock: Clock, keep_going: bool) -> None:
                 metric = STAGES[run.stage].metric
                 found = f", {metric} {outcome.metrics[metric]:.2f} %" if metric in outcome.metrics else ""
                 print(f"done in {format_duration(seconds)}{found}", flush=True)
+                after_each(run)
                 continue
             failures[run.folder] = f"{run.title}: exit status {status}, {last}; see {run.folder / OUTPUT_FILE}"
             if not keep_going:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from util.tables import STAGES, Column, Row, Score, Table
 Against = Literal["paper", "baseline"]
 MISSING = "–"  # not run, or not to its end
 NO_COUNTERPART = "n/a"
+MOST_ACROSS = 6  # panels of a picture beside each other
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,11 @@ def render(filled: Filled, against: Against, style: Literal["text", "markdown", 
     return FORMATS[style](titles, rows, len(filled.table.labels))
 
 
+def commented(line: str, style: str) -> str:
+    """A line of text as it may stand beside a table."""
+    return f"% {line}" if style == "latex" else f"{line}  " if style == "markdown" else line
+
+
 # --------------------------------------------------------------------------------------------------------
 # Picture
 # --------------------------------------------------------------------------------------------------------
@@ -204,10 +211,15 @@ def draw(filled: Filled, against: Against, path: Path) -> None:
     from matplotlib.figure import Figure
 
     table, columns = filled.table, filled.table.columns
-    figure = Figure(figsize=(2 + 3 * len(columns), 1.5 + 0.4 * len(table.rows)), dpi=110, layout="constrained")
+    across = min(len(columns), MOST_ACROSS)
+    down = math.ceil(len(columns) / across)
+    size = (2 + 3 * across, 0.5 + down * (1 + 0.4 * len(table.rows)))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for panel, column in zip(panels, columns, strict=True):
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    for panel in panels[len(columns) :]:
+        panel.set_axis_off()
+    for panel, column in zip(panels, columns, strict=False):
         first = filled.baseline.get(column.key, Cell(None)) if against == "baseline" else Cell(Score(0.0), (0.0,))
         cells = [(place, row[column.key]) for place, row in enumerate(filled.cells)]
         paper = [(value(cell.paper) - value(first.paper), place) for place, cell in cells if cell.paper and first.paper]

@@ -13,14 +13,17 @@ from typing import Any
 
 import yaml
 
-from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.config import nearest
 from util.errors import UserError
-from util.pretrain_config import PretrainConfig
+from util.stages import MAINS
 
 FOLDER = Path(__file__).resolve().parent.parent / "tables"
 FILES = ("paper.yaml", "study.yaml")
-TOOLS = ("segmentation", "transfer", "robustness")  # that do not exist yet
+TOOLS = {  # what gives numbers that `tables.py run` does not
+    "segmentation": "main_segment.py",
+    "transfer": "scripts/transfer.py",
+    "robustness": "scripts/robustness.py",
+}
 SCORE = re.compile(r"(\d{1,2}\.\d)([†‡]?)(?: \((\d{1,2}\.\d) ± (\d\.\d)\))?")
 
 
@@ -28,10 +31,18 @@ SCORE = re.compile(r"(\d{1,2}\.\d)([†‡]?)(?: \((\d{1,2}\.\d) ± (\d\.\d)\))?
 class Stage:
     """A kind of run, and which number of its `results.jsonl` goes into a table."""
 
-    main: str  # main_MAIN.py, and the stage that its results.jsonl names
-    settings: type
-    metric: str
+    main: str  # of MAINS: main_MAIN.py, and the stage that its results.jsonl names
     flags: Mapping[str, Any] = field(default_factory=dict)  # on top of its recipe's
+
+    @property
+    def settings(self) -> type:
+        """See Main."""
+        return MAINS[self.main].settings
+
+    @property
+    def metric(self) -> str:
+        """See Main."""
+        return MAINS[self.main].metric
 
     @property
     def program(self) -> str:
@@ -39,13 +50,14 @@ class Stage:
         return f"main_{self.main}.py"
 
 
-PRETRAIN = "pretrain"
-STAGES = {
-    PRETRAIN: Stage("pretrain", PretrainConfig, "knn"),
-    "finetune": Stage("finetune", FinetuneConfig, "top1"),
-    "linprobe": Stage("linprobe", LinprobeConfig, "top1", {"global_pool": False}),
-    "linprobe_pooled": Stage("linprobe", LinprobeConfig, "top1", {"global_pool": True}),
+PRETRAIN, SEGMENT = "pretrain", "segment"
+STAGES = {  # that `tables.py run` runs
+    PRETRAIN: Stage("pretrain"),
+    "finetune": Stage("finetune"),
+    "linprobe": Stage("linprobe", {"global_pool": False}),
+    "linprobe_pooled": Stage("linprobe", {"global_pool": True}),
 }
+ALL_STAGES = STAGES | {SEGMENT: Stage("segment")}  # and the one behind the columns that need `segmentation`
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,8 @@ class Column:
 
     key: str
     title: str
-    stage: str = ""  # of STAGES; empty: nothing here gives it yet
-    needs: str = ""  # the tool that would
+    stage: str = ""  # of STAGES; empty: none of them gives it
+    needs: str = ""  # the tool of TOOLS that does, or would
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,8 @@ def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog
     if broken:
         raise RunError(
             f"the loss is no longer finite: {trainer.describe_nonfinite()}. Nothing was saved since: resume from the"
-            " last checkpoint with a lower --blr, --clip_grad 1, --amp fp32 or --on_nonfinite skip"
+            " last checkpoint with --on_nonfinite skip, or begin a new run from its weights with a lower learning rate,"
+            " --clip_grad 1 or --amp fp32"
         )
     trainer.watch.reset()
     stopwatch.restart()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models_lut import Encoder, patchify
 from models_vit import Classifier, LinearProbe, Pool
-from util.checkpoint import load_checkpoint
 from util.config import DataConfig, nearest
 from util.data import Normalise
 from util.errors import UserError
@@ -34,7 +33,7 @@ AnyViT = Encoder | VisionTransformer
 
 
 def tokens_of(model: AnyViT, images: Tensor) -> Tensor:
-    """Normalised images [B, C, H, W] to tokens [B, N, D] after the encoder's last norm, prefix tokens first."""
+    """Normalised images [B, C, H, W] to tokens [B, N, D] after the encoder's last norm, if any, prefix tokens first."""
     if isinstance(model, Encoder):
         return model.encode(patchify(images, model.patch_size))
     return model.forward_features(images)
@@ -163,7 +162,7 @@ def open_file(path: Path, weights: Weights, size: Sequence[int], num_heads: int 
 
 
 def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
-    """Our classifier, linear probe or encoder, as the file has it, for images of `size`."""
+    """Our classifier, linear probe or encoder (a segmenter's too), as the file has it, for images of `size`."""
     common = dict(img_size=size, patch_size=shape.patch_size, in_chans=shape.in_chans)
     architecture = dict(embed_dim=shape.embed_dim, depth=shape.depth, num_heads=shape.num_heads)
     state, run = file.state, file.config or {}
@@ -173,18 +172,15 @@ def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
     if "head.1.weight" in state and "head.0.weight" not in state:  # a projector has its first linear layer at 0
         pool = "avg" if run.get("global_pool") and not run.get("cls_token") else "token"
         return LinearProbe(architecture, num_classes=len(state["head.1.weight"]), pool=pool, **common)
+    if any(name.startswith("decode_head.") for name in state):  # a segmenter's encoder has no last norm
+        return Classifier(architecture, num_classes=0, pool="token", final_norm=False, **common)
     return Encoder(**architecture, **common)
 
 
 def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
     """timm's model of that name, with the weights of a file or the first ones of seed 0."""
-    architecture, _, path = name.removeprefix(TIMM).partition("=")
-    if not timm.is_model(architecture):
-        known = timm.list_models("*vit*")
-        raise UserError(f"{flag} {name}: timm knows no model {architecture}{nearest(architecture, known)}")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(architecture, pretrained=False)
+    architecture, path = timm_name(name, flag)
+    model = random_timm(architecture)
     if not is_plain_vit(model):
         raise UserError(
             f"{flag} {name}: is no plain ViT with softmax attention in every block, as timm:vit_base_patch16_224 is"
@@ -197,12 +193,28 @@ def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
     return model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]), said
 
 
+def timm_name(name: str, flag: str) -> tuple[str, str]:
+    """Architecture and file (or nothing) of `timm:NAME=FILE`; UserError where timm knows no such model."""
+    architecture, _, path = name.removeprefix(TIMM).partition("=")
+    if not timm.is_model(architecture):
+        known = timm.list_models()
+        raise UserError(f"{flag} {name}: timm knows no model {architecture}{nearest(architecture, known)}")
+    return architecture, path
+
+
+def random_timm(architecture: str) -> nn.Module:
+    """timm's model of that name with the first weights of seed 0, without touching the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model(architecture, pretrained=False)
+
+
 def load_timm(model: VisionTransformer, path: Path, architecture: str, flag: str) -> str:
-    """Fill timm's model from a file of its own or of a program whose names timm knows; what to say of it.
+    """Fill timm's model from a file of its own or of a program whose names timm or we know; what to say of it.
 
     A head for other classes is left out, and the model then has none.
     """
-    state, own = checkpoint_filter_fn(load_checkpoint(path, flag), model), model.state_dict()
+    state, own = checkpoint_filter_fn(read_weights(path, flag=flag).state, model), model.state_dict()
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
     missing = [name for name in own if name not in fitting and not name.startswith(("head.", "fc_norm."))]
     if missing:
