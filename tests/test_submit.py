@@ -247,20 +247,20 @@ def test_a_failed_process_ends_the_others(in_job, tmp_path, monkeypatch):
 def test_a_signal_reaches_the_ranks_even_before_they_listen(in_job, tmp_path, monkeypatch, number, starts):
     """The first one comes at once. SIGTERM is meant for the whole job, the others ask it to save and go on."""
     monkeypatch.setattr("util.launch.REPEAT_SECONDS", 0.2)
-    started = tmp_path / "started"
+    started = [tmp_path / f"started-{rank}" for rank in (0, 1)]
     script = (
-        "open('started', 'w')\ntime.sleep(0.7)\n"
+        "open('started-' + rank, 'w')\ntime.sleep(0.7)\n"
         "for n in (10, 12, 15): signal.signal(n, lambda number, frame: (say(rank, number), os._exit(75)))\n"
         "time.sleep(30)"
     )
 
     def interrupt() -> None:
         for _ in range(starts):
-            while not started.exists():
+            while not all(path.exists() for path in started):
                 time.sleep(0.01)
+            for path in started:
+                path.unlink()
             os.kill(os.getpid(), number)
-            time.sleep(0.5)
-            started.unlink()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
