@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
 import util.bench_step
@@ -25,7 +26,7 @@ from util.bench_config import EpochConfig, LoaderConfig, StepConfig
 from util.bench_epoch import recipe_of, summary, timed_run
 from util.bench_loader import bench_images
 from util.bench_memory import largest, largest_batch
-from util.bench_plot import plot_sweep
+from util.bench_plot import number_log_axis, plot_sweep
 from util.bench_step import Stepper, StepperProcess, check_losses, measure
 from util.command_line import parse_config
 from util.cost import pretrain_cost
@@ -404,6 +405,20 @@ def test_a_sweep_is_drawn(tmp_path, values):
     plot_sweep("batch_size", found, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.0, 4.3), (0.4, 3.0), (2.0, 25.0), (1.0, 3000.0)])
+def test_a_logarithmic_axis_has_numbers_whatever_it_spans(low, high):
+    axes = Figure().subplots()
+    axes.plot([1, 2], [low, high])
+    axes.set_yscale("log")
+    number_log_axis(axes)
+    axes.figure.draw_without_rendering()
+    shown = [label.get_text() for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+             if low <= place <= high]  # fmt: skip
+    assert len(shown) >= 3
+    assert len(set(shown)) == len(shown)
+    assert all(float(text) for text in shown)
 
 
 # ---- whole commands, in processes of their own --------------------------------------------------------------

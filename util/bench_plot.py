@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AXIS_TITLES = {"batch_size": "batch", "input_size": "image side (pixels)", "depth": "blocks of the encoder"}
 
@@ -35,9 +38,19 @@ def plot_sweep(flag: str, found: Mapping[str, Sequence[Mapping[str, Any]]], path
             axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(places, list(found))
-        axes.minorticks_off()
+        number_log_axis(axes)
         axes.set_xlabel(AXIS_TITLES.get(flag, flag))
         axes.set_title(title)
         axes.grid(alpha=0.3)
     panels[0].legend(frameon=False)
     figure.savefig(path)
+
+
+def number_log_axis(axes: Axes) -> None:
+    """Number the logarithmic y axis also where it spans less than ten times: matplotlib marks powers of ten alone."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    low, high = axes.get_ylim()
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
