@@ -2,6 +2,9 @@
 
 import itertools
 import os
+import sys
+import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from conftest import colours, encode, one_line
 from util import data
-from util.data import BatchOrder, LabelledDataset, Normalise, PretrainDataset, PretrainStream, decode, training_loader
-from util.errors import UserError, run_main
+from util.data import (
+    BatchOrder,
+    LabelledDataset,
+    Loader,
+    Normalise,
+    PretrainDataset,
+    PretrainStream,
+    decode,
+    training_loader,
+)
+from util.errors import UserError, loaders_death, run_main
 from util.sources import ArraySource, FileSource
 from util.views import TwoViews, centre_view, sample_generator
 
@@ -194,6 +206,44 @@ def equal(one, other):
     assert len(one) == len(other)
     pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+class BreaksOff(Dataset):
+    """Its loader process hands over no more memory once it is asked for a third sample, and does not end either."""
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        if index == 2:
+            resource_sharer.stop()
+            time.sleep(60)
+        return torch.zeros(4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems share memory in another way")
+def test_a_batch_that_breaks_off_names_the_loader():
+    """As one killed a moment ago leaves it: announced, still alive by its process number, and not to be fetched."""
+    batches = iter(Loader(BreaksOff(), batch_size=1, num_workers=1, patience=20.0))
+    next(batches)
+    time.sleep(1)  # the second batch is announced
+    with pytest.raises(RuntimeError, match=r"a batch broke off \(\w+Error") as raised:
+        next(batches)
+    assert loaders_death(raised.value) is raised.value
+
+
+class Unreadable(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise OSError("the disk is gone")
+
+
+def test_what_a_data_set_raises_in_a_loader_process_is_no_death_of_it():
+    with pytest.raises(OSError, match="the disk is gone") as raised:
+        next(iter(Loader(Unreadable(), num_workers=1, patience=20.0)))
+    assert loaders_death(raised.value) is None
 
 
 def test_batches_do_not_depend_on_loader_processes(tmp_path):

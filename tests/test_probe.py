@@ -247,8 +247,10 @@ def run_probe(monkeypatch, capsys):
 def test_the_table_of_a_run(tmp_path, pretrain, class_folders, run_probe):
     pretrain("--data_path", class_folders, "--max_steps 1")
     checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
-    run_probe(checkpoint, "--knn_k", 5, "--labels_per_class", 4, "--sweep", "--sweep_epochs", 2)
-    result = read_results(tmp_path / "run")[-1]
+    folder = tmp_path / "new" / "probed"
+    flags = ["--knn_k", 5, "--labels_per_class", 4, "--sweep", "--sweep_epochs", 2]
+    run_probe(checkpoint, *flags, "--output_dir", folder)
+    (result,) = read_results(folder)
     rows = {name.split(", ")[0] for name in result["metrics"]}
     columns = {name.split(", ", 1)[1] for name in result["metrics"]}
     assert result["stage"] == "probe"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import random
 import signal
 import threading
@@ -25,7 +26,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from util.device_views import crop_rows, photometry_row
-from util.errors import UserError
+from util.errors import LOADERS_DEATH, UserError
 from util.sources import BadImage, ImageSource
 from util.views import Plan, Size, TwoViews, centre_view, sample_generator
 
@@ -300,6 +301,7 @@ class Loader(DataLoader):
 
     DataLoader's own `timeout` ends once a loader process has announced a batch; one that hangs before it has handed
     over the batch's memory would be waited for without end. An alarm sees that too; only the main thread can have one.
+    One that dies then leaves errors of sockets or pickle, which name no loader: they are raised as one that does.
 
     Raises:
         RuntimeError: while iterating, a loader process died or hung; see `util.errors.loaders_death`.
@@ -307,34 +309,47 @@ class Loader(DataLoader):
 
     def __init__(self, dataset, *, patience: float = 600.0, **settings: Any):
         super().__init__(dataset, **settings)
-        self.patience = patience if self.num_workers else 0.0
+        self.patience = patience
 
     def __iter__(self) -> Iterator:
-        watched = self.patience and threading.current_thread() is threading.main_thread()
-        return self._in_time() if watched else super().__iter__()
+        return self._watched() if self.num_workers else super().__iter__()
 
-    def _in_time(self) -> Iterator:
-        def on_alarm(number: int, frame: FrameType | None) -> None:
-            raise RuntimeError(f"DataLoader: no batch came in {self.patience:g} seconds")
-
-        @contextlib.contextmanager
-        def alarm() -> Iterator[None]:
-            before = signal.signal(signal.SIGALRM, on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, self.patience)
-            try:
-                yield
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, before)
-
-        with alarm():  # processes that live on are asked here whether they are ready
+    def _watched(self) -> Iterator:
+        with self._watch():  # processes that live on are asked here whether they are ready
             batches = super().__iter__()
         while True:
-            with alarm():
+            with self._watch():
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator[None]:
+        def on_alarm(number: int, frame: FrameType | None) -> None:
+            raise RuntimeError(f"{LOADERS_DEATH}: no batch came in {self.patience:g} seconds")
+
+        timed = self.patience and threading.current_thread() is threading.main_thread()
+        if timed:
+            before = signal.signal(signal.SIGALRM, on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, self.patience)
+        try:
+            yield
+        except Exception as error:
+            if not broke_off(error):
+                raise
+            raise RuntimeError(f"{LOADERS_DEATH}: a batch broke off ({type(error).__name__} {error})") from error
+        finally:
+            if timed:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+
+
+def broke_off(error: Exception) -> bool:
+    """Whether it is what is left of a batch whose loader process ended while handing it over."""
+    of_the_data_set = "DataLoader worker process" in str(error)  # torch's words around what a loader raised
+    of_the_way = isinstance(error, EOFError | OSError | pickle.UnpicklingError) or "ancdata" in str(error)
+    return of_the_way and not of_the_data_set
 
 
 def as_it_is(batch: DrawnBatch) -> DrawnBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -34,13 +35,17 @@ def exit_with_error(program: str, message: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+LOADERS_DEATH = "DataLoader"  # what our own messages of it begin with
+_LOADERS_DEATH = re.compile(rf"{LOADERS_DEATH}: |DataLoader worker \(pid|DataLoader timed out")  # and torch's
+
+
 def loaders_death(error: BaseException) -> BaseException | None:
-    """What torch's DataLoader raised when one of its processes died or hung, if that is what `error` comes from.
+    """What was raised when a process of torch's DataLoader died or hung, if that is what `error` comes from.
 
     It is raised wherever the program stands, so that other errors may lie over it: a file left unfinished, say.
     """
     found: BaseException | None = error
-    while found is not None and "DataLoader" not in str(found):
+    while found is not None and not _LOADERS_DEATH.match(str(found)):
         found = found.__cause__ or found.__context__
     return found
 

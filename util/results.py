@@ -20,6 +20,7 @@ def append_result(
     """Append the outcome of a run.
 
     Args:
+        output_dir: the run's; made where it is not there.
         stage: `pretrain`, `finetune`, `linprobe`, `segment`, `probe`, ...
         metrics: by name; accuracies in %.
         seconds: of this process; a run that was resumed has a line for its last part only.
@@ -35,6 +36,7 @@ def append_result(
         "config": dict(config),
     }
     path = Path(output_dir) / RESULTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if cut_short else "") + json.dumps(line) + "\n")
