@@ -14,7 +14,7 @@ from torch import Tensor
 from models_lut import Targets
 from util.cache import CachedImages
 from util.data import Batch, DrawnBatch, Normalise
-from util.device_views import apply_photometry_rows
+from util.device_views import apply_photometry_rows, cut_resized, cut_simple
 from util.pretrain_config import PretrainConfig
 from util.schedules import momentum_decay
 from util.training import Trainer
@@ -36,13 +36,21 @@ class PretrainTrainer(Trainer):
         """Views [B, num_views, C, H, W] uint8 and noise; what the loader left to be done to the views is done here."""
         noise = batch.noise.to(self.device, non_blocking=True)
         if isinstance(batch, DrawnBatch):
-            crops = batch.crops.to(self.device, non_blocking=True)
-            views = self.images.cut(batch.read_index.to(self.device, non_blocking=True), crops, self.config.image_size)
+            views = self.cut(batch)
         else:
             views = batch.views.to(self.device, non_blocking=True)
         if batch.photometry.numel():
             views = torch.stack([views[:, 0], apply_photometry_rows(views[:, 1], batch.photometry)], dim=1)
         return Batch(views, noise, batch.index, batch.read_index, batch.photometry)
+
+    def cut(self, batch: DrawnBatch) -> Tensor:
+        """Views [B, num_views, C, H, W] uint8 of images that lie on the device, before photometry."""
+        images = self.images.at(batch.read_index.to(self.device, non_blocking=True))
+        crops = batch.crops.to(self.device, non_blocking=True)
+        if self.config.crop == "src":
+            return cut_simple(images, crops, self.config.image_size)
+        largest = batch.crops[..., 2:4].amax(dim=(0, 1))  # on the CPU still
+        return cut_resized(images, crops, self.config.image_size, tuple(largest.tolist()))
 
     def update(self, batches: list[Batch]) -> None:
         """One optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already.

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from conftest import colours
-from util.device_views import apply_photometry_rows, blur, crop_rows, cut_views, photometry_row
+from util.device_views import (
+    StoredImages,
+    apply_photometry_rows,
+    blur,
+    crop_rows,
+    cut_resized,
+    cut_simple,
+    photometry_row,
+)
 from util.views import Photometry, TwoViews, apply_photometry, draw_photometry
 
 
@@ -73,27 +81,43 @@ def test_blur_on_small_images_stays_inside():
     assert torch.isfinite(blur(x, torch.tensor([0.1, 2.0]))).all()
 
 
-@given(
+def stored(images: list[torch.Tensor]) -> StoredImages:
+    """One after the other."""
+    lengths = torch.tensor([x.numel() for x in images])
+    sizes = torch.tensor([x.shape[-2:] for x in images])
+    return StoredImages(torch.cat([x.flatten() for x in images]), lengths.cumsum(0) - lengths, sizes, len(images[0]))
+
+
+def windows(make: TwoViews, sides: list[tuple[int, int]], channels: int, seed: int):
+    """Images, the crops drawn for them, and their views by the loader's way."""
+    images = [make.fit(pil_to_tensor(colours(h, w, seed + i))[:channels]) for i, (h, w) in enumerate(sides)]
+    rngs = [np.random.default_rng([seed, i]) for i in range(len(images))]
+    plans = [make.draw(tuple(x.shape[-2:]), rng) for x, rng in zip(images, rngs, strict=True)]
+    views = torch.stack([make.cut(x, plan) for x, plan in zip(images, plans, strict=True)])
+    return stored(images), torch.from_numpy(np.stack([crop_rows(plan) for plan in plans])), views
+
+
+WINDOWS = dict(
     sides=st.lists(st.tuples(st.integers(16, 60), st.integers(16, 60)), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
     size=st.sampled_from([(16, 16), (16, 24), (32, 16)]),
     channels=st.sampled_from([1, 3]),
     shared=st.booleans(),
 )
-def test_windows_are_those_of_the_loader_to_the_bit(sides, seed, size, channels, shared):
-    make = TwoViews(size, shared_crop=shared, photometric=False)
-    images = [make.fit(pil_to_tensor(colours(h, w, seed + i))[:channels]) for i, (h, w) in enumerate(sides)]
-    rngs = [np.random.default_rng([seed, i]) for i in range(len(images))]
-    plans = [make.draw(tuple(x.shape[-2:]), rng) for x, rng in zip(images, rngs, strict=True)]
-    expected = torch.stack([make.cut(x, plan) for x, plan in zip(images, plans, strict=True)])
 
-    lengths = torch.tensor([x.numel() for x in images])
-    found = cut_views(
-        torch.cat([x.flatten() for x in images]),
-        lengths.cumsum(0) - lengths,
-        torch.tensor([x.shape[-2:] for x in images]),
-        torch.from_numpy(np.stack([crop_rows(plan) for plan in plans])),
-        size,
-        channels,
-    )
-    assert torch.equal(found, expected)
+
+@given(**WINDOWS)
+def test_simple_windows_are_those_of_the_loader_to_the_bit(sides, seed, size, channels, shared):
+    make = TwoViews(size, shared_crop=shared, photometric=False)
+    images, crops, expected = windows(make, sides, channels, seed)
+    assert torch.equal(cut_simple(images, crops, size), expected)
+
+
+@given(**WINDOWS)
+def test_resized_windows_are_those_of_the_loader_up_to_rounding(sides, seed, size, channels, shared):
+    make = TwoViews(size, crop="rrc", shared_crop=shared, photometric=False)
+    images, crops, expected = windows(make, sides, channels, seed)
+    largest = tuple(crops[..., 2:4].amax(dim=(0, 1)).tolist())
+    difference = cut_resized(images, crops, size, largest).int() - expected.int()
+    assert difference.abs().max() <= 1
+    assert difference.float().mean().abs() < 0.02  # no shift of brightness

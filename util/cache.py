@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data import Loader, decode
-from util.device_views import cut_views
+from util.device_views import StoredImages
 from util.distributed import barrier, is_main, rank
 from util.errors import RunError, UserError
 from util.logs import format_duration
@@ -74,9 +74,9 @@ class CachedImages:
         start = int(self.starts[index])
         return self.pixels[start : start + self.in_chans * h * w].view(self.in_chans, h, w)
 
-    def cut(self, index: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
-        """SRC views uint8 [B, views, C, H, W] of the images `index` [B]; see `util.device_views.cut_views`."""
-        return cut_views(self.pixels, self.starts[index], self.sizes[index], crops, size, self.in_chans)
+    def at(self, index: Tensor) -> StoredImages:
+        """The images `index` [B], where the pixels lie."""
+        return StoredImages(self.pixels, self.starts[index], self.sizes[index], self.in_chans)
 
     def to(self, device: torch.device) -> CachedImages:
         """The same with its pixels on the device.

@@ -1,7 +1,7 @@
 """Views made on the training's device, a batch at a time (--augment_on device, --cache device).
 
 The numbers are drawn per sample as ever, by util/views.py; here they are applied to all images of a batch together.
-Geometry is equal to the bit, photometry up to rounding (util/views.py rounds after each step, and so does this).
+SRC's windows are equal to the bit, RRC's and photometry up to rounding, which is done after each step as there.
 
 Letters: B images, C channels (1 or 3), H x W pixels of a view.
 """
@@ -9,13 +9,14 @@ Letters: B images, C channels (1 or 3), H x W pixels of a view.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.views import BLUR_RADIUS, REFLECT_PAD, SOLARISE_THRESHOLD, Photometry, Plan
+from util.views import BLUR_RADIUS, REFLECT_PAD, SOLARISE_THRESHOLD, Photometry, Plan, Size
 
 # --------------------------------------------------------------------------------------------------------
 # Photometry
@@ -121,35 +122,87 @@ def blur(x: Tensor, radius: Tensor) -> Tensor:
 # Geometry, of images that lie on the device already
 # --------------------------------------------------------------------------------------------------------
 
-CROP_LENGTH = 3
+CROP_LENGTH = 5
 
 
 def crop_rows(plan: Plan) -> np.ndarray:
-    """int64 [views, CROP_LENGTH]: top, left and flip of each SRC window."""
-    return np.array([(crop.top, crop.left, crop.flip) for crop in plan.crops], dtype=np.int64)
+    """int64 [views, CROP_LENGTH]: top, left, height, width and flip of each window."""
+    return np.array(plan.crops, dtype=np.int64)
 
 
-def cut_views(pixels: Tensor, starts: Tensor, sizes: Tensor, crops: Tensor, size: tuple[int, int], C: int) -> Tensor:
-    """SRC windows of images in one long tensor, with a reflected border: uint8 [B, views, C, H, W].
+@dataclass
+class StoredImages:
+    """Images [C, h, w] one after the other in one long uint8 tensor, and where each of a batch's B images lies."""
+
+    pixels: Tensor  # [bytes of all images]
+    starts: Tensor  # [B] int64, where each begins
+    sizes: Tensor  # [B, 2] int64, its h and w
+    channels: int
+
+    def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """uint8 [B, views, C, H, W], the pixels at `rows` [B, views, H] and `columns` [B, views, W] of each image."""
+        h, w = self.sizes[:, None, None, 0], self.sizes[:, None, None, 1]
+        within = (rows * w).unsqueeze(-1) + columns.unsqueeze(-2)  # [B, views, H, W]
+        channel = torch.arange(self.channels, device=rows.device).view(1, 1, -1, 1, 1) * (h * w)[..., None, None]
+        return self.pixels[within.unsqueeze(2) + channel + self.starts.view(-1, 1, 1, 1, 1)]
+
+
+def cut_simple(images: StoredImages, crops: Tensor, size: Size) -> Tensor:
+    """SRC windows with a reflected border, uint8 [B, views, C, H, W].
 
     Args:
-        pixels: uint8, the images [C, h, w] one after the other.
-        starts: [B] where each begins.
-        sizes: [B, 2] its h and w.
         crops: [B, views, CROP_LENGTH] of `crop_rows`.
-        size: (H, W) of a view.
-        C: channels.
     """
     H, W = size
-    top, left, flip = crops.unbind(-1)  # each [B, views]
+    top, left, _, _, flip = crops.unbind(-1)  # each [B, views]
     rows = torch.arange(H, device=crops.device) + top[..., None] - REFLECT_PAD  # [B, views, H]
-    columns = torch.arange(W, device=crops.device)
-    columns = torch.where(flip[..., None] == 1, W - 1 - columns, columns) + left[..., None] - REFLECT_PAD
-    h, w = sizes[:, None, None, 0], sizes[:, None, None, 1]
-    rows, columns = reflect(rows, h), reflect(columns, w)
-    within = (rows * w).unsqueeze(-1) + columns.unsqueeze(-2)  # [B, views, H, W]
-    channel = torch.arange(C, device=crops.device).view(1, 1, -1, 1, 1) * (h * w)[..., None, None]
-    return pixels[within.unsqueeze(2) + channel + starts.view(-1, 1, 1, 1, 1)]
+    columns = mirrored(flip, W) + left[..., None] - REFLECT_PAD
+    return images.gather(
+        reflect(rows, images.sizes[:, None, None, 0]), reflect(columns, images.sizes[:, None, None, 1])
+    )
+
+
+def cut_resized(images: StoredImages, crops: Tensor, size: Size, largest: Size) -> Tensor:
+    """RRC windows at `size`, uint8 [B, views, C, H, W]; bicubic with antialiasing, rounded after each of its passes.
+
+    Args:
+        crops: [B, views, CROP_LENGTH] of `crop_rows`.
+        largest: height and width that no window exceeds, known without asking the device.
+    """
+    H, W = size
+    top, left, height, width, flip = (x.unsqueeze(-1) for x in crops.unbind(-1))  # each [B, views, 1]
+    rows = torch.minimum(torch.arange(largest[0], device=crops.device), height - 1)
+    columns = torch.minimum(torch.arange(largest[1], device=crops.device), width - 1)
+    windows = images.gather(rows + top, columns + left).float()  # beyond its end a window's last pixel, of no weight
+    across = bicubic_weights(width, W, largest[1]).gather(  # [B, views, W, largest width]
+        2, mirrored(flip.squeeze(-1), W).unsqueeze(-1).expand(-1, -1, -1, largest[1])
+    )
+    down = bicubic_weights(height, H, largest[0])  # [B, views, H, largest height]
+    x = (windows @ across.unsqueeze(2).mT).round_().clamp_(0, 255)
+    return (down.unsqueeze(2) @ x).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def bicubic_weights(length: Tensor, size: int, most: int) -> Tensor:
+    """What each of `most` places gives to each of `size` places of the resized image: [..., size, most], rows sum to 1.
+
+    As Pillow and torchvision with antialiasing: Keys' cubic with a = -1/2, widened where the image becomes smaller.
+
+    Args:
+        length: [..., 1] places there are, at most `most`; those beyond give nothing.
+    """
+    scale = (length / size).unsqueeze(-1)  # [..., 1, 1]
+    centre = scale * (torch.arange(size, device=length.device).unsqueeze(-1) + 0.5)
+    place = torch.arange(most, device=length.device)
+    x = ((place + 0.5 - centre) / scale.clamp(min=1)).abs()  # [..., size, most]
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * (place < length.unsqueeze(-1))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def mirrored(flip: Tensor, length: int) -> Tensor:
+    """[B, views, length] places from left to right, or from right to left where `flip` [B, views] is 1."""
+    places = torch.arange(length, device=flip.device)
+    return torch.where(flip.unsqueeze(-1) == 1, length - 1 - places, places)
 
 
 def reflect(place: Tensor, length: Tensor) -> Tensor:

@@ -124,7 +124,6 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         if self.cache == "device":
             where = self.augment_on
             check(where == "device", "augment_on", where, "must be device with --cache device")
-            check(self.crop == "src", "crop", self.crop, "is cut by the loader processes: use --cache ram")
         for flag in ("monitor_freq", "monitor_images"):
             check(getattr(self, flag) >= 0, flag, getattr(self, flag), "must be 0 or more")
         self.check_method()
