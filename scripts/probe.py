@@ -14,19 +14,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
-from tyro.conf import Positional
 
 from models_encoder import Encoder, patchify
 from models_vit import Pool
 from util.command_line import parse_config
-from util.config import check, config_from_dict
+from util.config import config_from_dict
 from util.data import Normalise
 from util.distributed import choose_device
 from util.errors import UserError, run_main
@@ -34,65 +33,12 @@ from util.interop import load_weights, read_weights
 from util.monitor import labelled_loader
 from util.pretrain_config import PretrainConfig
 from util.probe import extract_features, few_labels, knn_accuracy, linear_sweep, logistic_probe_accuracy
+from util.probe_config import ProbeConfig
 from util.progress import with_progress
 from util.results import append_result
 from util.sources import find_validation, open_images, same_classes
 
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Probe the frozen encoders of a checkpoint."""
-
-    checkpoint: Positional[str]
-    """a checkpoint of ours, MAE's, LUT's release or timm's; one of another program needs --model and a data set"""
-    model: str = ""
-    """as for main_pretrain.py; default: that of the run"""
-    data_path: str = ""
-    """labelled images, train and val as for main_pretrain.py; default: those of the run"""
-    dataset: str = ""
-    """a reader's name as for main_pretrain.py; default: that of the run"""
-    val_path: str = ""
-    """labelled validation images; default: beside the training images"""
-    input_size: tuple[int, ...] = ()
-    """pixels, one number or height and width; default: that of the run, else the model's own"""
-    pool: Pool = "avg"
-    """features: mean of the patch tokens, or the cls token"""
-    knn_k: int = 20
-    """neighbours that vote"""
-    knn_temperature: float = 0.07
-    """a vote weighs exp(cosine / temperature)"""
-    labels_per_class: int = 10
-    """for the probe with few labels; 0: without it"""
-    repeats: int = 5
-    """random subsets that the probe with few labels is averaged over"""
-    logistic: bool = True
-    """logistic regression with all labels"""
-    sweep: bool = False
-    """linear heads by SGD, with all pairs of --sweep_lr and --sweep_weight_decay"""
-    sweep_lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    """learning rates, per step of 256 images"""
-    sweep_weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
-    """weight decays"""
-    sweep_epochs: int = 30
-    """passes over the features"""
-    most_images: int = 50_000
-    """most images of each split"""
-    num_workers: int = 0
-    """loader processes"""
-    device: str = "auto"
-    """auto: cuda where there is one, else cpu"""
-    output_dir: str = ""
-    """results.jsonl; default: beside the checkpoint"""
-
-    def __post_init__(self) -> None:
-        for flag in ("repeats", "most_images", "knn_k", "sweep_epochs"):
-            check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
-        check(self.labels_per_class >= 0, "labels_per_class", self.labels_per_class, "must be 0 or more")
-        check(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")
-        check(bool(self.sweep_lr), "sweep_lr", "", "give at least one")
-        check(all(lr > 0 for lr in self.sweep_lr), "sweep_lr", self.sweep_lr, "must be above 0")
-        check(bool(self.sweep_weight_decay), "sweep_weight_decay", "", "give at least one")
-        check(all(d >= 0 for d in self.sweep_weight_decay), "sweep_weight_decay", self.sweep_weight_decay, "0 or more")
+ROWS = {"random": "random", "student": "student", "momentum": "momentum encoder"}
 
 
 def main() -> None:
@@ -115,7 +61,7 @@ def main() -> None:
 
     print(f"{Path(config.checkpoint).name}: {run.model}, {len(train)} training and {len(val)} validation images")
     results: dict[str, float] = {}
-    for name, encoder in encoders(run, config.checkpoint):
+    for name, encoder in encoders(run, config):
         encoder = encoder.to(device).eval()
 
         def encode(pixels: Tensor, encoder: Encoder = encoder) -> Tensor:
@@ -127,6 +73,8 @@ def main() -> None:
             print(f"{'encoder':<18}" + "".join(f"{title:>28}" for title in row))
         print(f"{name:<18}" + "".join(f"{said:>28}" for _, said in row.values()), flush=True)
         results |= {f"{name}, {title}": value for title, (value, _) in row.items()}
+    if not results:
+        raise UserError(f"--encoders {' '.join(config.encoders)}: {config.checkpoint} holds no momentum encoder")
     folder = Path(config.output_dir) if config.output_dir else Path(config.checkpoint).resolve().parent
     append_result(folder, "probe", asdict(config), results, time.monotonic() - begin)
 
@@ -146,21 +94,26 @@ def settings_of(config: ProbeConfig) -> PretrainConfig:
     return config_from_dict(PretrainConfig, given)
 
 
-def encoders(run: PretrainConfig, path: str) -> Iterator[tuple[str, Encoder]]:
+def encoders(run: PretrainConfig, config: ProbeConfig) -> Iterator[tuple[str, Encoder]]:
     """Name and encoder of each row; the random one has the first weights of a run with these settings."""
     torch.manual_seed(run.seed)
     random = run.student_type(**run.model_arguments)
-    yield "random", random
-    encoder = Encoder(**random.shape)
-    load_weights(encoder, Path(path), "student", flag="checkpoint")
-    yield "student", encoder
+    if "random" in config.encoders:
+        yield ROWS["random"], random
+    for weights in ("student", "momentum"):
+        if weights in config.encoders and (weights == "student" or has_momentum_encoder(config.checkpoint)):
+            encoder = Encoder(**random.shape)
+            load_weights(encoder, Path(config.checkpoint), weights, flag="checkpoint")
+            yield ROWS[weights], encoder
+
+
+def has_momentum_encoder(path: str) -> bool:
+    """Whether the file holds one: MAE has none."""
     try:
         read_weights(Path(path), "momentum", flag="checkpoint")
-    except UserError:  # there is none
-        return
-    encoder = Encoder(**random.shape)
-    load_weights(encoder, Path(path), "momentum", flag="checkpoint")
-    yield "momentum encoder", encoder
+    except UserError:
+        return False
+    return True
 
 
 def features(encoder: Encoder, images: Tensor, pool: Pool) -> Tensor:

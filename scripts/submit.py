@@ -4,9 +4,9 @@
     python scripts/submit.py finetune --seeds 0 1 2 --grid "blr=5e-4,1e-3" -- --recipe finetune_vit_base --finetune PT
     python scripts/submit.py pretrain --cluster local --ngpus 0 --follow -- --recipe quickstart
 
-The launcher's flags come before `--`, those of the stage (main_STAGE.py) after it. A job that meets its time limit, is
-preempted or loses a node is queued again and goes on from its newest checkpoint. --dry_run shows what would be
-submitted.
+The launcher's flags come before `--`, those of the stage (main_STAGE.py, and scripts/probe.py) after it. A job that
+meets its time limit, is preempted or loses a node is queued again and goes on from its newest checkpoint. --dry_run
+shows what would be submitted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SubmitConfig:
     """Submit a stage: STAGE [these flags] -- [flags of the stage]."""
 
     stage: Annotated[Positional[str], arg(metavar="STAGE")]
-    """pretrain, finetune, linprobe or segment"""
+    """pretrain, finetune, linprobe, segment or probe"""
 
     # processes
     nodes: int = 1
@@ -202,13 +202,13 @@ def plan_runs(config: SubmitConfig, stage_flags: list[str], job_dir: Path) -> li
     Raises:
         UserError: a flag is wrong, or two runs would be the same.
     """
-    settings, program = MAINS[config.stage].settings, f"main_{config.stage}.py"
+    settings, program = MAINS[config.stage].settings, MAINS[config.stage].program
     os.environ["WORLD_SIZE"] = str(config.nodes * config.processes_per_node)  # batches are checked per process
     try:
         given = parse_config(settings, stage_flags, program)
         fix = "a job that is queued again would begin at this file anew; put it into --output_dir and leave this out"
-        evaluates = getattr(given, "eval", False)
-        check(not given.resume or evaluates, "resume", given.resume, fix)
+        ends_soon = getattr(given, "eval", False) or not hasattr(given, "resume")
+        check(ends_soon or not given.resume, "resume", getattr(given, "resume", ""), fix)
         named = any(flag.partition("=")[0].replace("-", "_") == "__output_dir" for flag in stage_flags)
         folder = Path(given.output_dir).absolute() if named else job_dir
         runs = []
@@ -216,7 +216,7 @@ def plan_runs(config: SubmitConfig, stage_flags: list[str], job_dir: Path) -> li
             shared = [
                 "--output_dir",
                 str(folder / name),
-                *([] if evaluates or given.auto_resume else ["--auto_resume"]),
+                *([] if ends_soon or given.auto_resume else ["--auto_resume"]),
             ]
             runs.append(Run(name, (*stage_flags, *flags, *shared)))
             parse_config(settings, runs[-1].flags, program)
@@ -240,7 +240,7 @@ def combinations(config: SubmitConfig, settings: type) -> list[tuple[str, list[s
 
 def stage_job(config: SubmitConfig, code: Path, run: Run) -> StageJob:
     """What the job calls for a run."""
-    command = (config.interpreter, "-u", str(code / f"main_{config.stage}.py"), *run.flags)
+    command = (config.interpreter, "-u", str(code / MAINS[config.stage].program), *run.flags)
     local = config.processes_per_node if config.cluster == "local" else 0
     return StageJob(command, os.getcwd(), config.processors, local, config.max_requeues)
 

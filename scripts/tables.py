@@ -32,7 +32,7 @@ from util.sources import open_images
 from util.table_plan import Clock, Options, Run, check_outcomes, plan_runs, read_scale, share_done, work_behind
 from util.table_run import print_plan, run_all
 from util.table_view import commented, draw, fill, render
-from util.tables import PRETRAIN, STAGES, TOOLS, Table, find_tables
+from util.tables import PRETRAIN, PROBE, STAGES, TOOLS, Table, find_tables
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class PlanFlags(TableFlags):
     """more flags for every fine-tuning"""
     linprobe_flags: str = ""
     """more flags for every linear probing"""
+    probe_flags: str = ""
+    """more flags for every probing of frozen features"""
     tflops: float | None = None
     """10^12 FLOP/s of all processes of a run, for the time it takes; default: the speed of runs that have a log, else
     the scale's assumption"""
@@ -273,6 +275,8 @@ def submit_stage(
 ) -> str:
     """Submit or print the runs of one stage; the number of the job."""
     config = dataclasses.replace(config, stage=STAGES[stage].main, job_name=config.job_name or f"lut-{stage}")
+    if config.stage == PROBE:  # it is one process
+        config = dataclasses.replace(config, nodes=1, ngpus=min(1, config.ngpus), tasks_per_node=None)
     return submit.submit_array(config, [submit.Run(run.title, run.flags) for run in array], job_dir, after, dry_run)
 
 

@@ -114,7 +114,7 @@ def test_an_evaluation_is_not_told_to_resume(launch):
 # ---- wrong input: one line, status 2, nothing left behind ---------------------------------------------------
 
 WRONG = {
-    "pretrian --": "STAGE pretrian: unknown, did you mean pretrain? (one of pretrain, finetune, linprobe, segment)",
+    "pretrian --": "STAGE pretrian: unknown, did you mean pretrain? (one of pretrain, finetune, linprobe, segment,",
     "pretrain --partition gpu": "`--` is missing: STAGE [flags of the launcher] -- [flags of the stage, or nothing]",
     "pretrain --nods 2 --": "--nods: unknown flag, did you mean --nodes?",
     "pretrain -- --bach_size 4": "--bach_size: unknown flag, did you mean --batch_size?",

@@ -204,7 +204,8 @@ def test_each_stage_is_an_array_whose_tasks_wait_for_their_pretraining(call, tmp
     status, shown, said = call(f"run B --data_path images --seeds 2 {flags}")
     assert status == 0, said
     scripts = shown.split("#!/bin/bash")[1:]
-    assert [re.search(r"--job-name=(\S+)", text)[1] for text in scripts] == [f"lut-{stage}" for stage in STAGES]
+    stages = (PRETRAIN, "finetune", "linprobe", "linprobe_pooled")
+    assert [re.search(r"--job-name=(\S+)", text)[1] for text in scripts] == [f"lut-{stage}" for stage in stages]
     assert all("#SBATCH --array=0-7%" in text for text in scripts)
     assert all("#SBATCH --partition=gpu" in text for text in scripts)
     found = [re.search(r"--dependency=(\S+)", text)[1] for text in scripts]
@@ -216,6 +217,19 @@ def test_each_stage_is_an_array_whose_tasks_wait_for_their_pretraining(call, tmp
         assert folders == [f"{name}/seed_{seed}" for seed in (0, 1) for name in ALPHAS]
         assert all("--auto_resume" in line for line in commands)
     assert "--batch_size 128 --accum_iter 2 " in scripts[0]  # 16 processes
+
+
+def test_a_probe_in_an_array_is_one_process(call, tmp_path):
+    (tmp_path / "images").mkdir()
+    status, shown, said = call("run study --data_path images --seeds 1 --submit --dry_run -- --nodes 2")
+    assert status == 0, said
+    scripts = {re.search(r"--job-name=lut-(\S+)", text)[1]: text for text in shown.split("#!/bin/bash")[1:]}
+    sizes = {name: re.findall(r"^#SBATCH --(?:nodes|ntasks-per-node)=(\d+)", scripts[name], re.M) for name in scripts}
+    assert sizes[PRETRAIN] == sizes["finetune"] == ["2", "8"]
+    assert sizes["probe"] == sizes["probe_cls"] == ["1", "1"]
+    commands = re.findall(r"/scripts/probe.py (\S+) .*", scripts["probe"])
+    assert commands[0].endswith("/output/tables/paper/ablation_mae/seed_0/pretrain/checkpoint-399.pth")
+    assert "--dependency=aftercorr:JOB" in scripts["probe"]
 
 
 ALPHAS = ("ablation_alpha_010", "ablation_lut", "ablation_alpha_050", "ablation_alpha_100")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from models_encoder import Encoder
 from models_lut import LUT, MomentumEncoder, Student
 from util.interop import part_of
 
@@ -71,6 +72,14 @@ def pretrain_cost(model_arguments: dict, symmetric: bool, student_type: type[Stu
         state_bytes=4 * (4 * trained + followed),
         activation_bytes_per_image=activations // _BATCH,
     )
+
+
+def features_flops(encoder: Encoder, shape: tuple[int, int, int]) -> int:
+    """Matrix products of all patches of an image [C, H, W] on their way through an encoder on the meta device, forward
+    alone, 2 per multiply-add."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder.features(torch.empty(_BATCH, *shape, device="meta"))
+    return counter.get_total_flops() // _BATCH
 
 
 def classifier_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:

@@ -166,8 +166,8 @@ def by_recipe(table: Table, places: Sequence[Place]) -> Shown:
         cells = row_of(table, place)
         marked |= {number for number, _ in cells}
         outcome = outcome_in(place.run.path, place.stage)
-        metric = ALL_STAGES[place.stage].metric
         for number, column in cells:
+            metric = column.metric or ALL_STAGES[place.stage].metric
             if column.stage == place.stage and outcome is not None and metric in outcome.metrics:
                 ours.setdefault((number, column.key), []).append(outcome.metrics[metric])
         if cells:

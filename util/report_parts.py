@@ -299,8 +299,8 @@ def commands(run: RunFolder) -> list[tuple[str, str]]:
     if info.get("command"):
         said = "As it was last started" + (" or resumed" if "--auto_resume" in str(info["command"]) else "")
         found.append((said, launched(str(info["command"]), info.get("processes"))))
-    if run.config and run.stage:
-        program = [*launcher(info.get("processes")), f"main_{run.stage}.py"]
+    if run.config and run.stage in MAINS:
+        program = [*launcher(info.get("processes")), MAINS[run.stage].program]
         again = [*program, "--recipe", str(run.path / "config.yaml"), "--output_dir", "AGAIN"]
         again += ["--resume", ""] if run.config.get("resume") else []
         found.append(("From its settings, whatever has become of the recipe", shlex.join(again)))

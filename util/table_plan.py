@@ -19,12 +19,26 @@ from models_vit import Classifier, LinearProbe
 from util.checkpoint import CheckpointStore
 from util.command_line import as_flags, parse_config, recipe_chain
 from util.config import MAY_CHANGE, as_dict, check_choice
-from util.cost import classifier_flops, pretrain_cost
+from util.cost import classifier_flops, features_flops, pretrain_cost
 from util.errors import UserError
 from util.logs import LOG_FILE
+from util.pretrain_config import PretrainConfig
 from util.results import read_results
 from util.run import share_batch
-from util.tables import ALL_STAGES, FOLDER, PRETRAIN, STAGES, Column, Row, Table, expect, mapping, read_yaml
+from util.stages import MAINS
+from util.tables import (
+    ALL_STAGES,
+    FOLDER,
+    PRETRAIN,
+    PROBE,
+    STAGES,
+    Column,
+    Row,
+    Table,
+    expect,
+    mapping,
+    read_yaml,
+)
 
 Settings = Mapping[str, Any]  # a recipe's name under `recipe`, and fields on top of it
 
@@ -98,7 +112,11 @@ def work_behind(row: Row, column: Column, scale: Scale) -> Work | None:
     parts = [name, *(f"{key}_{value}" for key, value in row.flags.items())]
     if row.epochs_times != 1:
         parts.append(f"epochs_x{row.epochs_times:g}")
-    stages = {stage: {**settings[kind.main], **kind.flags} for stage, kind in STAGES.items() if kind.main in settings}
+    stages = {
+        stage: {**settings.get(kind.main, {}), **kind.flags}
+        for stage, kind in STAGES.items()
+        if kind.main in (*settings, PROBE)  # which has no recipe
+    }
     if column.stage not in stages:
         return None
     return Work(re.sub(r"[^\w.-]+", "_", "-".join(parts)), stages, row.epochs_times)
@@ -193,13 +211,17 @@ def add_run(runs: dict[Path, Run], work: Work, stage: str, seed: int, options: O
     if folder in runs:
         return runs[folder]
     after = None if stage == PRETRAIN else add_run(runs, work, PRETRAIN, seed, options)
-    own = {"finetune": after.checkpoint} if after else {}
-    own |= {"seed": seed, "output_dir": folder}
     shared, config = shared_flags(work, stage, options)
-    config = dataclasses.replace(config, **{key: value if key == "seed" else str(value) for key, value in own.items()})
-    flags = (*shared, *as_flags(own), "--auto_resume")
-    title = f"{work.name}, seed {seed}, {stage}"
-    runs[folder] = Run(title, stage, seed, folder, flags, config, processes_of(options), after)
+    title, processes = f"{work.name}, seed {seed}, {stage}", processes_of(options)
+    if STAGES[stage].main == PROBE:
+        config = dataclasses.replace(config, checkpoint=str(after.checkpoint), output_dir=str(folder))
+        flags, processes = (config.checkpoint, *shared, *as_flags({"output_dir": folder})), 1
+    else:
+        own = {"finetune": str(after.checkpoint)} if after else {}
+        own |= {"seed": seed, "output_dir": str(folder)}
+        config = dataclasses.replace(config, **own)
+        flags = (*shared, *as_flags(own), "--auto_resume")
+    runs[folder] = Run(title, stage, seed, folder, flags, config, processes, after)
     return runs[folder]
 
 
@@ -213,12 +235,14 @@ def shared_flags(work: Work, stage: str, options: Options) -> tuple[tuple[str, .
     kind = STAGES[stage]
     given = list(options.extra.get(kind.main, ()))
     flags = [*as_flags(work.stages[stage]), *options.data, *given]
-    config = parse(kind.settings, kind.program, tuple(flags))
+    config = parse(kind.main, tuple(flags))
+    if kind.main == PROBE:
+        return tuple(flags), config
     changes = cut_batch(config, given, options.scale.processes, processes_of(options))
     if stage == PRETRAIN and work.epochs_times != 1:
         changes["epochs"] = round(work.epochs_times * config.epochs)
     flags = (*flags, *as_flags(changes))
-    return flags, parse(kind.settings, kind.program, flags)
+    return flags, parse(kind.main, flags)
 
 
 def cut_batch(config: Any, given: Sequence[str], meant: int, processes: int) -> dict[str, Any]:
@@ -234,9 +258,10 @@ def cut_batch(config: Any, given: Sequence[str], meant: int, processes: int) -> 
 
 
 @functools.cache
-def parse(settings: type, program: str, flags: tuple[str, ...]) -> Any:
-    """As the main will read them."""
-    return parse_config(settings, flags, program)
+def parse(main: str, flags: tuple[str, ...]) -> Any:
+    """As the main will read them; a checkpoint that has no flag is `add_run`'s to fill in."""
+    given = ("CHECKPOINT", *flags) if main == PROBE else flags
+    return parse_config(MAINS[main].settings, given, MAINS[main].program)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -246,7 +271,7 @@ def parse(settings: type, program: str, flags: tuple[str, ...]) -> Any:
 # of which the numbers do not depend: where things lie, how the batch is cut, what is looked at on the way
 ANYWHERE = (MAY_CHANGE - {"blr", "lr", "input_size", "mean", "std"}) | {
     *("monitor_freq", "monitor_images", "eval_freq", "dist_eval", "per_class", "finetune", "seed"),
-    *("check_data", "pictures"),
+    *("check_data", "pictures", "checkpoint"),
 }
 
 
@@ -306,6 +331,8 @@ def flops(run: Run, images: int) -> float:
         images: per epoch, unless the run has a number of its own.
     """
     config = run.config
+    if run.main == PROBE:
+        return flops_per_image(run) * (run.images or images)
     seen = (run.images or images) * config.epochs
     if config.max_steps is not None:
         seen = min(seen, config.max_steps * config.batch_size * config.accum_iter * run.processes)
@@ -313,10 +340,17 @@ def flops(run: Run, images: int) -> float:
 
 
 def flops_per_image(run: Run) -> int:
-    """As the mains' --dry_run counts them."""
+    """As the mains' --dry_run counts them; of a probe the passes of all patches through each encoder."""
+    if run.main == PROBE:
+        return len(run.config.encoders) * _encoder_flops(flops_config(run.after))
+    return _flops_per_image(run.main, flops_config(run))
+
+
+def flops_config(run: Run) -> Any:
+    """The settings without those that leave the count as it is, so that it is made once for all such runs."""
     alike = {"seed": 0, "output_dir": "", "finetune": "", "blr": 0.0, "weight_decay": 0.0, "holdout": 0.0}
-    known = {name: value for name, value in alike.items() if hasattr(run.config, name)}  # counted once for all of them
-    return _flops_per_image(run.main, dataclasses.replace(run.config, **known))
+    known = {name: value for name, value in alike.items() if hasattr(run.config, name)}
+    return dataclasses.replace(run.config, **known)
 
 
 @functools.cache
@@ -324,10 +358,16 @@ def _flops_per_image(main: str, config: Any) -> int:
     if main == PRETRAIN:
         return pretrain_cost(config.model_arguments, config.views == "symmetric", config.student_type).flops_per_image
     with torch.device("meta"):
-        model = (Classifier if main == "finetune" else LinearProbe)(
-            **config.model_arguments(1000)
-        )  # classes: no matter
+        classifier = Classifier if main == "finetune" else LinearProbe
+        model = classifier(**config.model_arguments(1000))  # classes: no matter
     return classifier_flops(model, (config.in_chans, *config.image_size))
+
+
+@functools.cache
+def _encoder_flops(config: PretrainConfig) -> int:
+    with torch.device("meta"):
+        student = config.student_type(**config.model_arguments)
+    return features_flops(student, (config.in_chans, *config.image_size))
 
 
 class Clock:

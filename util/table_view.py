@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from util.table_plan import Options, Work, deviations, outcome_in, shared_flags, work_behind
-from util.tables import STAGES, Column, Row, Score, Table
+from util.tables import Column, Row, Score, Table
 
 Against = Literal["paper", "baseline"]
 MISSING = "–"  # not run, or not to its end
@@ -72,17 +72,17 @@ def fill_cell(row: Row, column: Column, options: Options, remarks: dict[str, Non
     work = work_behind(row, column, options.scale)
     if work is None:
         return Cell(paper, missing=NO_COUNTERPART)
-    return Cell(paper, tuple(results(work, column.stage, options, remarks)), MISSING)
+    return Cell(paper, tuple(results(work, column, options, remarks)), MISSING)
 
 
-def results(work: Work, stage: str, options: Options, remarks: dict[str, None]) -> list[float]:
-    """The metric of the stage for each seed that has finished."""
-    found = []
+def results(work: Work, column: Column, options: Options, remarks: dict[str, None]) -> list[float]:
+    """The column's metric for each seed that has finished."""
+    found, stage = [], column.stage
     for folder in sorted((options.folder / options.scale.name / work.name).glob(f"seed_*/{stage}")):
         outcome = outcome_in(folder, stage)
-        if outcome is None or STAGES[stage].metric not in outcome.metrics:
+        if outcome is None or column.metric not in outcome.metrics:
             continue
-        found.append(outcome.metrics[STAGES[stage].metric])
+        found.append(outcome.metrics[column.metric])
         others = deviations(shared_flags(work, stage, options)[1], outcome)
         if others:
             remarks[f"{work.name}, {folder.parent.name}, {stage} ran with other settings: {', '.join(others)}"] = None

@@ -31,7 +31,7 @@ SCORE = re.compile(r"(\d{1,2}\.\d)([†‡]?)(?: \((\d{1,2}\.\d) ± (\d\.\d)\))?
 class Stage:
     """A kind of run, and which number of its `results.jsonl` goes into a table."""
 
-    main: str  # of MAINS: main_MAIN.py, and the stage that its results.jsonl names
+    main: str  # of MAINS, and the stage that its results.jsonl names
     flags: Mapping[str, Any] = field(default_factory=dict)  # on top of its recipe's
 
     @property
@@ -46,16 +46,19 @@ class Stage:
 
     @property
     def program(self) -> str:
-        """The script."""
-        return f"main_{self.main}.py"
+        """See Main."""
+        return MAINS[self.main].program
 
 
-PRETRAIN, SEGMENT = "pretrain", "segment"
+PRETRAIN, SEGMENT, PROBE = "pretrain", "segment", "probe"
+_FEATURES = {"encoders": ["student", "momentum"], "labels_per_class": 0}
 STAGES = {  # that `tables.py run` runs
     PRETRAIN: Stage("pretrain"),
     "finetune": Stage("finetune"),
     "linprobe": Stage("linprobe", {"global_pool": False}),
     "linprobe_pooled": Stage("linprobe", {"global_pool": True}),
+    "probe": Stage(PROBE, {"pool": "avg", **_FEATURES}),
+    "probe_cls": Stage(PROBE, {"pool": "token", **_FEATURES}),
 }
 ALL_STAGES = STAGES | {SEGMENT: Stage("segment")}  # and the one behind the columns that need `segmentation`
 
@@ -81,7 +84,8 @@ class Column:
     key: str
     title: str
     stage: str = ""  # of STAGES; empty: none of them gives it
-    needs: str = ""  # the tool of TOOLS that does, or would
+    metric: str = ""  # of the stage's `results.jsonl`
+    needs: str = ""  # the tool of TOOLS that gives it, or would
 
 
 @dataclass(frozen=True)
@@ -198,12 +202,14 @@ def read_table(where: str, name: str, plain: Any) -> Table:
 
 def read_column(where: str, key: str, plain: Any) -> Column:
     """`title`, and where our number comes from."""
-    plain = mapping(where, plain, ("title", "ours", "needs"), required=("title",))
+    plain = mapping(where, plain, ("title", "ours", "metric", "needs"), required=("title",))
     stage, needs = plain.get("ours", ""), plain.get("needs", "")
     expect(bool(stage) != bool(needs), where, "give one of ours and needs")
     expect(not stage or stage in STAGES, where, f"ours {stage} is no stage{nearest(stage, STAGES)}")
     expect(not needs or needs in TOOLS, where, f"needs {needs} is no tool{nearest(needs, TOOLS)}")
-    return Column(key, plain["title"], stage, needs)
+    expect(bool(stage) or "metric" not in plain, where, "metric needs ours")
+    metric = plain.get("metric", STAGES[stage].metric if stage else "")
+    return Column(key, plain["title"], stage, metric, needs)
 
 
 def read_row(where: str, labels: Sequence[str], columns: Sequence[Column], plain: Any) -> Row:
