@@ -8,21 +8,27 @@ from typing import Any, Literal
 
 from models_lut import ARCHITECTURES
 from models_vit import Pool
-from util.config import DataConfig, ModelConfig, OptimConfig, RunConfig, binding_settings, check, check_choice
+from util.config import (
+    DOWNSTREAM_MAY_CHANGE,
+    DataConfig,
+    DownstreamConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    binding_settings,
+    check,
+    check_choice,
+)
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
+class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, RunConfig):
     """What fine-tuning and linear probing have in common."""
 
     # the model
     model: str = "vit_base_patch16"
     """vit_{small,medium,base,large}_patch16, vit_huge_patch14, vit_{nano,tiny,small}_patch4 (32 px) or
     vit_{tiny,small}_patch8 (64 px); `lut_` or `mae_` in front is allowed"""
-    finetune: str = ""
-    """pre-trained weights (MAE's, the release's, timm's or ours); default: none, from scratch"""
-    weights: Literal["student", "momentum"] = "student"
-    """which of the two encoders of --finetune"""
     nb_classes: int | None = None
     """default: the classes of the data; another number is refused"""
     global_pool: bool = True
@@ -40,18 +46,12 @@ class ClassifierConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     holdout: float = 0.0
     """share of the training images, of each class alike, that is not trained on but evaluated instead of the validation
     images: to choose settings by"""
-    eval: bool = False
-    """evaluate --finetune or --resume and stop"""
-    eval_freq: int = 1
-    """epochs between two evaluations; the last epoch always has one"""
-    dist_eval: bool = True
-    """each process evaluates its share of the images, each image once; else rank 0 all of them"""
     per_class: bool = False
     """also write the accuracy per class (per_class.json) and the confusion matrix (confusion.png, .npy)"""
 
     def __post_init__(self) -> None:
         check_choice("model", self.architecture_name, list(ARCHITECTURES))
-        for group in (DataConfig, ModelConfig, OptimConfig, RunConfig):
+        for group in (DataConfig, ModelConfig, OptimConfig, DownstreamConfig, RunConfig):
             group.__post_init__(self)
         classes = self.nb_classes
         check(classes is None or classes >= 2, "nb_classes", classes, "must be 2 or more")
@@ -62,9 +62,6 @@ class ClassifierConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
         fix = "evaluates training images, leave out --val_path"
         check(not (self.holdout and self.val_path), "holdout", self.holdout, fix)
-        check(self.eval_freq >= 1, "eval_freq", self.eval_freq, "must be 1 or more")
-        check(not (self.eval and self.resume and self.finetune), "eval", "", "give one of --resume and --finetune")
-        check(not self.eval or bool(self.resume or self.finetune), "eval", "", "add --finetune or --resume with a file")
 
     @property
     def pool(self) -> Pool:
@@ -97,8 +94,7 @@ class ClassifierConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
 
     def binding_settings(self, num_images: int) -> dict[str, Any]:
         """The settings that a resumed run must share with its checkpoint, defaults filled in."""
-        own = {"model", "patch_size", "finetune", "weights", "nb_classes", "global_pool", "cls_token"}
-        free = own | {"eval", "eval_freq", "dist_eval", "per_class"}
+        free = DOWNSTREAM_MAY_CHANGE | {"nb_classes", "global_pool", "cls_token"}
         resolved = {"model": self.architecture_name, "patch_size": self.patch, "pool": self.pool}
         return binding_settings(self, num_images, self.image_size, may_change=free) | resolved
 

@@ -228,6 +228,31 @@ class OptimConfig(UpdateConfig):
 
 
 @dataclass(frozen=True)
+class DownstreamConfig:
+    """Training on labels: the encoder that it starts from, and its evaluation."""
+
+    finetune: str = ""
+    """pre-trained weights (MAE's, the release's, timm's or ours); default: none, from scratch"""
+    weights: Literal["student", "momentum"] = "student"
+    """which of the two encoders of --finetune"""
+    eval: bool = False
+    """evaluate --finetune or --resume and stop"""
+    eval_freq: int = 1
+    """epochs between two evaluations; the end always has one"""
+    dist_eval: bool = True
+    """each process evaluates its share of the images, each image once; else rank 0 all of them"""
+
+    def __post_init__(self) -> None:
+        check(self.eval_freq >= 1, "eval_freq", self.eval_freq, "must be 1 or more")
+        check(not (self.eval and self.resume and self.finetune), "eval", "", "give one of --resume and --finetune")
+        check(not self.eval or bool(self.resume or self.finetune), "eval", "", "add --finetune or --resume with a file")
+
+
+# of which what is trained does not depend, or which a run's name for it stands for
+DOWNSTREAM_MAY_CHANGE = {"model", "patch_size", "finetune", "weights", "eval", "eval_freq", "dist_eval", "per_class"}
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Device, output, and what is watched."""
 

@@ -7,23 +7,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from models_lut import ARCHITECTURES
-from util.config import ModelConfig, PixelConfig, RunConfig, UpdateConfig, binding_settings, check, check_choice
+from util.config import (
+    DOWNSTREAM_MAY_CHANGE,
+    DownstreamConfig,
+    ModelConfig,
+    PixelConfig,
+    RunConfig,
+    UpdateConfig,
+    binding_settings,
+    check,
+    check_choice,
+)
 from util.distributed import world_size
 from util.views import Size
 
 
 @dataclass(frozen=True)
-class SegmentConfig(ModelConfig, PixelConfig, UpdateConfig, RunConfig):
+class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, RunConfig):
     """Train a ViT with UperNet to name every pixel, from a pre-trained encoder or from scratch (Table E)."""
 
     # the model
     model: str = "vit_base_patch16"
     """vit_{small,medium,base,large}_patch16, vit_huge_patch14, vit_{nano,tiny,small}_patch4 or
     vit_{tiny,small}_patch8, with any --patch_size; `lut_` or `mae_` in front is allowed"""
-    finetune: str = ""
-    """pre-trained weights (MAE's, the release's, timm's or ours); default: none, from scratch"""
-    weights: Literal["student", "momentum"] = "student"
-    """which of the two encoders of --finetune"""
     head_width: int = 512
     """channels of the decode head; the auxiliary head has half of them"""
     auxiliary_weight: float = 0.4
@@ -88,17 +94,11 @@ class SegmentConfig(ModelConfig, PixelConfig, UpdateConfig, RunConfig):
     """factor on the learning rate per block from the last to the first; 1: none"""
 
     # evaluation
-    eval: bool = False
-    """evaluate --finetune or --resume and stop"""
     eval_mode: Literal["slide", "whole"] = "slide"
     """windows of --input_size over an image whose shorter side has that size, averaged where they overlap; or the
     whole of it at once"""
     eval_stride: tuple[int, ...] = ()
     """pixels between two windows, one number or down and across; default: two thirds of the window"""
-    eval_freq: int = 1
-    """epochs between two evaluations; the end always has one"""
-    dist_eval: bool = True
-    """each process evaluates its share of the images, each image once; else rank 0 all of them"""
     per_class: bool = False
     """also write IoU and accuracy per class (per_class.json) and the confusion matrix (confusion.png, .npy)"""
     pictures: int = 4
@@ -106,14 +106,14 @@ class SegmentConfig(ModelConfig, PixelConfig, UpdateConfig, RunConfig):
 
     def __post_init__(self) -> None:
         check_choice("model", self.architecture_name, list(ARCHITECTURES))
-        for group in (PixelConfig, ModelConfig, UpdateConfig, RunConfig):
+        for group in (PixelConfig, ModelConfig, UpdateConfig, DownstreamConfig, RunConfig):
             group.__post_init__(self)
         self.check_data_flags()
         for flag in ("drop_path", "dropout"):
             check(0 <= getattr(self, flag) < 1, flag, getattr(self, flag), "must lie in [0, 1)")
         for flag in ("auxiliary_weight", "lr", "power"):
             check(0 <= getattr(self, flag) < math.inf, flag, getattr(self, flag), "must be 0 or more, and finite")
-        for flag in ("head_width", "max_updates", "eval_freq"):
+        for flag in ("head_width", "max_updates"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         warmup, most = self.warmup_updates, self.max_updates
         check(0 <= warmup <= most, "warmup_updates", warmup, f"must lie in 0..--max_updates {most}")
@@ -141,15 +141,13 @@ class SegmentConfig(ModelConfig, PixelConfig, UpdateConfig, RunConfig):
         check(all(n >= 0 for n in self.ignore_index), "ignore_index", self.ignore_index, "must be 0 or more")
 
     def check_evaluation(self) -> None:
-        """Windows that cover the image, and a file where there is nothing to train."""
+        """Windows that cover the image."""
         stride = self.eval_stride
         check(len(stride) <= 2, "eval_stride", stride, "give one number, or down and across")
         sides = zip(self.window_stride, self.image_size, strict=True)
         fix = f"must lie in 1..{min(self.image_size)}, or windows leave gaps"
         check(all(1 <= step <= side for step, side in sides), "eval_stride", stride, fix)
         check(self.pictures >= 0, "pictures", self.pictures, "must be 0 or more")
-        check(not (self.eval and self.resume and self.finetune), "eval", "", "give one of --resume and --finetune")
-        check(not self.eval or bool(self.resume or self.finetune), "eval", "", "add --finetune or --resume with a file")
 
     @property
     def peak_lr(self) -> float:
@@ -185,7 +183,6 @@ class SegmentConfig(ModelConfig, PixelConfig, UpdateConfig, RunConfig):
     def binding_settings(self, num_images: int) -> dict[str, Any]:
         """The settings that a resumed run must share with its checkpoint, defaults filled in."""
         folders = {"train_images", "train_masks", "val_images", "val_masks", "image_suffix", "mask_suffix", "classes"}
-        free = folders | {"model", "patch_size", "finetune", "weights", "check_data", "pictures", "per_class"}
-        free |= {"eval", "eval_mode", "eval_stride", "eval_freq", "dist_eval"}
+        free = folders | DOWNSTREAM_MAY_CHANGE | {"check_data", "pictures", "eval_mode", "eval_stride"}
         resolved = {"model": self.architecture_name, "patch_size": self.patch}
         return binding_settings(self, num_images, self.image_size, may_change=free) | resolved

@@ -177,7 +177,7 @@ def plan_cells(search: Search, target: Target, points: Sequence[Point], chosen: 
     grid = (judged_folder if chosen else grid_folder)(search.folder, target.name, search.holdout)
     data = {key: value for key, value in (("dataset", target.dataset), ("data_path", target.data_path)) if value}
     shared = ["--recipe", target.recipe, *as_flags(data), *search.extra]
-    config: FinetuneConfig = parse(FinetuneConfig, kind.program, tuple(shared))
+    config: FinetuneConfig = parse(kind.main, tuple(shared))
     check(config.lr is None, "lr", config.lr, "leave it out, the grid sets --blr")
     check(not config.holdout, "holdout", config.holdout, "belongs to this script, not to --finetune_flags")
     changes = cut_batch(config, search.extra, 1, search.processes)
