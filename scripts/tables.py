@@ -6,8 +6,9 @@
     python scripts/tables.py run  4  --scale small --data_path CIFAR10 --seeds 3 --keep_going
     python scripts/tables.py run  4c --data_path IMAGENET --submit -- --partition gpu --account lab
 
-Tables: 1, 2, 3, 4a to 4f (4: all of them), 5, A, B, C as in the paper, and `study`. --help after a command lists its
-flags. `run` skips what has finished and goes on with what was interrupted: run the same command again.
+Tables: 1, 2, 3, 4a to 4f (4: all of them), 5, A, B, C as in the paper, and our own `study` and `parts`. --help after a
+command lists its flags. `run` skips what has finished and goes on with what was interrupted: run the same command
+again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from util.command_line import parse_command, words
 from util.config import check
 from util.errors import UserError, run_main
 from util.sources import open_images
+from util.table_curves import draw_curves
 from util.table_plan import Clock, Options, Run, check_outcomes, plan_runs, read_scale, share_done, work_behind
 from util.table_run import print_plan, run_all
 from util.table_view import commented, draw, fill, render
@@ -40,9 +42,9 @@ class TableFlags:
     """Which table, and where its runs are."""
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
-    """1, 2, 3, 4a to 4f, 4, 5, A, B, C or study"""
+    """1, 2, 3, 4a to 4f, 4, 5, A, B, C, study or parts"""
     scale: str = "paper"
-    """paper, small or tiny: tables/scales.yaml says what they are"""
+    """paper, small, cpu or tiny: tables/scales.yaml says what they are"""
     output_dir: str = "output/tables"
     """folder of the runs of all tables and scales; another data set needs another one"""
 
@@ -63,6 +65,8 @@ class ShowFlags(TableFlags):
     scale, else baseline"""
     picture: str = ""
     """also draw it into this PNG"""
+    curves: str = ""
+    """also draw losses and kNN of its pre-trainings over epochs and cost into this PNG"""
 
 
 @dataclass(frozen=True)
@@ -290,8 +294,9 @@ def show(tables: Sequence[Table], flags: ShowFlags) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     options = flags.options
     against = flags.against or ("paper" if options.scale.name == "paper" else "baseline")
-    if flags.picture and len(tables) > 1:
-        raise UserError(f"--picture {flags.picture}: draws one table, {flags.table} is {len(tables)}")
+    for flag, path in (("picture", flags.picture), ("curves", flags.curves)):
+        if path and len(tables) > 1:
+            raise UserError(f"--{flag} {path}: draws one table, {flags.table} is {len(tables)}")
     for i, table in enumerate(tables):
         filled = fill(table, options)
         print(("\n" if i else "") + commented(table.heading, flags.format) + "\n")
@@ -301,6 +306,9 @@ def show(tables: Sequence[Table], flags: ShowFlags) -> None:
         if flags.picture:
             draw(filled, against, Path(flags.picture))
             print(commented(f"picture: {flags.picture}", flags.format))
+        if flags.curves:
+            draw_curves(table, options, Path(flags.curves))
+            print(commented(f"curves: {flags.curves}", flags.format))
 
 
 def explained(table: Table, options: Options, against: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -15,10 +16,12 @@ from PIL import Image
 
 from conftest import script_caller
 from ranks import PATIENCE, wait_until
+from runs import pretraining_lines, write_run
 from scripts import tables as script
 from test_tables import TABLES, options
 from util.config import as_dict
 from util.results import append_result, read_results
+from util.table_curves import row_curves
 from util.table_plan import plan_runs, share_done
 from util.tables import PRETRAIN, STAGES
 
@@ -108,7 +111,45 @@ def test_numbers_of_competitors_and_missing_tools_are_the_papers(call):
     assert re.search(r"^DINO +ICCV 2021 +Pixel +81.5† +82.8† +46.8$", shown, re.M)
     assert "ADE20K after LUT is 49.5 here and 48.6 in the introduction." in shown
     _, shown, _ = call("show study --scale tiny")
-    assert re.search(r"^LUT, symmetric +– +– +– +– +0$", shown, re.M)
+    assert re.search(r"^LUT, symmetric( +–){6} +0$", shown, re.M)
+
+
+def test_a_column_may_name_its_metric(call, tmp_path):
+    """Student and momentum encoder come from one probing; MAE has no momentum encoder."""
+    folder = tmp_path / "output" / "tables"
+    for name, found in (("ablation_mae", {}), ("ablation_lut", {"momentum encoder, kNN, k 20": 31.0})):
+        path = finish(folder, "parts", name, 0, "probe", 44.0)
+        line = json.loads(path.read_text())
+        line["metrics"] |= {"student, kNN, k 20": 33.0} | found
+        path.write_text(json.dumps(line) + "\n")
+    _, shown, _ = call("show parts --scale tiny --format markdown --against paper")
+    assert "| MAE | 33.0 | 44.0 | – | – | – | – | 0–1 |" in shown
+    assert "| LUT | 33.0 | 44.0 | – | 31.0 | – | – | 0–1 |" in shown
+
+
+def test_curves_of_a_table(call, tmp_path):
+    folder = tmp_path / "output" / "tables"
+    for seed, more in ((0, 4), (1, 2)):  # the second one is still under way
+        for name in ("ablation_mae", "ablation_lut"):
+            (run,) = (
+                run
+                for run in plan_runs([TABLES["study"]], options("tiny", folder, seeds=seed + 1))
+                if run.title == f"{name}, seed {seed}, pretrain"
+            )
+            write_run(run.folder, pretraining_lines(more, 11), as_dict(run.config))
+    rows = row_curves(TABLES["study"], options("tiny", folder))
+    assert [(row.name, len(row.logs)) for row in rows] == [("MAE", 2), ("LUT", 2)]
+    epochs, values = rows[0].over_epochs("knn")
+    assert epochs.tolist() == [0, 1, 2]  # what all seeds have
+    assert values.tolist() == [[11, 20, 21], [11, 20, 21]]
+    assert rows[1].flops_per_epoch() > 1.3 * rows[0].flops_per_epoch()
+    status, _, said = call("show study --scale tiny --curves a/curves.png")
+    assert status == 0, said
+    with Image.open(tmp_path / "a" / "curves.png") as picture:
+        assert picture.format == "PNG"
+    status, _, said = call("show 4c --scale tiny --output_dir nothing --curves b.png")
+    assert status == 2
+    assert "--curves: no pre-training of table 4c has a log in nothing" in said
 
 
 def test_a_results_file_cut_short_counts_as_not_finished(call, tmp_path):
@@ -156,11 +197,11 @@ def test_what_is_done_is_not_done_again(call, tmp_path):
 # ---- wrong input: one line ----------------------------------------------------------------------------------
 
 WRONG = {
-    "plan 4g": "TABLE 4g: unknown (one of 1, 2, 3, 4a, 4b, 4c, 4d, 4e, 4f, 5, A, B, C, study;",
+    "plan 4g": "TABLE 4g: unknown (one of 1, 2, 3, 4a, 4b, 4c, 4d, 4e, 4f, 5, A, B, C, study, parts;",
     "plan 12": "TABLE 12: unknown",
     "plan sturdy": "TABLE sturdy: unknown, did you mean study?",
     "shwo 4c": "shwo: unknown command, did you mean show? (one of plan, run, show, then the table)",
-    "plan 4c --scale tinny": "--scale tinny: unknown, did you mean tiny? (one of paper, small, tiny)",
+    "plan 4c --scale tinny": "--scale tinny: unknown, did you mean tiny? (one of paper, small, cpu, tiny)",
     "plan 4c --seed 3": "--seed: unknown flag, did you mean --seeds?",
     "plan 4c --seeds 0": "--seeds 0: must be 1 or more",
     "plan 4c --tflops -1": "--tflops -1.0: must be above 0",
@@ -178,6 +219,7 @@ WRONG = {
     "run B --scale tiny --submit -- --cluster local": "--cluster local: runs on this machine need no --submit",
     "run B --scale tiny --submit -- --seeds 1 2": "--seeds 1 2: leave it out behind --submit",
     "run B --scale tiny --processes 4 --submit": "--processes 4: the launcher starts 8, leave it out",
+    "show 4 --curves x.png": "--curves x.png: draws one table, 4 is 6",
     "show 4 --picture x.png": "--picture x.png: draws one table, 4 is 6",
     "show 4c --format html": "invalid choice",
 }

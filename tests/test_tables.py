@@ -25,12 +25,12 @@ from util.published import DATASETS
 from util.run import share_batch
 from util.segment_config import SegmentConfig
 from util.table_plan import Clock, Options, flops, parse, plan_runs, read_scale, work_behind
-from util.tables import FOLDER, PRETRAIN, STAGES, Score, find_tables, load_tables, read_score
+from util.tables import FOLDER, PRETRAIN, PROBE, STAGES, Score, find_tables, load_tables, read_score
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = load_tables()
 OURS = [(table, row) for table in TABLES.values() for row in table.rows if row.recipes]
-SCALES = {name: read_scale(name) for name in ("paper", "small", "tiny")}
+SCALES = {name: read_scale(name) for name in ("paper", "small", "cpu", "tiny")}
 
 
 # ---- the paper's numbers ------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def keys_of(config) -> dict:
     return {name: value for name, value in as_dict(config).items() if name not in about}
 
 
-@pytest.mark.parametrize("scale", ["small", "tiny"])
+@pytest.mark.parametrize("scale", ["small", "cpu", "tiny"])
 def test_a_smaller_scale_changes_a_row_in_the_same_way(scale):
     """What tells a row from its base is the same at every scale."""
     compared = 0
@@ -237,13 +237,14 @@ def test_every_run_of_every_table_is_a_command_that_its_main_takes(tmp_path, sca
         settings = STAGES[run.stage].settings
         config = parse_config(settings, run.flags, run.command[1])
         if run.processes == 1:  # their number decides nothing that is parsed
-            assert as_dict(config) == as_dict(run.config) | {"auto_resume": True}
+            resumes = {} if run.main == PROBE else {"auto_resume": True}
+            assert as_dict(config) == as_dict(run.config) | resumes
         if run.after is None:
             assert run.stage == PRETRAIN
         else:
             assert runs.index(run.after) < place
-            assert config.finetune == str(run.after.checkpoint)
-            assert run.after.seed == run.seed == config.seed
+            assert (config.checkpoint if run.main == PROBE else config.finetune) == str(run.after.checkpoint)
+            assert run.after.seed == run.seed == getattr(config, "seed", run.seed)
     expected = any(column.stage for column in TABLES[name].columns)
     assert bool(runs) == expected
 
@@ -268,9 +269,9 @@ def test_seeds_come_one_after_the_other_so_that_a_table_fills_early(tmp_path):
 def test_more_epochs_are_counted_from_those_of_the_flags(tmp_path):
     extra = {"pretrain": ["--epochs", "30"]}
     runs = plan_runs([TABLES["study"]], options("tiny", tmp_path, seeds=1, extra=extra))
-    longer = next(run for run in runs if "epochs_x1.9" in run.title and run.stage == "linprobe")
+    longer = next(run for run in runs if "epochs_x1.9" in run.title and run.stage == "probe")
     assert longer.after.config.epochs == 57
-    assert longer.config.finetune.endswith("ablation_mae-epochs_x1.9/seed_0/pretrain/checkpoint-56.pth")
+    assert longer.config.checkpoint.endswith("ablation_mae-epochs_x1.9/seed_0/pretrain/checkpoint-56.pth")
 
 
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 512))
