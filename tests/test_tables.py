@@ -217,7 +217,7 @@ def script_flags(settings: dict) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{'' if value else 'no_'}{name}")
         else:
-            flags += [f"--{name}", str(value)]
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 
@@ -269,9 +269,9 @@ def test_seeds_come_one_after_the_other_so_that_a_table_fills_early(tmp_path):
 def test_more_epochs_are_counted_from_those_of_the_flags(tmp_path):
     extra = {"pretrain": ["--epochs", "30"]}
     runs = plan_runs([TABLES["study"]], options("tiny", tmp_path, seeds=1, extra=extra))
-    longer = next(run for run in runs if "epochs_x1.9" in run.title and run.stage == "probe")
-    assert longer.after.config.epochs == 57
-    assert longer.config.checkpoint.endswith("ablation_mae-epochs_x1.9/seed_0/pretrain/checkpoint-56.pth")
+    longer = next(run for run in runs if "epochs_x2" in run.title and run.stage == "probe")
+    assert longer.after.config.epochs == 60
+    assert longer.config.checkpoint.endswith("ablation_mae-epochs_x2/seed_0/pretrain/checkpoint-59.pth")
 
 
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 512))
