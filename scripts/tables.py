@@ -5,15 +5,17 @@
     python scripts/tables.py show 4c --scale tiny --format markdown
     python scripts/tables.py run  4  --scale small --data_path CIFAR10 --seeds 3 --keep_going
     python scripts/tables.py run  4c --data_path IMAGENET --submit -- --partition gpu --account lab
+    python scripts/tables.py keep study --scale cpu --into docs/results # what it is printed from, small files
 
-Tables: 1, 2, 3, 4a to 4f (4: all of them), 5, A, B, C as in the paper, and our own `study` and `parts`. --help after a
-command lists its flags. `run` skips what has finished and goes on with what was interrupted: run the same command
-again.
+Tables: 1, 2, 3, 4a to 4f (4: all of them), 5, A, B, C as in the paper; study, parts and tuning are our own. --help
+after a command lists its flags. `run` skips what has finished and goes on with what was interrupted: run the same
+command again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,6 +31,8 @@ from scripts import submit
 from util.command_line import parse_command, words
 from util.config import check
 from util.errors import UserError, run_main
+from util.logs import LOG_FILE
+from util.results import RESULTS_FILE
 from util.sources import open_images
 from util.table_curves import draw_curves
 from util.table_plan import Clock, Options, Run, check_outcomes, plan_runs, read_scale, share_done, work_behind
@@ -42,7 +46,7 @@ class TableFlags:
     """Which table, and where its runs are."""
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
-    """1, 2, 3, 4a to 4f, 4, 5, A, B, C, study or parts"""
+    """1, 2, 3, 4a to 4f, 4, 5, A, B, C, study, parts or tuning"""
     scale: str = "paper"
     """paper, small, cpu or tiny: tables/scales.yaml says what they are"""
     output_dir: str = "output/tables"
@@ -125,7 +129,15 @@ class RunFlags(PlanFlags):
     """do nothing: print the plan, with --submit the batch scripts and commands"""
 
 
-COMMANDS = {"plan": PlanFlags, "run": RunFlags, "show": ShowFlags}
+@dataclass(frozen=True)
+class KeepFlags(TableFlags):
+    """Copy the results of a table's runs, and the logs of its pre-trainings, into a folder that can be kept."""
+
+    into: str = "docs/results"
+    """folder; --output_dir of `show` prints the same table from it"""
+
+
+COMMANDS = {"plan": PlanFlags, "run": RunFlags, "show": ShowFlags, "keep": KeepFlags}
 
 
 def main() -> None:
@@ -134,6 +146,8 @@ def main() -> None:
     tables = find_tables(flags.table)
     if isinstance(flags, ShowFlags):
         show(tables, flags)
+    elif isinstance(flags, KeepFlags):
+        keep(tables, flags)
     elif isinstance(flags, RunFlags) and flags.submit:
         submit_all(tables, flags, launcher_flags)
     elif isinstance(flags, RunFlags) and not flags.dry_run:
@@ -322,6 +336,28 @@ def explained(table: Table, options: Options, against: str) -> list[str]:
         if against == "baseline":
             lines.append("Δ: points above the first row of ours (and of the paper's numbers in that row)")
     return lines + left_out([table], options)
+
+
+# --------------------------------------------------------------------------------------------------------
+# keep
+# --------------------------------------------------------------------------------------------------------
+
+
+def keep(tables: Sequence[Table], flags: KeepFlags) -> None:
+    """Copy what there is of the planned seeds."""
+    source, target, copied = Path(flags.output_dir), Path(flags.into), 0
+    if source.resolve() == target.resolve():
+        raise UserError(f"--into {target}: is --output_dir itself")
+    for run in plan_runs(tables, flags.options):
+        for name in (RESULTS_FILE, LOG_FILE) if run.stage == PRETRAIN else (RESULTS_FILE,):
+            if (run.folder / name).is_file() and share_done(run) == 1:
+                copy = target / (run.folder / name).relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(run.folder / name, copy)
+                copied += 1
+    if not copied:
+        raise UserError(f"--output_dir {source}: no run of table {flags.table} has finished there")
+    print(f"{copied} files copied into {target}")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,16 @@ def test_curves_of_a_table(call, tmp_path):
     assert status == 0, said
     with Image.open(tmp_path / "a" / "curves.png") as picture:
         assert picture.format == "PNG"
+    finish(folder, "study", "ablation_mae", 0, PRETRAIN, 21.0)
+    finish(folder, "study", "ablation_mae", 0, "probe", 44.0)
+    _, kept, _ = call("keep study --scale tiny --into kept")
+    assert kept == "3 files copied into kept\n"  # two results and a log
+    shown = [call(f"show study --scale tiny --output_dir {place}")[1] for place in ("output/tables", "kept")]
+    assert shown[0] == shown[1]
+    assert len(row_curves(TABLES["study"], options("tiny", tmp_path / "kept"))) == 1
+    status, _, said = call("keep 4c --scale tiny --output_dir nothing")
+    assert status == 2
+    assert "--output_dir nothing: no run of table 4c has finished there" in said
     status, _, said = call("show 4c --scale tiny --output_dir nothing --curves b.png")
     assert status == 2
     assert "--curves: no pre-training of table 4c has a log in nothing" in said
@@ -197,10 +207,10 @@ def test_what_is_done_is_not_done_again(call, tmp_path):
 # ---- wrong input: one line ----------------------------------------------------------------------------------
 
 WRONG = {
-    "plan 4g": "TABLE 4g: unknown (one of 1, 2, 3, 4a, 4b, 4c, 4d, 4e, 4f, 5, A, B, C, study, parts;",
+    "plan 4g": "TABLE 4g: unknown (one of 1, 2, 3, 4a, 4b, 4c, 4d, 4e, 4f, 5, A, B, C, study, parts, tuning;",
     "plan 12": "TABLE 12: unknown",
     "plan sturdy": "TABLE sturdy: unknown, did you mean study?",
-    "shwo 4c": "shwo: unknown command, did you mean show? (one of plan, run, show, then the table)",
+    "shwo 4c": "shwo: unknown command, did you mean show? (one of plan, run, show, keep, then the table)",
     "plan 4c --scale tinny": "--scale tinny: unknown, did you mean tiny? (one of paper, small, cpu, tiny)",
     "plan 4c --seed 3": "--seed: unknown flag, did you mean --seeds?",
     "plan 4c --seeds 0": "--seeds 0: must be 1 or more",
