@@ -126,6 +126,9 @@ class SubmitConfig:
         fix = "there is one process per GPU, leave it out (or --ngpus 0)"
         check(not (self.ngpus and self.tasks_per_node), "tasks_per_node", self.tasks_per_node, fix)
         check("%" not in self.job_dir, "job_dir", self.job_dir, "must not contain %")
+        if self.stage == "probe":  # no launcher of processes is behind it
+            check(self.nodes == 1, "nodes", self.nodes, "probe is one process")
+            check(self.processes_per_node == 1, "ngpus", self.ngpus, "probe is one process: --ngpus 1, or 0")
         if self.cluster == "local":
             check(self.nodes == 1, "nodes", self.nodes, "--cluster local has one")
             check(not (self.seeds or self.grid), "cluster", "local", "does one run, leave out --seeds and --grid")

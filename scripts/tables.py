@@ -292,9 +292,9 @@ def submit_stage(
     config: submit.SubmitConfig, stage: str, array: Sequence[Run], job_dir: Path, after: str, dry_run: bool
 ) -> str:
     """Submit or print the runs of one stage; the number of the job."""
-    config = dataclasses.replace(config, stage=STAGES[stage].main, job_name=config.job_name or f"lut-{stage}")
-    if config.stage == PROBE:  # it is one process
-        config = dataclasses.replace(config, nodes=1, ngpus=min(1, config.ngpus), tasks_per_node=None)
+    main = STAGES[stage].main
+    one = dict(nodes=1, ngpus=min(1, config.ngpus), tasks_per_node=None) if main == PROBE else {}
+    config = dataclasses.replace(config, stage=main, job_name=config.job_name or f"lut-{stage}", **one)
     return submit.submit_array(config, [submit.Run(run.title, run.flags) for run in array], job_dir, after, dry_run)
 
 

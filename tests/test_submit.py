@@ -87,6 +87,12 @@ def test_a_run_on_cpus(launch):
     assert re.search(r"/jobs/linprobe-\d{8}-\d{6}/code/main_linprobe.py --recipe digits_linprobe --output_dir", shown)
 
 
+def test_a_probe_is_resumed_by_nothing(launch, tmp_path):
+    _, shown, _ = launch("probe --dry_run --ngpus 1 --job_dir JOB -- a.pth --pool token")
+    command = f"/JOB/code/scripts/probe.py a.pth --pool token --output_dir {tmp_path}/JOB"
+    assert shown.splitlines()[-1].endswith(command)
+
+
 def test_seeds_and_grid_are_an_array_over_their_product(launch, tmp_path):
     _, shown, _ = launch(
         "finetune --dry_run --job_dir RUN --seeds 0 1 --grid blr=1e-3,2e-3 global_pool=true,false --array_parallelism 3"
@@ -116,6 +122,8 @@ def test_an_evaluation_is_not_told_to_resume(launch):
 WRONG = {
     "pretrian --": "STAGE pretrian: unknown, did you mean pretrain? (one of pretrain, finetune, linprobe, segment,",
     "pretrain --partition gpu": "`--` is missing: STAGE [flags of the launcher] -- [flags of the stage, or nothing]",
+    "probe --": "--ngpus 8: probe is one process: --ngpus 1, or 0",
+    "probe --ngpus 1 -- a.pth --resume b": "--resume: unknown flag",
     "pretrain --nods 2 --": "--nods: unknown flag, did you mean --nodes?",
     "pretrain -- --bach_size 4": "--bach_size: unknown flag, did you mean --batch_size?",
     "pretrain -- --mask_ratio 2": "--mask_ratio 2.0: must lie between 0 and 1",
