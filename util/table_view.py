@@ -104,7 +104,7 @@ def grid(filled: Filled, against: Against) -> tuple[list[str], list[list[str]]]:
     titles, rows = list(filled.table.labels), [list(row.labels) for row in filled.table.rows]
     for column in filled.table.columns:
         for title, show in parts(filled, column, against):
-            titles.append(f"{column.title}, {title}")
+            titles.append(", ".join(filter(None, (column.title, title))))
             for shown, cells in zip(rows, filled.cells, strict=True):
                 shown.append(show(cells[column.key]))
     if any(column.stage for column in filled.table.columns):
@@ -115,18 +115,19 @@ def grid(filled: Filled, against: Against) -> tuple[list[str], list[list[str]]]:
 
 
 def parts(filled: Filled, column: Column, against: Against) -> list[tuple[str, Callable[[Cell], str]]]:
-    """Titles of the columns that a column is shown in, and what each makes of a cell."""
+    """What the columns that a column is shown in add to its title, and what each makes of a cell."""
     first = filled.baseline.get(column.key, Cell(None))
     in_paper = any(column.key in row.paper for row in filled.table.rows)
     paper = [("paper", lambda cell: str(cell.paper or ""))] if in_paper else []
     if not column.stage:
         return paper
-    found = [*paper, ("ours", lambda cell: cell.shown)]
+    ours = "ours" if filled.table.from_paper else ""  # of whom else
+    found = [*paper, (ours, lambda cell: cell.shown)]
     if against == "paper":
         return [*found, ("diff.", lambda cell: difference(cell.mean, value(cell.paper)))] if in_paper else found
     if in_paper:
         found.append(("Δ paper", lambda cell: difference(value(cell.paper), value(first.paper), cell is first)))
-    return [*found, ("Δ ours", lambda cell: difference(cell.mean, first.mean, cell is first))]
+    return [*found, (f"Δ {ours}".strip(), lambda cell: difference(cell.mean, first.mean, cell is first))]
 
 
 def value(score: Score | None) -> float | None:
