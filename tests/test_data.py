@@ -1,6 +1,7 @@
 """Samples, the order of batches, loader processes, streams."""
 
 import itertools
+import multiprocessing
 import os
 import sys
 import time
@@ -211,22 +212,28 @@ def equal(one, other):
 class BreaksOff(Dataset):
     """Its loader process hands over no more memory once it is asked for a third sample, and does not end either."""
 
+    def __init__(self):
+        self.broken = multiprocessing.Event()
+
     def __len__(self):
         return 9
 
     def __getitem__(self, index):
         if index == 2:
+            time.sleep(1)  # in which the thread that hands over the sample before this one has announced it
             resource_sharer.stop()
-            time.sleep(60)
+            self.broken.set()
+            time.sleep(600)
         return torch.zeros(4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems share memory in another way")
 def test_a_batch_that_breaks_off_names_the_loader():
     """As one killed a moment ago leaves it: announced, still alive by its process number, and not to be fetched."""
-    batches = iter(Loader(BreaksOff(), batch_size=1, num_workers=1, patience=20.0))
+    dataset = BreaksOff()
+    batches = iter(Loader(dataset, batch_size=1, num_workers=1, patience=60.0))
     next(batches)
-    time.sleep(1)  # the second batch is announced
+    assert dataset.broken.wait(60)  # the second batch is announced
     with pytest.raises(RuntimeError, match=r"a batch broke off \(\w+Error") as raised:
         next(batches)
     assert loaders_death(raised.value) is raised.value
