@@ -25,6 +25,7 @@ from util.published import DATASETS
 from util.run import share_batch
 from util.segment_config import SegmentConfig
 from util.table_plan import Clock, Options, flops, parse, plan_runs, read_scale, work_behind
+from util.table_view import fill, render
 from util.tables import FOLDER, PRETRAIN, PROBE, STAGES, Score, find_tables, load_tables, read_score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -356,3 +357,11 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
         else:
             recipes.add(parse_config(mains[program], flags, program).recipe)
     assert {recipe for table, row in OURS if table.from_paper for recipe in row.recipes.values()} <= recipes
+
+
+def test_the_results_page_shows_what_the_kept_results_say():
+    """Every number of its table has a line in docs/results."""
+    filled = fill(TABLES["study"], options("cpu", ROOT / "docs" / "results"))
+    assert render(filled, "baseline", "markdown") in (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    assert len(filled.cells[0]["pooled"].ours) == 3
+    assert not filled.remarks  # all ran as planned
