@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def row_curves(table: Table, options: Options) -> list[RowCurves]:
     """
     found: list[RowCurves] = []
     for row in table.rows:
-        alone = Table(**{**vars(table), "rows": (row,)})
+        alone = dataclasses.replace(table, rows=(row,))
         plans = [run for run in plan_runs([alone], options) if run.stage == PRETRAIN]
         plans = [run for run in plans if (run.folder / LOG_FILE).is_file()]
         if plans:
@@ -84,6 +85,7 @@ def draw_curves(table: Table, options: Options, path: Path) -> None:
         panel.set_title(f"{about.title}{f', {about.unit}' * bool(about.unit)}")
         panel.set_xlabel("epochs")
         panel.grid(alpha=0.3)
+    panels[1].set_yscale("log")  # distances of different kinds: InfoNCE is some ten times the cosine's
     panels[3].set_xlabel("10¹² FLOP of matrix products")
     panels[2].legend(fontsize=8)
     figure.suptitle(f"{table.name}, --scale {options.scale.name}", fontsize=10)
