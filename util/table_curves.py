@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from util.bench_plot import number_log_axis
 from util.curves import METRICS
 from util.errors import UserError
 from util.logs import LOG_FILE
@@ -86,6 +87,7 @@ def draw_curves(table: Table, options: Options, path: Path) -> None:
         panel.set_xlabel("epochs")
         panel.grid(alpha=0.3)
     panels[1].set_yscale("log")  # distances of different kinds: InfoNCE is some ten times the cosine's
+    number_log_axis(panels[1])
     panels[3].set_xlabel("10¹² FLOP of matrix products")
     panels[2].legend(fontsize=8)
     figure.suptitle(f"{table.name}, --scale {options.scale.name}", fontsize=10)
