@@ -359,7 +359,7 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
     assert {recipe for table, row in OURS if table.from_paper for recipe in row.recipes.values()} <= recipes
 
 
-@pytest.mark.parametrize("name, seeds", [("study", 3), ("parts", 1), ("tuning", 1)])
+@pytest.mark.parametrize(("name", "seeds"), [("study", 3), ("parts", 1), ("tuning", 1)])
 def test_the_results_page_shows_what_the_kept_results_say(name, seeds):
     """Every number of its tables has a line in docs/results."""
     filled = fill(TABLES[name], options("cpu", ROOT / "docs" / "results"))
