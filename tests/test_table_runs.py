@@ -124,7 +124,7 @@ def test_a_column_may_name_its_metric(call, tmp_path):
         path.write_text(json.dumps(line) + "\n")
     _, shown, _ = call("show parts --scale tiny --format markdown --against paper")
     assert "| MAE | 33.0 | 44.0 | – | – | 0–1 |" in shown
-    assert "| LUT | 33.0 | 44.0 | 31.0 | – | 0–1 |" in shown
+    assert "| cosine distance | 33.0 | 44.0 | 31.0 | – | 0–1 |" in shown
 
 
 def test_curves_of_a_table(call, tmp_path):
