@@ -38,12 +38,11 @@ class SegmenterTrainer(Trainer):
         """Optimiser steps of the whole run."""
         return self.config.max_updates
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next update."""
-        config, done = self.config, self.state.updates
+    def lr(self, updates: int) -> float:
+        """Learning rate of the update after so many."""
+        config = self.config
         return polynomial_rate(
-            done, self.total_updates, config.warmup_updates, config.peak_lr, config.min_lr, config.power
+            updates, self.total_updates, config.warmup_updates, config.peak_lr, config.min_lr, config.power
         )
 
     def to_device(self, batch: MaskedBatch) -> MaskedBatch:

@@ -132,7 +132,7 @@ def build_loader(config: PretrainConfig, source: ImageSource, order: BatchOrder,
     skip_bad = config.on_bad_image == "skip"
     about = (views, config.num_patches, config.in_chans, config.seed)
     if isinstance(source, IterableDataset):
-        dataset = PretrainStream(source, *about, order.rank, photometry_later=later)
+        dataset = PretrainStream(source, *about, order.rank, skip_bad, later, batch_size=config.batch_size)
     elif config.cache == "device":
         dataset = DrawnDataset(source.sizes.numpy(), readable(source), views, config.num_patches, config.seed)
     else:
@@ -185,6 +185,7 @@ def make_monitor(config: PretrainConfig, source: ImageSource, trainer: PretrainT
         Path(config.output_dir),
         trainer.device,
         config.loader_workers,
+        config.on_bad_image == "skip",
     )
 
 

@@ -36,9 +36,10 @@ class Ranks:
 
     Args:
         command: what stands behind `python`.
+        own_group: each process leads a group of its own, to be signalled with those that it starts.
     """
 
-    def __init__(self, command: list, number: int = 1):
+    def __init__(self, command: list, number: int = 1, own_group: bool = False):
         port = free_port()
         self.processes = []
         for rank in range(number):
@@ -52,6 +53,7 @@ class Ranks:
                     text=True,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
+                    start_new_session=own_group,
                 )
             )
 

@@ -1,8 +1,11 @@
 """Samples, the order of batches, loader processes, streams."""
 
+import dataclasses
 import itertools
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from multiprocessing import resource_sharer
@@ -16,6 +19,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from conftest import colours, encode, one_line
+from main_pretrain import build_loader
+from ranks import ROOT
 from util import data
 from util.data import (
     BatchOrder,
@@ -28,7 +33,10 @@ from util.data import (
     training_loader,
 )
 from util.errors import UserError, loaders_death, run_main
+from util.logs import RunLog
+from util.pretrain_config import PretrainConfig
 from util.sources import ArraySource, FileSource
+from util.training import report_bad_images
 from util.views import TwoViews, centre_view, sample_generator
 
 quick = settings(max_examples=60, deadline=None)
@@ -253,6 +261,44 @@ def test_what_a_data_set_raises_in_a_loader_process_is_no_death_of_it():
     assert loaders_death(raised.value) is None
 
 
+def test_loader_processes_outlive_the_sigterm_of_a_whole_group(tmp_path):
+    dataset = pretrain_dataset(image_files(tmp_path, set(range(14)), 14))
+    batches = iter(training_loader(dataset, BatchOrder(14, 1, 1, 0, 1, 0), 2, pin_memory=False, timeout=60))
+    next(batches)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGTERM)
+    assert len(list(batches)) == 13
+
+
+HANGS = """
+import sys, time
+from util.data import Loader
+class Hangs:
+    __len__ = lambda self: 4
+    def __getitem__(self, index):
+        if index:
+            print("asked", flush=True)
+            time.sleep(600)
+        return index
+batches = iter(Loader(Hangs(), num_workers=1, persistent_workers=True))
+next(batches)
+sys.stdin.readline()
+sys.exit(3)
+"""
+
+
+def test_a_loader_process_that_hangs_does_not_hold_up_the_exit():
+    command = [sys.executable, "-c", HANGS]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **streams) as process:
+        assert process.stdout.readline() == "asked\n"
+        process.stdin.close()
+        try:
+            assert process.wait(timeout=60) == 3
+        finally:
+            process.kill()
+
+
 def test_batches_do_not_depend_on_loader_processes(tmp_path):
     dataset = pretrain_dataset(image_files(tmp_path, set(range(14)) - {6}, 14), skip_bad=True)
     first, second = run_epochs(dataset, num_workers=0)
@@ -288,6 +334,7 @@ def test_labelled_images(tmp_path):
     assert label == 1
     with pytest.raises(UserError, match=r"002\.png: cannot be read"):
         LabelledDataset(source, [2], (8, 8), 3)[0]
+    assert LabelledDataset(source, [2], (8, 8), 3, skip_bad=True)[0][1] == source.labels[3]
     unlabelled = ArraySource(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, None, "x")
     assert LabelledDataset(unlabelled, [1], (8, 8), 1)[0][1] == -1
 
@@ -323,14 +370,16 @@ class Numbers(IterableDataset):
             yield (b"no image" if n in self.bad else encode(colours(20, 24, seed=n))), n
 
 
-def run_stream(num_workers, epochs=(0, 1), rank=0, skip_bad=False, bad=(), parts=12):
-    """Three batches of each epoch."""
-    stream = PretrainStream(Numbers(bad, parts), TwoViews(SIZE), PATCHES, 3, 0, rank, skip_bad)
+def run_stream(num_workers, epochs=(0, 1), rank=0, skip_bad=False, bad=(), parts=12, start=0):
+    """Three batches of each epoch, without the first `start`."""
+    stream = PretrainStream(
+        Numbers(bad, parts), TwoViews(SIZE), PATCHES, 3, 0, rank, skip_bad, batch_size=4, start_batch=start
+    )
     loader = training_loader(stream, BatchOrder(12, 4, 1, 0, 1, 0), num_workers, False, 60)
     found = []
     for epoch in epochs:
         stream.epoch = epoch
-        found.append(list(itertools.islice(loader, 3)))
+        found.append(list(itertools.islice(loader, 3 - start)))
     return found
 
 
@@ -375,6 +424,50 @@ def test_bad_image_in_a_stream():
     assert last.index.tolist() == [8, 9, 10, 11]
     with pytest.raises(UserError):
         run_stream(0, skip_bad=True, bad=range(12))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("start", [1, 2])
+@pytest.mark.parametrize("bad", [set(), {1, 5}])
+def test_stream_entered_in_mid_epoch_goes_on_with_what_it_has_not_had(num_workers, start, bad):
+    whole = run_stream(num_workers, skip_bad=bool(bad), bad=bad)
+    resumed = run_stream(num_workers, skip_bad=bool(bad), bad=bad, start=start)
+    for all_batches, tail in zip(whole, resumed, strict=True):
+        assert equal(tail, all_batches[start:])
+
+
+class Drawn(Numbers):
+    """In an order that its reader draws from the seed of its loader process, as timm's of wds/ does."""
+
+    def __iter__(self):
+        seed = get_worker_info().seed
+        order = np.random.default_rng(seed).permutation(12)
+        for n in order:
+            yield encode(colours(20, 24, seed=n)), n
+
+
+def test_a_stream_s_reader_draws_the_same_order_after_a_resume():
+    def views(start, noise):
+        torch.manual_seed(noise)  # what else the process has drawn
+        stream = PretrainStream(Drawn(), TwoViews(SIZE), PATCHES, 3, 0, 0, batch_size=4, start_batch=start)
+        loader = training_loader(stream, BatchOrder(12, 4, 1, 0, 1, 0), 2, False, 60)
+        return list(itertools.islice(loader, 3 - start))
+
+    assert equal(views(1, noise=5), views(0, noise=6)[1:])
+
+
+def test_what_a_stream_leaves_out_is_counted(capsys, tmp_path):
+    log = RunLog(tmp_path, None, enabled=True)
+    batches = run_stream(0, epochs=(0,), skip_bad=True, bad={5, 6})[0]
+    assert [report_bad_images([batch], None, log) for batch in batches] == [0, 2, 0]
+    assert capsys.readouterr().out == "left out 2 unreadable samples of the stream\n"
+
+
+def test_on_bad_image_reaches_a_stream():
+    config = dataclasses.replace(PretrainConfig(model="lut_vit_nano_patch4"), on_bad_image="skip", num_workers=0)
+    loader = build_loader(config, Numbers({1}), BatchOrder(12, 4, 1, 0, 1, 0), torch.device("cpu"))
+    assert loader.dataset.skip_bad
+    assert loader.dataset.batch_size == config.batch_size
 
 
 def test_stream_without_a_part_for_each_process_does_not_hang(capsys):

@@ -5,6 +5,7 @@ docs/FAULTS.md says which test belongs to which fault.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,10 @@ import torch
 from conftest import TINY, write_images
 from ranks import PATIENCE, Ranks, children, newest_step, same_end, send, updates, wait_until
 from util.checkpoint import CheckpointStore, load_checkpoint
-from util.errors import REQUEUE_STATUS, RunError
+from util.errors import REQUEUE_STATUS, RunError, run_main
+from util.logs import RunLog
+from util.stop import StopRequest
+from util.training import TrainState
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -135,6 +139,88 @@ def test_a_signal_during_a_save_or_an_evaluation_waits_for_its_end(
     assert all(load_checkpoint(path)["updates"] == manifest.step for path, manifest in found)  # hashes hold
     pretrain(*flags, "--auto_resume")
     same_end(run, expected)
+
+
+def test_a_stop_at_an_epoch_s_end_keeps_what_was_saved_there(pretrain, flat_folder, tmp_path, monkeypatch):
+    def look(monitor, student, epoch, *_):
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return {"knn": 5.0}
+
+    monkeypatch.setattr("main_pretrain.Monitor.look", look)
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--data_path", flat_folder, "--monitor_freq 1")
+    assert stop.value.code == REQUEUE_STATUS
+    ((path, manifest),) = CheckpointStore(tmp_path / "run", 9, None, keep_best=True).list()
+    assert (path.name, manifest.step, manifest.metric) == ("checkpoint-0.pth", 4, 5.0)
+
+
+def test_a_stop_before_the_first_update_saves_nothing(pretrain, flat_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(StopRequest, "agreed", lambda self: True)
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--data_path", flat_folder)
+    assert stop.value.code == REQUEUE_STATUS
+    assert "before the first update; to be requeued" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_with_loader_processes(whole, tmp_path):
+    """As torchrun, SLURM and systemd end a run: every process gets it."""
+    images, expected = whole
+    run = tmp_path / "run"
+    with Ranks(command(images, run, "--num_workers", "2"), own_group=True) as ranks:
+        wait_until(lambda: updates(run) >= 6)
+        os.killpg(ranks.processes[0].pid, signal.SIGTERM)
+        ((status, said),) = ranks.finish()
+    assert status == REQUEUE_STATUS
+    assert f"stopped by SIGTERM and saved after update {newest_step(run)};" in said
+    with Ranks(command(images, run, "--num_workers", "2")) as ranks:
+        assert ranks.finish()[0][0] == 0
+    same_end(run, expected)
+
+
+def test_the_best_is_saved_whatever_save_freq_says(pretrain, flat_folder, tmp_path, monkeypatch):
+    accuracies = iter([1.0, 2.0, 9.0, 3.0, 4.0])  # before the first epoch and after each of four
+    monkeypatch.setattr("main_pretrain.Monitor.look", lambda *_: {"knn": next(accuracies)})
+    pretrain("--data_path", flat_folder, "--epochs 4 --monitor_freq 1 --save_freq 4 --keep_last 1")
+    store = CheckpointStore(tmp_path / "run", 9, None, keep_best=True)
+    assert store.best_metric == 9.0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint-best.pth")["updates"] == 8
+    assert [path.name for path, _ in store.list()] == ["checkpoint-3.pth"]
+
+
+def test_a_full_disk_at_the_log_is_one_line(small_disk, capsys):
+    log = RunLog(small_disk, None, enabled=True)
+    (small_disk / "other").write_bytes(bytes(900_000))
+
+    def write() -> None:
+        for step in range(10_000):
+            log.scalars(step, {"loss": 0.0})
+
+    with pytest.raises(SystemExit) as stop:
+        run_main("x", write)
+    with contextlib.suppress(OSError):  # of what it still holds
+        log.close()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "x: error: No space left on device; checkpoints are whole, free some space and go on from the last one\n"
+    )
+
+
+@pytest.mark.parametrize(("before", "now"), [(False, True), (True, False)])
+def test_fp16_and_another_precision_may_follow_each_other(capsys, before, now):
+    def made(fp16: bool) -> TrainState:
+        model = torch.nn.Linear(2, 2)
+        scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+        return TrainState(model, None, torch.optim.AdamW(model.parameters()), scaler, updates=int(fp16 == before))
+
+    saved, state = made(before), made(now)
+    state.load_state_dict(saved.state_dict())
+    assert state.updates == 1
+    assert torch.equal(state.model.weight, saved.model.weight)
+    assert state.scaler.is_enabled() == now
+    assert "WARNING: --amp: " in capsys.readouterr().err
 
 
 def test_the_clock_stops_a_run_too(pretrain, flat_folder, tmp_path, capsys):

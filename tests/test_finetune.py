@@ -226,8 +226,7 @@ def test_lr_per_update_against_a_table():
     trainer = trainer_of("--epochs 4 --warmup_epochs 1 --lr 1e-3 --min_lr 1e-5")
     table = {0: 0.0, 5: 5e-4, 10: 1e-3, 25: 5.05e-4, 40: 1e-5}  # warm-up, its end, half of the cosine, the end
     for update, lr in table.items():
-        trainer.state.updates = update
-        assert trainer.lr == pytest.approx(lr, rel=1e-9, abs=1e-12)
+        assert trainer.lr(update) == pytest.approx(lr, rel=1e-9, abs=1e-12)
 
 
 def test_samples_are_the_same_whatever_was_drawn_before(class_folders):

@@ -129,10 +129,13 @@ def test_the_momentum_encoder_moves_once_per_update_and_by_the_schedule():
 
 def test_a_non_finite_loss_stops_the_run_without_a_checkpoint(pretrain, flat_folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        pretrain("--data_path", flat_folder, "--lr 1e30 --warmup_epochs 0")
+        pretrain("--data_path", flat_folder, "--lr 1e30 --warmup_epochs 1 --print_freq 4")
     assert stop.value.code == 1
     assert "the loss is no longer finite" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*.pth"))
+    report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert report["update"] in (2, 3)
+    assert report["lr"] == pytest.approx(1e30 * (report["update"] - 1) / 4)  # not that of the log line, update 4
 
 
 # ---- stop and go on -------------------------------------------------------------------------------------
@@ -154,11 +157,14 @@ def test_a_resumed_run_ends_bit_equal(pretrain, flat_folder, tmp_path, stop_afte
         assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
 
 
-def test_resume_from_a_named_file_and_start_from_its_weights(pretrain, flat_folder, tmp_path):
+def test_resume_from_a_named_file_and_start_from_its_weights(pretrain, flat_folder, tmp_path, capsys):
     pretrain("--data_path", flat_folder, "--max_steps 4", output=tmp_path / "a")
     saved = tmp_path / "a" / "checkpoint-0.pth"
     log = pretrain("--data_path", flat_folder, "--resume", saved, output=tmp_path / "b")
     assert [line["step"] for line in log if "loss" in line] == [5, 6, 7, 8]
+    with pytest.raises(SystemExit):  # checkpoint-1 would stay the newest
+        pretrain("--data_path", flat_folder, "--resume", saved, output=tmp_path / "b")
+    assert "holds what was trained after it (checkpoint-1.pth); delete these, or" in capsys.readouterr().err
     log = pretrain("--data_path", flat_folder, "--init_from", saved, output=tmp_path / "c")
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -303,8 +309,9 @@ def test_bad_images_stop_the_run_or_are_skipped(pretrain, flat_folder, tmp_path,
         pretrain("--data_path", flat_folder)
     assert stop.value.code == 2
     assert "image-003.png: cannot be read" in capsys.readouterr().err
-    log = pretrain("--data_path", flat_folder, "--on_bad_image skip", output=tmp_path / "skipped")
-    assert log[-1]["bad_images"] == 2  # once per epoch
+    flags = "--on_bad_image skip --monitor_freq 1"  # the monitor reads all images too
+    log = pretrain("--data_path", flat_folder, flags, output=tmp_path / "skipped")
+    assert [line["bad_images"] for line in log if "loss" in line][-1] == 2  # once per epoch
     assert "skipped a bad image" in capsys.readouterr().out
 
 

@@ -201,8 +201,7 @@ def test_the_schedule_spans_the_updates_and_not_the_epochs():
     trainer = trainer_of("--warmup_updates 4 --min_lr 1e-5")
     assert (trainer.total_updates, trainer.epochs) == (20, 2)
     for update, lr in {0: 0.0, 2: 5e-4, 4: 1e-3, 12: 5.05e-4, 20: 1e-5}.items():
-        trainer.state.updates = update
-        assert trainer.lr == pytest.approx(lr, rel=1e-9, abs=1e-12)
+        assert trainer.lr(update) == pytest.approx(lr, rel=1e-9, abs=1e-12)
     trainer.state.updates = 0
     begun = [update for update in range(25) if (setattr(trainer.state, "updates", update), not trainer.finished)[1]]
     assert begun == list(range(20))

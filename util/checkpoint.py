@@ -126,7 +126,7 @@ class CheckpointStore:
             hashed = write_durably(path, lambda file: torch.save(state, file))
             manifest = Manifest(*hashed, epoch=epoch, step=step, metric=metric, time=time.time())
             write_manifest(path, manifest)
-            if self.keep_best and metric is not None and self.is_best(metric):
+            if self.would_be_best(metric):
                 self.link_best(path, manifest)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             if loaders_death(error) is not None:
@@ -143,9 +143,13 @@ class CheckpointStore:
         best = read_manifest(self.folder / BEST)
         return None if best is None else best.metric
 
-    def is_best(self, metric: float) -> bool:
-        """Whether no checkpoint so far had as high a metric."""
-        return self.best_metric is None or metric > self.best_metric
+    def would_be_best(self, metric: float | None) -> bool:
+        """Whether the best is kept and no checkpoint so far had as high a metric."""
+        return self.keep_best and metric is not None and (self.best_metric is None or metric > self.best_metric)
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a complete checkpoint after so many updates."""
+        return any(manifest.step == step for _, manifest in self.list())
 
     def link_best(self, path: Path, manifest: Manifest) -> None:
         """Give the checkpoint its second name, without a second copy where the file system can."""
@@ -159,9 +163,10 @@ class CheckpointStore:
         os.replace(temporary, self.folder / BEST)
         write_manifest(self.folder / BEST, manifest)
 
-    def list(self) -> list[tuple[Path, Manifest]]:
-        """Complete checkpoints, oldest first, without the best one's second name."""
-        found = [(path, read_manifest(path)) for path in self.folder.glob("checkpoint-*.pth") if path.name != BEST]
+    def list(self, with_best: bool = False) -> list[tuple[Path, Manifest]]:
+        """Complete checkpoints, oldest first; the best one's second name only if asked for."""
+        paths = [path for path in self.folder.glob("checkpoint-*.pth") if with_best or path.name != BEST]
+        found = [(path, read_manifest(path)) for path in paths]
         return sorted(((p, m) for p, m in found if m is not None), key=lambda item: (item[1].step, item[1].time))
 
     def delete_old(self, newest: Path) -> None:

@@ -6,6 +6,7 @@ samples make up which batch of which epoch on which rank.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import pickle
@@ -26,7 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from util.device_views import crop_rows, photometry_row
-from util.errors import LOADERS_DEATH, UserError
+from util.errors import LOADERS_DEATH, UserError, kill_loaders
 from util.sources import BadImage, ImageSource
 from util.views import Plan, Size, TwoViews, centre_view, sample_generator
 
@@ -105,7 +106,7 @@ class Batch(NamedTuple):
     views: Tensor  # [B, num_views, C, H, W] uint8
     noise: Tensor  # [B, L] float32: its order decides which patches are masked
     index: Tensor  # [B] the samples asked for
-    read_index: Tensor  # [B] the samples read: another one where an image was bad
+    read_index: Tensor  # [B] the samples read: another one where an image was bad; see `PretrainStream`
     photometry: Tensor = torch.empty(0)  # [B, ROW_LENGTH] what the device still has to do to view v; empty: nothing
 
 
@@ -220,8 +221,10 @@ class DrawnDataset(Dataset):
 class PretrainStream(IterableDataset):
     """The same from a stream: samples have no index, their number in the worker's stream takes its place.
 
-    A stream cannot be entered in the middle: it resumes at an epoch's beginning only. Which samples come in which
-    order is up to its reader; timm's shuffle wds/ by the seeds that PyTorch gives loader processes.
+    `read_index` is larger than `index` by the unreadable samples that were left out just before it. Which samples come
+    in which order is up to the stream's reader: timm's shuffle wds/ by the seeds that PyTorch gives loader processes,
+    and `Loader` has these follow from seed and epoch. An epoch is entered in the middle by passing over what its first
+    batches had: undecoded, unless unreadable samples are left out.
     """
 
     stream: IterableDataset
@@ -233,6 +236,8 @@ class PretrainStream(IterableDataset):
     skip_bad: bool = False
     photometry_later: bool = False
     epoch: int = 0
+    batch_size: int = 1
+    start_batch: int = 0  # batches of this epoch that this rank had before a resume
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -240,9 +245,14 @@ class PretrainStream(IterableDataset):
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(self.epoch)
         bad_in_a_row = 0
+        # of each process alike; `Loader` passes over the rest, less than one batch for each
+        start = number + self.start_batch // (worker.num_workers if worker else 1) * self.batch_size
         while True:  # the order of batches ends the epoch, at the same step on every rank
             begin = number
             for raw, *_ in self.stream:
+                if number < start and not self.skip_bad:
+                    number += 1
+                    continue
                 try:
                     image = decode(raw, self.in_chans)
                 except BadImage as error:
@@ -253,9 +263,11 @@ class PretrainStream(IterableDataset):
                             " mend it or add --on_bad_image skip"
                         ) from error
                     continue
+                if number >= start:
+                    rng = sample_generator(self.seed, self.epoch, number)
+                    numbers = (number, number + bad_in_a_row)
+                    yield make_sample(image, self.views, self.num_patches, rng, self.photometry_later, *numbers)
                 bad_in_a_row = 0
-                rng = sample_generator(self.seed, self.epoch, number)
-                yield make_sample(image, self.views, self.num_patches, rng, self.photometry_later, number, number)
                 number += 1
             if number == begin:
                 raise UserError("--dataset: the stream holds no samples, or fewer parts than loader processes")
@@ -303,20 +315,31 @@ class Loader(DataLoader):
     over the batch's memory would be waited for without end. An alarm sees that too; only the main thread can have one.
     One that dies then leaves errors of sockets or pickle, which name no loader: they are raised as one that does.
 
+    Loader processes outlive SIGTERM, which launchers and schedulers send to a whole group: the run still needs them for
+    the update under way, and ends them itself.
+
     Raises:
         RuntimeError: while iterating, a loader process died or hung; see `util.errors.loaders_death`.
     """
 
     def __init__(self, dataset, *, patience: float = 600.0, **settings: Any):
-        super().__init__(dataset, **settings)
+        super().__init__(dataset, worker_init_fn=ignore_sigterm, **settings)
         self.patience = patience
 
     def __iter__(self) -> Iterator:
+        if isinstance(self.dataset, PretrainStream):  # its reader's order follows from what this draws
+            self.generator = torch.Generator().manual_seed(self.dataset.seed * 1_000_003 + self.dataset.epoch)
         return self._watched() if self.num_workers else super().__iter__()
 
     def _watched(self) -> Iterator:
         with self._watch():  # processes that live on are asked here whether they are ready
             batches = super().__iter__()
+        atexit.unregister(kill_loaders)
+        atexit.register(kill_loaders)  # before torch and Python wait for those that ignore their SIGTERM
+        passed_over = self.dataset.start_batch % self.num_workers if isinstance(self.dataset, PretrainStream) else 0
+        for _ in range(passed_over):
+            with self._watch():
+                next(batches)
         while True:
             with self._watch():
                 batch = next(batches, None)
@@ -343,6 +366,11 @@ class Loader(DataLoader):
             if timed:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """In a loader process, after torch has set its own handlers, by which the signal is deadly."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def broke_off(error: Exception) -> bool:
@@ -420,19 +448,23 @@ class ClassifierDataset(Dataset):
 
 @dataclass
 class LabelledDataset(Dataset):
-    """uint8 centre views with labels (-1 where there are none), of the samples in `indices`."""
+    """uint8 centre views with labels (-1 where there are none), of the samples in `indices`.
+
+    With `skip_bad` the next readable image and its label stand for one that cannot be read.
+    """
 
     source: ImageSource
     indices: Sequence[int]
     size: Size
     in_chans: int
+    skip_bad: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        index = self.indices[place]
-        image, _ = load_image(self.source, index, self.in_chans, skip_bad=False, fix="mend it or take it out")
+        asked = self.indices[place]
+        image, index = load_image(self.source, asked, self.in_chans, self.skip_bad, fix="mend it or take it out")
         label = -1 if self.source.labels is None else self.source.labels[index]
         return centre_view(image, self.size), label
 

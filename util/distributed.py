@@ -112,6 +112,11 @@ def any_rank(flag: Tensor) -> bool:
     return bool(flag)
 
 
+def main_says(flag: bool, device: torch.device) -> bool:
+    """Rank 0's flag, on all ranks together; `device`: the one that this rank computes on."""
+    return any_rank(torch.tensor(flag and is_main(), device=device))
+
+
 def replicated(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of which each rank has a copy; the sharded ones are left out."""
     return {name: x for name, x in module.state_dict().items() if not isinstance(x, DTensor)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import re
 import signal
@@ -50,8 +51,18 @@ def loaders_death(error: BaseException) -> BaseException | None:
     return found
 
 
+def kill_loaders() -> None:
+    """End what torch's DataLoaders have left: one that hangs would be waited for at the exit, for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for loader in multiprocessing.active_children():
+        loader.kill()
+
+
 def run_main(program: str, main: Callable[[], None]) -> None:
-    """Run a script's main; UserError, RunError and Requeue become one line on stderr, with status 2, 1 and 75."""
+    """Run a script's main; UserError, RunError and Requeue become one line on stderr, with status 2, 1 and 75.
+
+    So do a full disk and the death of a loader process, wherever they are met (1).
+    """
     try:
         main()
     except UserError as error:
@@ -59,13 +70,17 @@ def run_main(program: str, main: Callable[[], None]) -> None:
         exit_with_error(program, str(error).rpartition(f"{UserError.__name__}: ")[2], USER_ERROR_STATUS)
     except RunError as error:
         exit_with_error(program, str(error), RUN_ERROR_STATUS)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        said = f"{error.strerror}{place}; checkpoints are whole, free some space and go on from the last one"
+        exit_with_error(program, said, RUN_ERROR_STATUS)
     except RuntimeError as error:
         death = loaders_death(error)
         if death is None:
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
-        for loader in multiprocessing.active_children():
-            loader.kill()  # one that hangs would otherwise be waited for at the exit, for ever
+        kill_loaders()
         exit_with_error(program, f"a loader process died or hung: {death}; see --loader_timeout", RUN_ERROR_STATUS)
     except Requeue as stop:
         print(f"{program}: {stop}", file=sys.stderr)

@@ -21,12 +21,12 @@ _BATCH = 256
 
 
 def labelled_loader(
-    source: ImageSource, most: int, size: Size, in_chans: int, num_workers: int, seed: int = 0, batch_size: int = _BATCH
+    source: ImageSource, most: int, size: Size, in_chans: int, num_workers: int, skip_bad: bool = False
 ) -> Loader:
     """Centre views and labels of at most `most` images, always the same ones."""
-    indices = np.random.default_rng(seed).permutation(len(source))[:most].tolist()
-    dataset = LabelledDataset(source, indices, size, in_chans)
-    return Loader(dataset, batch_size=batch_size, num_workers=num_workers)
+    indices = np.random.default_rng(0).permutation(len(source))[:most].tolist()
+    dataset = LabelledDataset(source, indices, size, in_chans, skip_bad)
+    return Loader(dataset, batch_size=_BATCH, num_workers=num_workers)
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Monitor:
     output_dir: Path
     device: torch.device
     num_workers: int
+    skip_bad: bool  # as the training
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # other shapes than the training's: no compilation in between
@@ -68,12 +69,13 @@ class Monitor:
 
     def features(self, student: Student, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled features [N, D] and labels [N] of at most `most_images` images."""
-        loader = labelled_loader(source, self.most_images, self.size, self.in_chans, self.num_workers)
+        shape = (self.size, self.in_chans)
+        loader = labelled_loader(source, self.most_images, *shape, self.num_workers, self.skip_bad)
         return extract_features(lambda pixels: student.features(self.normalise(pixels.to(self.device))), loader)
 
     def picture(self, student: Student) -> np.ndarray:
         """Reconstructions of the same images with the same masks, each time."""
-        loader = labelled_loader(self.val or self.train, PICTURES, self.size, self.in_chans, 0)
+        loader = labelled_loader(self.val or self.train, PICTURES, self.size, self.in_chans, 0, self.skip_bad)
         images = self.normalise(next(iter(loader))[0].to(self.device))
         noise = torch.rand(len(images), student.num_patches, generator=torch.Generator().manual_seed(0))
         mask, prediction = student.reconstruct(images, noise.to(self.device))

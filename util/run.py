@@ -22,7 +22,7 @@ from util.checkpoint import CheckpointStore, load_checkpoint
 from util.config import as_dict
 from util.cost import count_parameters
 from util.data import BatchOrder
-from util.distributed import Processes, barrier, check_in_sync, is_main, world_size
+from util.distributed import Processes, barrier, check_in_sync, is_main, main_says, world_size
 from util.errors import Requeue, UserError
 from util.logs import RunLog, format_duration, write_run_info
 from util.sharding import is_sharded
@@ -60,9 +60,21 @@ def writable_folder(path: str | Path, flag: str) -> Path:
 
 
 def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] | None:
-    """The checkpoint that --resume or --auto_resume asks for; a folder with checkpoints is never begun anew."""
+    """The checkpoint that --resume or --auto_resume asks for; a folder with checkpoints is never begun anew.
+
+    Raises:
+        UserError: there is none that is intact, none was asked for, or --resume goes back behind those in the folder.
+    """
     if config.resume:
-        return load_checkpoint(Path(config.resume), flag="--resume")
+        state = load_checkpoint(Path(config.resume), flag="--resume")
+        # they would count as the newest of this run
+        later = [path.name for path, about in store.list(with_best=True) if about.step > state.get("updates", 0)]
+        if later:
+            raise UserError(
+                f"--resume {config.resume}: --output_dir {config.output_dir} holds what was trained after it"
+                f" ({', '.join(later)}); delete these, or choose another folder"
+            )
+        return state
     found = store.load_latest()
     if found is None:
         return None
@@ -183,14 +195,16 @@ def train(
             order.epoch = epoch
             if stream is not None:
                 stream.epoch = epoch
+                stream.start_batch = order.start_update * config.accum_iter
             updates = order.updates_per_epoch - order.start_update
             train_one_epoch(trainer, loader, None if stream else source, updates, epoch, log)
             if state.updates < order.updates_per_epoch * (epoch + 1) and not trainer.finished:
-                save(trainer, store, None, binding)
                 store.wait()
-                raise Requeue(
-                    f"stopped by {trainer.stop.reason} and saved after update {state.updates}; to be requeued"
-                )
+                if state.updates and main_says(not store.holds(state.updates), trainer.device):
+                    save(trainer, store, None, binding)
+                    store.wait()
+                when = f"and saved after update {state.updates}" if state.updates else "before the first update"
+                raise Requeue(f"stopped by {trainer.stop.reason} {when}; to be requeued")
             order.start_update = 0
 
             last = trainer.finished
@@ -199,6 +213,7 @@ def train(
                 last
                 or (epoch + 1) % config.save_freq == 0
                 or (config.keep_every and (epoch + 1) % config.keep_every == 0)
+                or main_says(store.would_be_best(metric), trainer.device)
             ):
                 save(trainer, store, metric, binding)
             if last:

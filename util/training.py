@@ -67,7 +67,11 @@ class TrainState:
         """The inverse, strict: what is missing or superfluous is an error."""
         self.model.load_state_dict(cut_weights(state["model"], self.model))
         self.optimizer.load_state_dict(cut_moments(state["optimizer"], self.optimizer))
-        self.scaler.load_state_dict(state["scaler"])
+        if bool(state["scaler"]) == self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        elif is_main():  # --amp auto on another kind of device
+            here, there = ("fp16", "another precision") if self.scaler.is_enabled() else ("another precision", "fp16")
+            print(f"WARNING: --amp: {there} until now, {here} from here on", file=sys.stderr)
         self.updates = state["updates"]
         if self.model_ema is not None:
             followed = {name.removeprefix(EMA_PREFIX): x for name, x in state["model_ema"].items()}
@@ -127,7 +131,7 @@ class Trainer:
 
     def begin_update(self) -> None:
         """Set the learning rate; with --on_nonfinite skip keep what a bad forward pass would spoil."""
-        set_learning_rate(self.state.optimizer, self.lr)
+        set_learning_rate(self.state.optimizer, self.lr(self.state.updates))
         self._losses = {}
         if self.config.on_nonfinite == "skip":
             self._statistics = [buffer.clone() for buffer in self.state.model.buffers()]
@@ -157,11 +161,10 @@ class Trainer:
         """Whether the state stands there."""
         return self.state.updates >= self.last_update
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next update."""
+    def lr(self, updates: int) -> float:
+        """Learning rate of the update after so many."""
         config, warmup = self.config, self.config.warmup_epochs * self.updates_per_epoch
-        return learning_rate(self.state.updates, self.total_updates, warmup, config.peak_lr, config.min_lr)
+        return learning_rate(updates, self.total_updates, warmup, config.peak_lr, config.min_lr)
 
     def step_optimizer(self, batches: list[Batch]) -> bool:
         """Clip and step; False where the step was left out: fp16 overflowed, or --on_nonfinite skip."""
@@ -213,7 +216,8 @@ class Trainer:
         if not report:
             return "an update whose loss was not finite"
         scale = self.state.scaler.get_scale() if self.state.scaler.is_enabled() else 1.0
-        more = {"lr": self.lr, "scale": scale}
+        lr = self.lr(report["update"] - 1)  # the log line may be many updates later
+        more = {"lr": lr, "scale_now": scale}
         losses = [rank["losses"] for rank in report["ranks"]]
         at_fault = [any(isinstance(value, str) for value in found.values()) for found in losses]
         culprit = at_fault.index(True) if any(at_fault) else 0  # a loss may be finite and its gradient not
@@ -224,7 +228,7 @@ class Trainer:
         if is_main():
             write_report(report, path.parent, more)
         return (
-            f"update {report['update']} ({parts} on rank {culprit}; lr {self.lr:.3g}, scale {scale:g}{where});"
+            f"update {report['update']} ({parts} on rank {culprit}; lr {lr:.3g}, loss scale now {scale:g}{where});"
             f" its samples and gradient norms are in {path}"
         )
 
@@ -337,9 +341,19 @@ def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog
 
 
 def report_bad_images(batches: list[Batch], source: ImageSource | None, log: RunLog) -> int:
-    """Name and count skipped images (--on_bad_image skip); indices are on the CPU: this waits for nothing."""
+    """Name and count skipped images (--on_bad_image skip); indices are on the CPU: this waits for nothing.
+
+    Args:
+        source: None for a stream, whose samples have no names.
+    """
     found = 0
     for batch in batches:
+        if source is None:
+            skipped = int((batch.read_index - batch.index).sum())
+            if skipped:
+                log.text(f"left out {skipped} unreadable samples of the stream")
+            found += skipped
+            continue
         for place in (batch.index != batch.read_index).nonzero().flatten().tolist():
             bad, taken = (source.name(int(indices[place])) for indices in (batch.index, batch.read_index))
             log.text(f"skipped a bad image: {bad}; took {taken} in its place")
