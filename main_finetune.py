@@ -3,7 +3,7 @@
     python main_finetune.py --recipe digits_finetune --finetune output/quickstart/checkpoint-79.pth
     torchrun --nproc_per_node=8 main_finetune.py --recipe finetune_vit_base --finetune RUN/checkpoint-1599.pth \
         --data_path IMAGENET --output_dir TUNED
-    python main_finetune.py --eval --resume TUNED/checkpoint-best.pth --model vit_base_patch16 --data_path IMAGENET
+    python main_finetune.py --eval --resume TUNED/checkpoint-best.pth --data_path IMAGENET
 
 `--help` lists all flags, `--dry_run` shows what a command would do. To go on after an interruption, run the same
 command with --auto_resume.
@@ -22,16 +22,15 @@ from engine_finetune import ClassifierTrainer
 from models_vit import Classifier
 from util.classification import prepare, start_from, train_classifier
 from util.classifier_config import FinetuneConfig
-from util.command_line import parse_config
 from util.distributed import stop_processes
 from util.errors import run_main
-from util.evaluation import fresh_state
+from util.evaluation import fresh_state, parse_downstream
 from util.run import parallel
 
 
 def main() -> None:
     """Settings, data, classifier, then the epochs."""
-    run = prepare(parse_config(FinetuneConfig, sys.argv[1:], Path(__file__).name))
+    run = prepare(parse_downstream(FinetuneConfig, sys.argv[1:], Path(__file__).name))
     config, device, num_classes = run.config, run.processes.device, run.data.num_classes
 
     # ---- model: images -> logits -----------------------------------------------------------------------

@@ -20,9 +20,9 @@ from models_vit import LinearProbe
 from util.amp import choose_attention, grad_scaler
 from util.classification import prepare, start_from, train_classifier
 from util.classifier_config import LinprobeConfig
-from util.command_line import parse_config
 from util.distributed import stop_processes, synchronise_batch_norm
 from util.errors import run_main
+from util.evaluation import parse_downstream
 from util.optim import build_lars
 from util.run import parallel, transform_blocks
 from util.training import TrainState
@@ -30,7 +30,7 @@ from util.training import TrainState
 
 def main() -> None:
     """Settings, data, probe, then the epochs."""
-    run = prepare(parse_config(LinprobeConfig, sys.argv[1:], Path(__file__).name))
+    run = prepare(parse_downstream(LinprobeConfig, sys.argv[1:], Path(__file__).name))
     config, device = run.config, run.processes.device
 
     # ---- model: images -> frozen features -> logits ----------------------------------------------------

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 main_segment.py --recipe segment_vit_base --finetune RUN/checkpoint-1599.pth \
         --data_path ADE20K --output_dir SEGMENTED
     python main_segment.py --recipe camvid_segment --finetune RUN/checkpoint-299.pth --data_path CAMVID
-    python main_segment.py --eval --resume SEGMENTED/checkpoint-best.pth --model vit_base_patch16 --data_path ADE20K
+    python main_segment.py --eval --resume SEGMENTED/checkpoint-best.pth --data_path ADE20K
 
 `--help` lists all flags, `--dry_run` looks at all masks and shows what a command would do. To go on after an
 interruption, run the same command with --auto_resume.
@@ -19,11 +19,10 @@ import torch
 from engine_segment import SegmenterTrainer
 from models_upernet import UperNet
 from util.classification import start_from
-from util.command_line import parse_config
 from util.data import Normalise
 from util.distributed import stop_processes, synchronise_batch_norm
 from util.errors import run_main
-from util.evaluation import fresh_state
+from util.evaluation import fresh_state, parse_downstream
 from util.run import parallel
 from util.segment_config import SegmentConfig
 from util.segmentation import prepare, train_segmenter
@@ -31,7 +30,7 @@ from util.segmentation import prepare, train_segmenter
 
 def main() -> None:
     """Settings, images with masks, segmenter, then the updates."""
-    run = prepare(parse_config(SegmentConfig, sys.argv[1:], Path(__file__).name))
+    run = prepare(parse_downstream(SegmentConfig, sys.argv[1:], Path(__file__).name))
     config, device = run.config, run.processes.device
 
     # ---- model: images -> logits of each pixel ---------------------------------------------------------

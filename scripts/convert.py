@@ -75,6 +75,8 @@ def main() -> None:
             said = write(file, shape, config.pool, pixels.pixel_mean, pixels.pixel_std, output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error}), choose another") from error
+    if "head.1.weight" in file.state and "head.0.weight" not in file.state:
+        said += "\nleft out: the head of the linear probe, whose BatchNorm no other program has"
     print(f"{config.input} ({file.layout}, {len(file.state)} tensors) -> {output}\n{said}")
 
 

@@ -29,7 +29,7 @@ from util.config import config_from_dict
 from util.data import Normalise
 from util.distributed import choose_device
 from util.errors import UserError, run_main
-from util.interop import load_weights, read_weights
+from util.interop import PATCH_KERNEL, load_weights, read_weights
 from util.monitor import labelled_loader
 from util.pretrain_config import PretrainConfig
 from util.probe import extract_features, few_labels, knn_accuracy, linear_sweep, logistic_probe_accuracy
@@ -53,6 +53,8 @@ def main() -> None:
     if not same_classes(train, val):
         where = f"--data_path {run.data_path}" if run.data_path else f"--dataset {dataset}"
         raise UserError(f"{where}: a probe needs train/ and val/ with the same class folders")
+    if config.labels_per_class:  # known before anything is computed
+        few_labels(torch.tensor(train.labels), config.labels_per_class, seed=0)
     normalise = Normalise(run.pixel_mean, run.pixel_std, device)
     loaders = [
         labelled_loader(source, config.most_images, run.image_size, run.in_chans, config.num_workers)
@@ -61,7 +63,8 @@ def main() -> None:
 
     print(f"{Path(config.checkpoint).name}: {run.model}, {len(train)} training and {len(val)} validation images")
     results: dict[str, float] = {}
-    for name, encoder in encoders(run, config):
+    for name, encoder, said in encoders(run, config):
+        print(f"{name}: {said}", file=sys.stderr)
         encoder = encoder.to(device).eval()
 
         def encode(pixels: Tensor, encoder: Encoder = encoder) -> Tensor:
@@ -80,10 +83,11 @@ def main() -> None:
 
 
 def settings_of(config: ProbeConfig) -> PretrainConfig:
-    """The run's settings, or those that the flags give for a file of another program."""
-    saved = read_weights(Path(config.checkpoint), flag="checkpoint").config
-    given = {name: getattr(config, name) for name in ("model", "data_path", "dataset", "val_path", "input_size")}
-    given = {name: value for name, value in given.items() if value}
+    """The run's settings, or those that the flags give for a file of another program; its patches tell themselves."""
+    file = read_weights(Path(config.checkpoint), flag="checkpoint")
+    saved, kernel = file.config, file.state.get(PATCH_KERNEL)
+    flags = ("model", "data_path", "dataset", "val_path", "input_size", "mean", "std")
+    given = {name: value for name in flags if (value := getattr(config, name))}
     if saved is not None and "mask_ratio" in saved:
         run = config_from_dict(PretrainConfig, saved | {"recipe": ""})
         if "data_path" in given:
@@ -91,20 +95,22 @@ def settings_of(config: ProbeConfig) -> PretrainConfig:
         return config_from_dict(PretrainConfig, vars(run) | given)
     if not config.model:
         raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")
+    if kernel is not None:
+        given |= {"in_chans": kernel.shape[1], "patch_size": kernel.shape[-1]}
     return config_from_dict(PretrainConfig, given)
 
 
-def encoders(run: PretrainConfig, config: ProbeConfig) -> Iterator[tuple[str, Encoder]]:
-    """Name and encoder of each row; the random one has the first weights of a run with these settings."""
+def encoders(run: PretrainConfig, config: ProbeConfig) -> Iterator[tuple[str, Encoder, str]]:
+    """Name and encoder of each row, and where it came from; the random one is as a run with these settings begins."""
     torch.manual_seed(run.seed)
     random = run.student_type(**run.model_arguments)
     if "random" in config.encoders:
-        yield ROWS["random"], random
+        yield ROWS["random"], random, f"weights of seed {run.seed}"
     for weights in ("student", "momentum"):
         if weights in config.encoders and (weights == "student" or has_momentum_encoder(config.checkpoint)):
             encoder = Encoder(**random.shape)
-            load_weights(encoder, Path(config.checkpoint), weights, flag="checkpoint")
-            yield ROWS[weights], encoder
+            report = load_weights(encoder, Path(config.checkpoint), weights, flag="checkpoint")
+            yield ROWS[weights], encoder, f"{config.checkpoint}: {report}"
 
 
 def has_momentum_encoder(path: str) -> bool:

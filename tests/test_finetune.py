@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import main_finetune
+import main_linprobe
 from conftest import TINY_CLASSIFIER, write_images
 from engine_finetune import ClassifierTrainer, evaluate
 from models_vit import Classifier
@@ -116,6 +118,61 @@ def test_the_best_checkpoint_and_its_accuracy_survive_a_resume(finetune, class_f
     assert "best 99.00 %" in capsys.readouterr().out
     assert json.loads(manifest.read_text())["step"] == 4
     assert read_results(tmp_path / "run")[-1]["metrics"]["best_top1"] == 99
+
+
+def test_the_best_accuracy_goes_with_a_checkpoint_into_another_folder(finetune, class_folders, tmp_path, capsys):
+    finetune("--data_path", class_folders, "--epochs 3 --max_steps 4 --save_periods last", output=tmp_path / "one")
+    path = tmp_path / "one" / "checkpoint-0.pth"
+    saved = load_checkpoint(path)
+    torch.save(saved | {"best_metric": 99.0}, path)  # as if an epoch before had been very good
+    (tmp_path / "one" / "checkpoint-0.pth.json").unlink()
+    finetune("--data_path", class_folders, "--epochs 3 --save_periods last --resume", path, output=tmp_path / "two")
+    assert "best 99.00 %" in capsys.readouterr().out
+    assert read_results(tmp_path / "two")[-1]["metrics"]["best_top1"] == 99
+
+
+@pytest.mark.parametrize(
+    ("which", "flags"),
+    [
+        ("finetune", "--mean 0.1 0.2 0.3 --std 0.4 0.4 0.4 --input_size 48"),
+        ("finetune", "--model_ema --model_ema_decay 0.9"),
+        ("linprobe", "--global_pool"),
+    ],
+)
+def test_eval_takes_model_and_input_from_the_run(request, class_folders, tmp_path, which, flags):
+    main = request.getfixturevalue(which)
+    expected = main("--data_path", class_folders, flags)[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        where = ["--data_path", str(class_folders), "--output_dir", str(tmp_path / "evaluated")]
+        model = ["--eval", "--resume", str(tmp_path / "run" / "checkpoint-1.pth"), "--num_workers", "0"]
+        patch.setattr(sys, "argv", ["main.py", *model, *where, "--device", "cpu", "--amp", "fp32"])
+        (main_finetune if which == "finetune" else main_linprobe).main()
+    metrics = read_results(tmp_path / "evaluated")[-1]["metrics"]
+    assert metrics["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
+def test_a_checkpoint_of_another_kind_of_training_is_told_where_to_go(
+    pretrain, finetune, class_folders, tmp_path, capsys
+):
+    pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
+    with pytest.raises(SystemExit):
+        finetune("--data_path", class_folders, "--resume", tmp_path / "pre" / "checkpoint-0-step1.pth")
+    assert "a checkpoint of pretrain, and this is finetune; give its weights to --finetune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--batch_size 1", "--batch_size 1: BatchNorm needs two images"),
+        ("--layer_decay 0.5", "--layer_decay 0.5: LARS has none"),
+        ("--betas 0.1 0.2", "--betas 0.1 0.2: LARS has none"),
+        ("--weights momentum", "--weights momentum: is of --finetune, which is not given"),
+    ],
+)
+def test_flags_without_effect_on_a_linear_probe_are_refused(linprobe, class_folders, capsys, flags, said):
+    with pytest.raises(SystemExit):
+        linprobe("--data_path", class_folders, flags)
+    assert said in capsys.readouterr().err
 
 
 def test_eval_of_a_fine_tuned_file(finetune, class_folders, tmp_path, capsys):

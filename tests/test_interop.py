@@ -104,7 +104,7 @@ def test_other_grid_patch_and_channels_are_resampled_and_reported(tmp_path):
     student = LUT(img_size=(48, 48), in_chans=1, **shape, **decoder)
     report = load_weights(student, tmp_path / "vit.pth")
     assert len(report.resampled) == 2
-    assert "pos_embed: 17 to 37 positions, interpolated" in report.resampled
+    assert "pos_embed: 4 x 4 to 6 x 6 patches, interpolated" in report.resampled
     assert student.pos_embed.shape == (1, 37, 24)
 
 
@@ -114,6 +114,47 @@ def test_mae_s_positions_are_computed_anew_for_another_grid():
     load_weights(student, DATA / "mae_full_tiny.pth")
     assert torch.equal(student.pos_embed, fixed_positions(24, (4, 8)))
     assert torch.equal(student.decoder_pos_embed, fixed_positions(16, (4, 8)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((96, 160), (160, 96)),
+        ((32, 128), (64, 64)),
+        ((32, 72), (48, 48)),
+        ((32, 72), (96, 96)),
+        ((96, 160), (192, 320)),
+    ],
+)
+@pytest.mark.parametrize("learned", [False, True])
+def test_positions_of_any_grid_for_any_other(tmp_path, old, new, learned):
+    shape = dict(patch_size=8, embed_dim=24, depth=2, num_heads=3, in_chans=3)
+    decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    source, target = LUT(img_size=old, **shape, **decoder), LUT(img_size=new, **shape, **decoder)
+    if learned:
+        torch.nn.init.normal_(source.pos_embed)
+    # a run of ours says how large its images were; sines say it themselves
+    config = {"config": {"input_size": list(old)}} if learned else {}
+    torch.save({"model": source.state_dict(), **config}, tmp_path / "source.pth")
+    report = load_weights(target, tmp_path / "source.pth")
+    rows, columns = old[0] // 8, old[1] // 8
+    grid = (new[0] // 8, new[1] // 8)
+    assert len(report.resampled) == 2
+    assert report.resampled[0].startswith(f"pos_embed: {rows} x {columns} to {grid[0]} x {grid[1]} patches, ")
+    if learned:
+        of_patches = source.pos_embed[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        resized = torch.nn.functional.interpolate(of_patches, grid, mode="bicubic", antialias=True)
+        torch.testing.assert_close(target.pos_embed[0, 1:], resized[0].flatten(1).T)
+    else:
+        assert torch.equal(target.pos_embed, fixed_positions(24, grid))
+
+
+@pytest.mark.parametrize("more", [{"init_values": 0.1}, {"qk_norm": True}, {"depth": 3}, {"pre_norm": True}])
+def test_an_encoder_with_layers_that_ours_has_not_is_refused(tmp_path, more):
+    shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0) | more
+    torch.save(timm.create_model("vit_tiny_patch16_224", **shape).state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=r"another encoder \(timm ViT\), \d+ of its tensors have no place"):
+        load_weights(tiny_student(), tmp_path / "vit.pth")
 
 
 def test_the_report_is_readable():

@@ -259,6 +259,18 @@ def test_the_table_of_a_run(tmp_path, pretrain, class_folders, run_probe):
     assert all(0 <= value <= 100 for value in result["metrics"].values())
 
 
+def test_a_file_of_another_program_tells_its_patches_and_channels(tmp_path, pretrain, class_folders, run_probe):
+    pretrain("--data_path", class_folders, "--max_steps 1 --in_chans 1 --mean 0.3 --std 0.2")  # patches of 8
+    checkpoint, bare = tmp_path / "run" / "checkpoint-0-step1.pth", tmp_path / "bare.pth"
+    torch.save({"model": load_checkpoint(checkpoint)["model"]}, bare)
+    flags = ("--labels_per_class", 0, "--encoders", "student", "--output_dir", tmp_path / "probed")
+    run_probe(checkpoint, *flags)
+    of_another = ("--model", "mae_vit_nano_patch4", "--data_path", class_folders, "--mean", 0.3, "--std", 0.2)
+    run_probe(bare, *flags, *of_another)
+    of_run, of_file = read_results(tmp_path / "probed")
+    assert of_file["metrics"] == of_run["metrics"]
+
+
 def test_a_file_of_another_program_needs_a_model_and_images(tmp_path, pretrain, class_folders, run_probe, capsys):
     pretrain("--data_path", class_folders, "--max_steps 1 --patch_size 4")
     bare = tmp_path / "bare.pth"
@@ -271,6 +283,10 @@ def test_a_file_of_another_program_needs_a_model_and_images(tmp_path, pretrain, 
     assert [line.split()[0] for line in of_file[2:]] == ["random", "student"]  # there is no momentum encoder in it
     assert of_file[3] == of_run[3]
     assert len(run_probe(bare, *flags, "--pool", "token").splitlines()) == 4
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_probe(bare, *flags[:-3], "--labels_per_class", 500)
+    assert "--labels_per_class 500: is more than class 0 has; use 16 or fewer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_probe(bare, "--data_path", class_folders)
     assert "add --model with its name" in capsys.readouterr().err

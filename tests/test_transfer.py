@@ -387,6 +387,7 @@ WRONG = {
     "plan --holdout 1": "--holdout 1.0: must lie in [0, 1)",
     "plan --seeds 0": "--seeds 0: must be 1 or more",
     "plan {aircraft} --finetune_flags='--lr 1'": "--lr 1.0: leave it out, the",
+    "plan {aircraft} --finetune_flags='--blr 3'": "--blr 3: is set for each cell, it does not belong to --finetune_f",
     "plan {aircraft} --finetune_flags='--eppochs 1'": "did you mean --epochs?",
     "plan {aircraft} --finetune_recipe transfer_vitbase": "did you mean transfer_",
     "plan {aircraft} --finetune_flags='--holdout 0.1'": "belongs to this script",

@@ -134,7 +134,7 @@ def test_published_encoders_load_whole_and_positions_are_resampled(name, weights
     encoder = {n for n in before if n.startswith(("cls_token", "pos_embed", "patch_embed", "blocks"))}
     assert set(report.loaded) == encoder
     assert torch.equal(model.pos_embed, fixed_positions(24, (8, 12)))
-    assert report.resampled == ("pos_embed: 17 to 97 positions, sines computed for the new grid",)
+    assert report.resampled == ("pos_embed: 4 x 4 to 8 x 12 patches, sines computed for the new grid",)
     assert set(report.missing) == set(before) - encoder
     said = str(report)
     assert "neck (" in said

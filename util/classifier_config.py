@@ -19,6 +19,7 @@ from util.config import (
     check,
     check_choice,
 )
+from util.distributed import world_size
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,10 @@ class LinprobeConfig(ClassifierConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.parallel == "ddp", "parallel", self.parallel, "one layer is trained, use ddp")
+        fix = "BatchNorm needs two images at a time, over all processes"
+        check(self.eval or self.batch_size * world_size() >= 2, "batch_size", self.batch_size, fix)
+        for flag in ("betas", "layer_decay"):
+            check(getattr(self, flag) == getattr(OptimConfig, flag), flag, getattr(self, flag), "LARS has none")
 
     @property
     def augmentation(self) -> dict[str, Any]:

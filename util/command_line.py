@@ -23,13 +23,18 @@ EXTENDS = "extends"  # key of a recipe: the recipe whose settings it starts from
 Config = TypeVar("Config")
 
 
-def parse_config(config_type: type[Config], arguments: Sequence[str], program: str) -> Config:
+def parse_config(
+    config_type: type[Config], arguments: Sequence[str], program: str, before: Sequence[str] = ()
+) -> Config:
     """The recipe's flags, then the arguments' (which win), as a checked `config_type`; --help prints and exits.
+
+    Args:
+        before: flags over which the recipe's win.
 
     Raises UserError for an unknown flag (with the nearest one), an unreadable value or a failed check.
     """
-    recipe = named_recipe(arguments)
-    flags = [*(read_recipe(recipe, config_type) if recipe else []), *arguments]
+    recipe = last_value("recipe", arguments)
+    flags = [*before, *(read_recipe(recipe, config_type) if recipe else []), *arguments]
     console = io.StringIO()  # tyro draws a box around its errors; one line is wanted
     try:
         with contextlib.redirect_stderr(console):
@@ -130,12 +135,12 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def named_recipe(arguments: Sequence[str]) -> str:
-    """The value of the last --recipe among the arguments, or the empty string."""
+def last_value(flag: str, arguments: Sequence[str]) -> str:
+    """What the last `--flag value` or `--flag=value` among the arguments says, or the empty string."""
     found = ""
     for place, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if name == "--recipe":
+        if name == f"--{flag}":
             found = value or "".join(arguments[place + 1 : place + 2])
     return found
 

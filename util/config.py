@@ -236,7 +236,7 @@ class DownstreamConfig:
     weights: Literal["student", "momentum"] = "student"
     """which of the two encoders of --finetune"""
     eval: bool = False
-    """evaluate --finetune or --resume and stop"""
+    """evaluate --finetune or --resume and stop; model, size and normalisation are those of its run, if it is ours"""
     eval_freq: int = 1
     """epochs between two evaluations; the end always has one"""
     dist_eval: bool = True
@@ -244,6 +244,8 @@ class DownstreamConfig:
 
     def __post_init__(self) -> None:
         check(self.eval_freq >= 1, "eval_freq", self.eval_freq, "must be 1 or more")
+        fix = "is of --finetune, which is not given"
+        check(self.weights == "student" or bool(self.finetune or self.eval), "weights", self.weights, fix)
         check(not (self.eval and self.resume and self.finetune), "eval", "", "give one of --resume and --finetune")
         check(not self.eval or bool(self.resume or self.finetune), "eval", "", "add --finetune or --resume with a file")
 
@@ -369,6 +371,7 @@ def binding_settings(
         may_change: fields of this kind of training that may differ too.
     """
     resolved = {
+        KIND: type(config).__name__.removesuffix("Config").lower(),
         "number of images": num_images,
         "data set": config.dataset_name or "files",
         "effective batch": config.effective_batch,
@@ -384,6 +387,7 @@ def binding_settings(
     return resolved | {name: value for name, value in as_dict(config).items() if name not in free}
 
 
+KIND = "kind of training"
 ELASTIC = ("processes", "batch_size", "accum_iter")
 
 
@@ -397,7 +401,12 @@ def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic
         raise UserError(
             "--resume: the file holds weights but not the state of a run; start from them by --init_from or --finetune"
         )
+    if KIND in saved and saved[KIND] != settings[KIND]:
+        raise UserError(
+            f"--resume: a checkpoint of {saved[KIND]}, and this is {settings[KIND]}; give its weights to --finetune,"
+            " or in pre-training to --init_from"
+        )
     for name, value in settings.items():
-        if saved.get(name) != value and not (elastic and name in ELASTIC):
+        if name != KIND and saved.get(name) != value and not (elastic and name in ELASTIC):
             fix = "make them equal, or add --elastic" if name in ELASTIC else "make them equal"
             raise UserError(f"--resume: {name} is {value} here but {saved.get(name)} in the checkpoint, {fix}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from util.amp import autocast_dtype, choose_attention, grad_scaler
+from util.checkpoint import load_checkpoint
+from util.command_line import as_flags, last_value, parse_config
 from util.config import as_dict, check_same_run
 from util.cost import classifier_flops, count_parameters
 from util.data import BatchOrder, Loader, training_loader
@@ -132,6 +135,27 @@ def write_per_class(
 # --------------------------------------------------------------------------------------------------------
 
 
+# what --eval takes over from the run that it evaluates, where neither flags nor a recipe say otherwise
+OF_THE_RUN = (
+    *("model", "patch_size", "input_size", "in_chans", "mean", "std"),
+    *("global_pool", "cls_token", "model_ema", "head_width"),
+)
+
+
+def parse_downstream(config_type: type[Config], arguments: Sequence[str], program: str) -> Config:
+    """As `parse_config`, with --eval upon what makes the model and its input in the run of --resume or --finetune."""
+    before: list[str] = []
+    given = {flag: path for flag in ("resume", "finetune") if (path := last_value(flag, arguments))}
+    if "--eval" in arguments and len(given) == 1:
+        ((flag, path),) = given.items()
+        saved = load_checkpoint(Path(path), f"--{flag}").get("config")
+        known = {field.name for field in dataclasses.fields(config_type)}
+        if isinstance(saved, dict):
+            of_the_run = {name: saved.get(name) for name in OF_THE_RUN if name in known}
+            before = as_flags({name: value for name, value in of_the_run.items() if value not in (None, [])})
+    return parse_config(config_type, arguments, program, before)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What can be wrong with the input, found before a model is built."""
@@ -218,22 +242,20 @@ def train_and_evaluate(
     log = open_log(config, trainer, prepared.processes, len(source))
     if resumed is None:
         log.text(said)
-    best = store.best_metric
+    state = trainer.state
 
     def look(epochs: int, last: bool) -> float | None:
-        nonlocal best
         if not last and epochs % config.eval_freq:
             return None
         scores = evaluation.scores()
         metric = scores.values[evaluation.metric]
-        best = max(best or 0.0, metric)
-        evaluation.report(scores, epochs, best, log, last)
+        evaluation.report(scores, epochs, max(metric, state.best_metric or metric), log, last)
         return metric
 
     seconds = train(trainer, loader, order, source, store, log, look, binding)
     scores = evaluation.latest
     if is_main() and scores is not None:
-        metrics = scores.values | {f"best_{evaluation.metric}": best}
+        metrics = scores.values | {f"best_{evaluation.metric}": state.best_metric}
         append_result(config.output_dir, stage, as_dict(config), metrics, seconds)
     log.close()
     return scores

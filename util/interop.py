@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from models_encoder import fixed_positions
@@ -16,6 +19,7 @@ from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
 Weights = Literal["student", "momentum"]
+Grid = tuple[int, int]  # rows and columns of patches
 # left in names by DistributedDataParallel, torch.compile, DINO and iBOT, MoCo v3
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.")
 STATES = ("model", "state_dict", "teacher")  # where programs put their weights; of DINO's and iBOT's two the teacher
@@ -24,6 +28,8 @@ OTHER_PARTS = (
     *("head", "predictor", "mask_head", "mask_predictor", "fc_norm"),
     *("neck", "decode_head", "auxiliary_head", "momentum_encoder"),
 )
+# what an encoder's tokens pass through: its features are others where the file has more of it than the model
+PASSED_THROUGH = ("blocks", "patch_embed", "norm_pre", "reg_token", "dist_token")
 PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
 
 
@@ -140,19 +146,19 @@ def load_weights(
 ) -> LoadReport:
     """Load a file into LUT, MomentumEncoder, Classifier, LinearProbe or UperNet.
 
-    The encoder must match tensor by tensor. Decoder, heads and `fc_norm` are loaded where the file holds the whole of
-    them, and else stay as they are. Positions of another grid, patches of another size and other channel counts are
-    resampled.
+    The encoder must match tensor by tensor, and the file's may have no layer that the model lacks. Decoder, heads and
+    `fc_norm` are loaded where the file holds the whole of them, and else stay as they are. Positions of another grid,
+    patches of another size and other channel counts are resampled.
 
     Args:
         whole: every tensor of the model must match, not those of the encoder alone.
 
     Raises:
-        UserError: a tensor that must match is missing or has a shape that cannot be resampled.
+        UserError: a tensor that must match is missing, has a shape that cannot be resampled, or has no counterpart.
     """
-    state, layout, _ = read_weights(path, weights, flag)
+    state, layout, config = read_weights(path, weights, flag)
     own = model.state_dict()
-    state, resampled = fit(state, own, model.patch_embed.grid_size)
+    state, resampled = fit(state, own, model.patch_embed.grid_size, config)
     wrong = {
         name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in own.items()
@@ -164,6 +170,14 @@ def load_weights(
             f"{flag} {path}: {len(refused)} tensors of the {'model' if whole else 'encoder'} do not fit:"
             f" {shortened(refused)};"
             f" the file ({layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
+            + "; fine-tuned on the mean of the tokens it has no last norm: take the pre-training's file"
+            * ("norm.weight" in wrong and "fc_norm.weight" in state and "fc_norm.weight" not in own)
+        )
+    surplus = [name for name in state if name not in own and name.split(".")[0] in PASSED_THROUGH]
+    if surplus:
+        raise UserError(
+            f"{flag} {path}: another encoder ({layout}), {len(surplus)} of its tensors have no place in the model's:"
+            f" {shortened(surplus)}; take a model of that depth, if there is one with such layers"
         )
     incomplete = {part_of(name) for name in wrong}
     loaded = {name: state[name] for name in own if part_of(name) not in incomplete}
@@ -179,11 +193,16 @@ def load_weights(
 
 
 def fit(
-    state: dict[str, Tensor], own: dict[str, Tensor], grid_size: tuple[int, int]
+    state: dict[str, Tensor], own: dict[str, Tensor], grid_size: Grid, config: dict[str, Any] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Resample what depends on image size, patch size and channels; the rest as it is. Also: name -> how."""
+    """Resample what depends on image size, patch size and channels; the rest as it is. Also: name -> how.
+
+    Args:
+        config: settings of the run that wrote the state, if known.
+    """
     state, resampled = dict(state), {}
     kernel, wanted = state.get(PATCH_KERNEL), own[PATCH_KERNEL]
+    patch = 1 if kernel is None else kernel.shape[-1]
     if kernel is not None and kernel.ndim == 4 and kernel.shape[0] == wanted.shape[0]:
         changes = []
         if kernel.shape[1] != wanted.shape[1]:
@@ -196,12 +215,13 @@ def fit(
             resampled[PATCH_KERNEL] = " and ".join(changes)
         state[PATCH_KERNEL] = kernel
     for name in (POSITIONS, DECODER_POSITIONS):
-        if name not in state or name not in own or state[name].shape == own[name].shape:
+        positions = state.get(name)
+        if positions is None or name not in own or positions.ndim != 3 or positions.shape[2] != own[name].shape[2]:
             continue
-        positions, length = state[name], own[name].shape[1]
-        if positions.ndim == 3 and positions.shape[2] == own[name].shape[2] and is_square(positions.shape[1] - 1):
-            state[name], how = resample_positions(positions, grid_size)
-            resampled[name] = f"{positions.shape[1]} to {length} positions, {how}"
+        grid = grid_of(positions, patch, (config or {}).get("input_size"))
+        if grid is not None and grid != tuple(grid_size):
+            state[name], how = resample_positions(positions, grid, grid_size)
+            resampled[name] = f"{' x '.join(map(str, grid))} to {' x '.join(map(str, grid_size))} patches, {how}"
     return state, resampled
 
 
@@ -223,16 +243,40 @@ def is_square(number: int) -> bool:
     return number > 0 and round(number**0.5) ** 2 == number
 
 
-def resample_positions(positions: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, str]:
-    """Positions [1, 1 + L', D] of a square grid for another grid [1, 1 + L, D], and how they were made.
+def grid_of(positions: Tensor, patch: int, image_size: Sequence[int] | None) -> Grid | None:
+    """Rows and columns of the patches that positions [1, 1 + L, D] are of, None where nothing tells.
+
+    Sines tell it themselves. Of others the size of the run's images does, one number or height and width in pixels, or
+    L where it is a square.
+    """
+    number = positions.shape[1] - 1
+    grids = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
+    for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
+        if are_sines(positions, grid):
+            return grid
+    if image_size:
+        grid = (image_size[0] // patch, image_size[-1] // patch)
+        if grid in grids:
+            return grid
+    return (math.isqrt(number), math.isqrt(number)) if is_square(number) else None
+
+
+def are_sines(positions: Tensor, grid: Grid) -> bool:
+    """Whether positions [1, 1 + L, D] are MAE's fixed ones for the grid."""
+    return torch.allclose(positions.float(), fixed_positions(positions.shape[2], grid), atol=1e-4)
+
+
+def resample_positions(positions: Tensor, grid: Grid, wanted: Grid) -> tuple[Tensor, str]:
+    """Positions [1, 1 + L', D] of a grid for another one [1, 1 + L, D], and how they were made.
 
     MAE's positions are fixed sines and are computed for any grid exactly. Learned ones (timm, and those of a
-    classifier) are interpolated.
+    classifier) are interpolated as timm does, which would take two grids of as many patches for one.
     """
-    side, dim = round((positions.shape[1] - 1) ** 0.5), positions.shape[2]
-    if torch.allclose(positions.float(), fixed_positions(dim, (side, side)), atol=1e-4):
-        return fixed_positions(dim, grid_size), "sines computed for the new grid"
-    return resample_abs_pos_embed(positions, list(grid_size), num_prefix_tokens=1), "interpolated"
+    if are_sines(positions, grid):
+        return fixed_positions(positions.shape[2], wanted), "sines computed for the new grid"
+    of_patches = positions[:, 1:].float().unflatten(1, grid).permute(0, 3, 1, 2)
+    resized = F.interpolate(of_patches, tuple(wanted), mode="bicubic", antialias=True)
+    return torch.cat([positions[:, :1].float(), resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1), "interpolated"
 
 
 def shortened(names: list[str], most: int = 6) -> str:

@@ -235,12 +235,12 @@ def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
         UserError: `per_class` is below 1, or more than some class has.
     """
     if per_class < 1:
-        raise UserError(f"labels per class: {per_class} is too few, use 1 or more")
+        raise UserError(f"--labels_per_class {per_class}: is too few, use 1 or more")
     classes, counts = labels.unique(return_counts=True)
     if counts.min() < per_class:
         smallest = counts.argmin()
         raise UserError(
-            f"labels per class: {per_class} is more than class {classes[smallest]} has; use {counts[smallest]} or fewer"
+            f"--labels_per_class {per_class}: is more than class {classes[smallest]} has; use {counts[smallest]} or fewer"
         )
     return _first_of_each_class(labels, torch.full_like(counts, per_class), seed)
 

@@ -27,6 +27,10 @@ class ProbeConfig:
     """labelled validation images; default: beside the training images"""
     input_size: tuple[int, ...] = ()
     """pixels, one number or height and width; default: that of the run, else the model's own"""
+    mean: tuple[float, ...] = ()
+    """per channel, of pixels in [0, 1]; default: that of the run, else ImageNet's (3 channels) or 0.5"""
+    std: tuple[float, ...] = ()
+    """per channel, of pixels in [0, 1]; default: that of the run, else ImageNet's (3 channels) or 0.25"""
     pool: Pool = "avg"
     """features: mean of the patch tokens, or the cls token"""
     encoders: tuple[Literal["random", "student", "momentum"], ...] = ("random", "student", "momentum")

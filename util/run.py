@@ -187,6 +187,7 @@ def train(
     config, state = trainer.config, trainer.state
     trainer.stop.listen()
     trainer.before_update = store.raise_failure
+    state.note_metric(store.best_metric)
     begin = time.monotonic()
     first_epoch, order.start_update = divmod(state.updates, order.updates_per_epoch)
     stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
@@ -209,6 +210,7 @@ def train(
 
             last = trainer.finished
             metric = look(epoch + 1, last)
+            state.note_metric(metric)
             if (
                 last
                 or (epoch + 1) % config.save_freq == 0
@@ -219,7 +221,7 @@ def train(
             if last:
                 break
         if first_epoch >= trainer.epochs:  # killed between its last checkpoint and its result
-            look(trainer.epochs, True)
+            state.note_metric(look(trainer.epochs, True))
         store.wait()
     finally:
         store.unlock()

@@ -46,6 +46,7 @@ class TrainState:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     updates: int = 0  # optimiser steps of the whole run so far
+    best_metric: float | None = None  # the highest that an evaluation or monitor has found, where rank 0 knows it
     skeleton: nn.Module | None = None  # with --parallel fsdp: the model without numbers, see util/sharding.py
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,6 +59,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "updates": self.updates,
+            "best_metric": self.best_metric,
         }
         if self.model_ema is not None:
             state["model_ema"] = {EMA_PREFIX + name: x for name, x in self.model_ema.state_dict().items()}
@@ -73,9 +75,15 @@ class TrainState:
             here, there = ("fp16", "another precision") if self.scaler.is_enabled() else ("another precision", "fp16")
             print(f"WARNING: --amp: {there} until now, {here} from here on", file=sys.stderr)
         self.updates = state["updates"]
+        self.best_metric = state.get("best_metric")
         if self.model_ema is not None:
             followed = {name.removeprefix(EMA_PREFIX): x for name, x in state["model_ema"].items()}
             self.model_ema.load_state_dict(cut_weights(followed, self.model_ema))
+
+    def note_metric(self, metric: float | None) -> None:
+        """Remember the value by which the best checkpoint is chosen, if it is higher than all before."""
+        if metric is not None:
+            self.best_metric = metric if self.best_metric is None else max(self.best_metric, metric)
 
     def unsharded(self, module: nn.Module, device: torch.device, keep: bool = True) -> nn.Module | None:
         """The model, or the average of it, for other calls than `forward` and for ranks alone; see `gathered`."""

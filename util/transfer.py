@@ -23,7 +23,7 @@ from pathlib import Path
 
 from util.classification import open_labelled
 from util.classifier_config import FinetuneConfig
-from util.command_line import as_flags
+from util.command_line import as_flags, last_value
 from util.config import check
 from util.errors import UserError
 from util.sources import SPLIT_NAMES, published_names
@@ -179,6 +179,9 @@ def plan_cells(search: Search, target: Target, points: Sequence[Point], chosen: 
     shared = ["--recipe", target.recipe, *as_flags(data), *search.extra]
     config: FinetuneConfig = parse(kind.main, tuple(shared))
     check(config.lr is None, "lr", config.lr, "leave it out, the grid sets --blr")
+    for flag in ("blr", "weight_decay", "seed", "output_dir", "finetune"):
+        given = last_value(flag, search.extra)
+        check(not given, flag, given, "is set for each cell, it does not belong to --finetune_flags")
     check(not config.holdout, "holdout", config.holdout, "belongs to this script, not to --finetune_flags")
     changes = cut_batch(config, search.extra, 1, search.processes)
     images = len(open_labelled(dataclasses.replace(config, holdout=holdout, eval=False)).train)
