@@ -1,6 +1,6 @@
 """Submit a stage to SLURM, or run it in the background of this machine.
 
-    python scripts/submit.py pretrain --nodes 4 --partition gpu --job_dir RUN -- --recipe paper_vit_base --data_path IN
+    python scripts/submit.py pretrain --ngpus 8 --partition gpu --job_dir RUN -- --recipe paper_vit_base --data_path IN
     python scripts/submit.py finetune --seeds 0 1 2 --grid "blr=5e-4,1e-3" -- --recipe finetune_vit_base --finetune PT
     python scripts/submit.py pretrain --cluster local --ngpus 0 --follow -- --recipe quickstart
 

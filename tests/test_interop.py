@@ -149,7 +149,7 @@ def test_positions_of_any_grid_for_any_other(tmp_path, old, new, learned):
         assert torch.equal(target.pos_embed, fixed_positions(24, grid))
 
 
-@pytest.mark.parametrize("more", [{"init_values": 0.1}, {"qk_norm": True}, {"depth": 3}, {"pre_norm": True}])
+@pytest.mark.parametrize("more", [{"init_values": 0.1}, {"qk_norm": True}, {"depth": 3}])
 def test_an_encoder_with_layers_that_ours_has_not_is_refused(tmp_path, more):
     shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0) | more
     torch.save(timm.create_model("vit_tiny_patch16_224", **shape).state_dict(), tmp_path / "vit.pth")

@@ -183,7 +183,7 @@ def test_few_labels(labels, per_class, seed):
 def test_few_labels_depends_on_the_seed_and_refuses_none():
     labels = torch.arange(100) % 2
     assert few_labels(labels, 5, seed=0).tolist() != few_labels(labels, 5, seed=1).tolist()
-    with pytest.raises(UserError, match="0 is too few"):
+    with pytest.raises(UserError, match="0: is too few"):
         few_labels(labels, 0, seed=0)
 
 

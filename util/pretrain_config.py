@@ -165,7 +165,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
             off = "--alpha 0" if self.alpha is not None else f"--model {self.model}"
             off = "--steered_tokens none" if self.steered_tokens == "none" else off
             used = self.has_momentum_encoder or value in (field.default, "none")
-            check(used, field.name, value, f"is part of L_BC, which {off} leaves out")
+            check(used, field.name, value, f"is part of L_BC, which {off} leaves out; give {field.default}")
         if self.steered_tokens == "all":
             check(self.w_mim > 0, "steered_tokens", "all", "--w_mim 0 has no decoder, whose tokens could be steered")
             fix = "mask tokens are pulled to the context token, which --supervision token leaves out; take both"

@@ -239,8 +239,9 @@ def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
     classes, counts = labels.unique(return_counts=True)
     if counts.min() < per_class:
         smallest = counts.argmin()
+        most = counts[smallest]
         raise UserError(
-            f"--labels_per_class {per_class}: is more than class {classes[smallest]} has; use {counts[smallest]} or fewer"
+            f"--labels_per_class {per_class}: is more than class {classes[smallest]} has; use {most} or fewer"
         )
     return _first_of_each_class(labels, torch.full_like(counts, per_class), seed)
 
