@@ -426,6 +426,7 @@ def test_bad_image_in_a_stream():
         run_stream(0, skip_bad=True, bad=range(12))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 @pytest.mark.parametrize("num_workers", [0, 2, 3])
 @pytest.mark.parametrize("start", [1, 2])
 @pytest.mark.parametrize("bad", [set(), {1, 5}])

@@ -312,7 +312,7 @@ def test_file_names_that_are_no_text(prepare, tmp_path):
     source = open_images(str(tmp_path / "out"), "", "train")
     assert (len(source), source.read(0)) == (1, plain(7))
     (tmp_path / "out/train/train-00000.tar.json").unlink()
-    assert open_images(str(tmp_path / "out"), "", "train").members == source.members
+    assert open_images(str(tmp_path / "out"), "", "train").members[0] == source.members[0]
 
 
 def test_nothing_but_bad_images(prepare, tmp_path):

@@ -413,17 +413,17 @@ def test_a_share_of_each_class_is_held_out(share):
     labels = [0] * 10 + [1] * 3 + [2] + [3] * 40
     labels = np.random.default_rng(1).permutation(labels).tolist()
     stays, goes = hold_out(Labels(labels), share)
-    assert sorted(stays.indices + goes.indices) == list(range(len(labels)))
+    assert sorted([*stays.indices, *goes.indices]) == list(range(len(labels)))
     for source in (stays, goes):
         assert source.labels == [labels[i] for i in source.indices]
-        assert [int(source.read(i)) for i in range(len(source))] == source.indices
+        assert [int(source.read(i)) for i in range(len(source))] == source.indices.tolist()
         assert source.name(0) == str(source.indices[0])
     for label, number in ((0, 10), (1, 3), (2, 1), (3, 40)):
         expected = 0 if number == 1 else min(max(1, round(share * number)), number - 1)
         assert goes.labels.count(label) == expected
         assert stays.labels.count(label) == number - expected
     again = hold_out(Labels(labels), share)[1]
-    assert again.indices == goes.indices
+    assert again.indices.tolist() == goes.indices.tolist()
 
 
 def test_fine_tuning_on_what_is_not_held_out(class_folders, finetune, tmp_path):

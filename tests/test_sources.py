@@ -3,13 +3,18 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, IterableDataset
@@ -17,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from conftest import encode, one_line, plain
 from util.data import BatchOrder, LabelledDataset, PretrainDataset, PretrainStream, decode, training_loader
 from util.errors import UserError
-from util.sources import BadImage, find_validation, open_images
+from util.sources import BadImage, FileSource, Names, TarSource, find_validation, open_images
 from util.views import TwoViews
 
 # ---- layouts -----------------------------------------------------------------------------------------------
@@ -364,3 +369,47 @@ def test_damaged_header_in_a_tar_is_refused(tmp_path):
         path.write_bytes(whole[: offset + 20] + b"\xff" + whole[offset + 21 :])
         with pytest.raises(UserError, match=r"x\.tar: cannot be read"):
             open_images(str(path), "", "train")
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+names = st.lists(st.text(st.characters(blacklist_categories=["Cs"]), max_size=9), max_size=9)
+
+
+@given(names)
+def test_names_are_those_of_a_list(strings):
+    packed = Names(strings)
+    assert list(packed) == strings
+    assert [packed[-1 - n] for n in range(len(strings))] == strings[::-1]
+    with pytest.raises(IndexError):
+        packed[len(strings)]
+
+
+def own_kilobytes():
+    """Memory of this process that it shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+def read_all_names(source, found):
+    before = own_kilobytes()
+    for index in range(len(source)):
+        source.name(index)
+    found.value = own_kilobytes() - before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, and forks")
+@pytest.mark.parametrize("kind", ["files", "tars"])
+def test_loader_processes_share_the_names_of_all_images(kind):
+    paths = [f"/images/train/class-{n % 1000:03}/image-{n:08}.jpg" for n in range(100_000)]
+    if kind == "files":
+        source = FileSource(paths, None, None)
+    else:
+        source = TarSource([("/images.tar", path, 512 * n, 400) for n, path in enumerate(paths)], None, None)
+    context = multiprocessing.get_context("fork")
+    found = context.Value("q")
+    process = context.Process(target=read_all_names, args=(source, found))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert found.value < 4000  # a list of str came to 13,000, one of tuples to more
