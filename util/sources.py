@@ -348,7 +348,8 @@ def open_folder(path: Path, flag: str) -> FileSource:
             if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
         ]
     if not found:
-        raise UserError(f"{flag} {path}: holds no images ({' '.join(IMAGE_EXTENSIONS)}) at any depth")
+        published = "; one in its published form is named by --dataset" * (flag == "--data_path")
+        raise UserError(f"{flag} {path}: holds no images ({' '.join(IMAGE_EXTENSIONS)}) at any depth{published}")
     paths, folders = zip(*sorted(found), strict=True)
     return FileSource(list(paths), *number_classes(folders))
 
