@@ -78,6 +78,8 @@ def main() -> None:
     state, report = build_state(config, dtype, device)
     state.updates = config.start_epoch * order.updates_per_epoch
     binding = config.binding_settings(len(source))
+    if isinstance(source, IterableDataset):  # its parts are dealt to them
+        binding["num_workers"] = config.loader_workers
     if resumed is not None:
         check_same_run(binding, resumed, config.elastic)
         state.load_state_dict(resumed)

@@ -149,6 +149,17 @@ def test_positions_of_any_grid_for_any_other(tmp_path, old, new, learned):
         assert torch.equal(target.pos_embed, fixed_positions(24, grid))
 
 
+@pytest.mark.parametrize("config", [{}, {"config": {"input_size": 224}}])
+def test_learned_positions_that_fit_are_left_alone(tmp_path, config):
+    shape = dict(img_size=(16, 64), patch_size=8, embed_dim=24, depth=2, num_heads=3, in_chans=3)  # 2 x 8 patches
+    decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    source, target = LUT(**shape, **decoder), LUT(**shape, **decoder)
+    torch.nn.init.normal_(source.pos_embed)
+    torch.save({"model": source.state_dict(), **config}, tmp_path / "source.pth")
+    assert not load_weights(target, tmp_path / "source.pth").resampled
+    assert torch.equal(target.pos_embed, source.pos_embed)
+
+
 @pytest.mark.parametrize("more", [{"init_values": 0.1}, {"qk_norm": True}, {"depth": 3}])
 def test_an_encoder_with_layers_that_ours_has_not_is_refused(tmp_path, more):
     shape = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0) | more

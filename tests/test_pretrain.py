@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from conftest import TINY
 from engine_pretrain import PretrainTrainer
 from models_lut import LUT, MomentumEncoder
+from test_data import Numbers
 from util.amp import computes_in_bf16, grad_scaler
 from util.checkpoint import load_checkpoint
 from util.command_line import parse_config
@@ -155,6 +156,19 @@ def test_a_resumed_run_ends_bit_equal(pretrain, flat_folder, tmp_path, stop_afte
     for moments in ("exp_avg", "exp_avg_sq", "step"):
         old, new = ([group[moments] for group in checkpoint["optimizer"]["state"].values()] for checkpoint in (a, b))
         assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize("stop_after", [3, 4])  # at the epoch's end; in the middle of one
+def test_a_stream_resumes_with_what_it_has_not_had(pretrain, tmp_path, monkeypatch, capsys, stop_after):
+    monkeypatch.setattr("main_pretrain.open_images", lambda *_: Numbers(bad={5}))  # twelve, one of them unreadable
+    flags = "--dataset wds/x --batch_size 4 --on_bad_image skip"
+    expected = pretrain(flags, output=tmp_path / "whole")
+    pretrain(flags, "--max_steps", str(stop_after))
+    log = pretrain(flags, "--auto_resume")
+    assert losses(log) == losses(expected)
+    with pytest.raises(SystemExit):
+        pretrain(flags, "--auto_resume --num_workers 1")  # which would be dealt other parts
+    assert "num_workers is 1 here but 0 in the checkpoint" in capsys.readouterr().err
 
 
 def test_resume_from_a_named_file_and_start_from_its_weights(pretrain, flat_folder, tmp_path, capsys):

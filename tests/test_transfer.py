@@ -126,7 +126,7 @@ def test_every_column_of_the_papers_tables_is_a_data_set():
 def test_a_plan_has_a_command_for_each_cell_and_seed(call, tmp_path):
     make_cub200(tmp_path / "data")
     make_naturalist(2018)(tmp_path / "data")
-    grid = "--lrs 1e-4 1e-3 --weight_decays 0 0.05 --seeds 2"
+    grid = "--lrs 1e-4 1e-3 --weight_decays 0 0.05 --seeds 2 --finetune_flags='--weights momentum --num_workers 4'"
     status, shown, said = call(f"plan --finetune scratch --label LUT --dataset cub200 inat2018 --data_path data {grid}")
     assert status == 0, said
     commands = [line for line in shown.splitlines() if line and not line.startswith("#")]
@@ -139,6 +139,7 @@ def test_a_plan_has_a_command_for_each_cell_and_seed(call, tmp_path):
     config = parse_config(FinetuneConfig, shlex.split(commands[-1])[2:], "main_finetune.py")
     assert (config.dataset, config.blr, config.weight_decay, config.seed) == ("inat2018", 1e-3, 0.05, 1)
     assert (config.epochs, config.holdout, config.auto_resume) == (100, 0.0, True)
+    assert (config.weights, config.num_workers) == ("momentum", 4)
     assert config.output_dir == "output/transfer/LUT/inat2018/test/lr_0.001-wd_0.05/seed_1"
     assert "# 2, 3 images per epoch, " in shown  # of CUB's and iNaturalist's training images
     assert os.listdir(tmp_path) == ["data"]

@@ -85,15 +85,12 @@ def difference(train: list[str], val: list[str]) -> str:
 
 
 def start_from(model: torch.nn.Module, config: ClassifierConfig) -> str:
-    """Load --finetune, or with --eval the whole classifier of --finetune or --resume; what to say of it.
-
-    Of a run with --model_ema, whose accuracy is that of the moving average, it is the average that is evaluated.
-    """
+    """Load --finetune, or with --eval the whole classifier of --finetune or --resume; what to say of it."""
     if config.eval:
         flag, path = ("--resume", config.resume) if config.resume else ("--finetune", config.finetune)
-        weights = "momentum" if getattr(config, "model_ema", False) else config.weights
-        return f"{flag} {path}: {load_weights(model, Path(path), weights, flag, whole=True)}"
+        return f"{flag} {path}: {load_weights(model, Path(path), config.weights, flag, whole=True)}"
     if not config.finetune:
+        check(config.weights == "student", "weights", config.weights, "is of --finetune, which is not given")
         return "no --finetune: from scratch"
     report = load_weights(model, Path(config.finetune), config.weights, "--finetune")
     return f"--finetune {config.finetune}: {report}"

@@ -244,8 +244,6 @@ class DownstreamConfig:
 
     def __post_init__(self) -> None:
         check(self.eval_freq >= 1, "eval_freq", self.eval_freq, "must be 1 or more")
-        fix = "is of --finetune, which is not given"
-        check(self.weights == "student" or bool(self.finetune or self.eval), "weights", self.weights, fix)
         check(not (self.eval and self.resume and self.finetune), "eval", "", "give one of --resume and --finetune")
         check(not self.eval or bool(self.resume or self.finetune), "eval", "", "add --finetune or --resume with a file")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import io
 import pickle
 import random
@@ -224,7 +225,8 @@ class PretrainStream(IterableDataset):
     `read_index` is larger than `index` by the unreadable samples that were left out just before it. Which samples come
     in which order is up to the stream's reader: timm's shuffle wds/ by the seeds that PyTorch gives loader processes,
     and `Loader` has these follow from seed and epoch. An epoch is entered in the middle by passing over what its first
-    batches had: undecoded, unless unreadable samples are left out.
+    batches had: undecoded, unless unreadable samples are left out. That is exact with the same number of processes and
+    of loader processes, between which the reader deals its parts.
     """
 
     stream: IterableDataset
@@ -242,14 +244,16 @@ class PretrainStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         number = (self.rank << 48) | ((worker.id if worker else 0) << 32)
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(self.epoch)
+        # without loader processes this one would go on where the epoch before has left a reader's generator
+        stream = self.stream if worker else copy.deepcopy(self.stream)
+        if hasattr(stream, "set_epoch"):
+            stream.set_epoch(self.epoch)
         bad_in_a_row = 0
         # of each process alike; `Loader` passes over the rest, less than one batch for each
         start = number + self.start_batch // (worker.num_workers if worker else 1) * self.batch_size
         while True:  # the order of batches ends the epoch, at the same step on every rank
             begin = number
-            for raw, *_ in self.stream:
+            for raw, *_ in stream:
                 if number < start and not self.skip_bad:
                     number += 1
                     continue
@@ -332,8 +336,13 @@ class Loader(DataLoader):
         return self._watched() if self.num_workers else super().__iter__()
 
     def _watched(self) -> Iterator:
-        with self._watch():  # processes that live on are asked here whether they are ready
-            batches = super().__iter__()
+        # a forked process blocks what is blocked here: before torch's handler is there, and before ours follows it
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            with self._watch():  # processes that live on are asked here whether they are ready
+                batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         atexit.unregister(kill_loaders)
         atexit.register(kill_loaders)  # before torch and Python wait for those that ignore their SIGTERM
         passed_over = self.dataset.start_batch % self.num_workers if isinstance(self.dataset, PretrainStream) else 0
@@ -369,7 +378,7 @@ class Loader(DataLoader):
 
 
 def ignore_sigterm(worker: int) -> None:
-    """In a loader process, after torch has set its own handlers, by which the signal is deadly."""
+    """In a loader process that was not forked, after torch has set its handler, by which the signal is deadly."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -138,12 +138,15 @@ def write_per_class(
 # what --eval takes over from the run that it evaluates, where neither flags nor a recipe say otherwise
 OF_THE_RUN = (
     *("model", "patch_size", "input_size", "in_chans", "mean", "std"),
-    *("global_pool", "cls_token", "model_ema", "head_width"),
+    *("global_pool", "cls_token", "head_width"),
 )
 
 
 def parse_downstream(config_type: type[Config], arguments: Sequence[str], program: str) -> Config:
-    """As `parse_config`, with --eval upon what makes the model and its input in the run of --resume or --finetune."""
+    """As `parse_config`, with --eval upon what makes the model and its input in the run of --resume or --finetune.
+
+    Of a run with --model_ema, whose accuracy is that of the moving average, the average is evaluated.
+    """
     before: list[str] = []
     given = {flag: path for flag in ("resume", "finetune") if (path := last_value(flag, arguments))}
     if "--eval" in arguments and len(given) == 1:
@@ -152,6 +155,7 @@ def parse_downstream(config_type: type[Config], arguments: Sequence[str], progra
         known = {field.name for field in dataclasses.fields(config_type)}
         if isinstance(saved, dict):
             of_the_run = {name: saved.get(name) for name in OF_THE_RUN if name in known}
+            of_the_run |= {"weights": "momentum"} if saved.get("model_ema") is True else {}
             before = as_flags({name: value for name, value in of_the_run.items() if value not in (None, [])})
     return parse_config(config_type, arguments, program, before)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -218,7 +217,7 @@ def fit(
         positions = state.get(name)
         if positions is None or name not in own or positions.ndim != 3 or positions.shape[2] != own[name].shape[2]:
             continue
-        grid = grid_of(positions, patch, (config or {}).get("input_size"))
+        grid = grid_of(positions, patch, (config or {}).get("input_size"), positions.shape == own[name].shape)
         if grid is not None and grid != tuple(grid_size):
             state[name], how = resample_positions(positions, grid, grid_size)
             resampled[name] = f"{' x '.join(map(str, grid))} to {' x '.join(map(str, grid_size))} patches, {how}"
@@ -243,22 +242,22 @@ def is_square(number: int) -> bool:
     return number > 0 and round(number**0.5) ** 2 == number
 
 
-def grid_of(positions: Tensor, patch: int, image_size: Sequence[int] | None) -> Grid | None:
+def grid_of(positions: Tensor, patch: int, image_size: object, fits: bool) -> Grid | None:
     """Rows and columns of the patches that positions [1, 1 + L, D] are of, None where nothing tells.
 
-    Sines tell it themselves. Of others the size of the run's images does, one number or height and width in pixels, or
-    L where it is a square.
+    Sines tell it themselves. Of others the size of the run's images does, if known: a list of one number or height and
+    width in pixels. Else L does where it is a square, unless the positions are as many as the model's (`fits`).
     """
     number = positions.shape[1] - 1
     grids = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
     for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
         if are_sines(positions, grid):
             return grid
-    if image_size:
+    if isinstance(image_size, list | tuple) and image_size:
         grid = (image_size[0] // patch, image_size[-1] // patch)
         if grid in grids:
             return grid
-    return (math.isqrt(number), math.isqrt(number)) if is_square(number) else None
+    return (math.isqrt(number), math.isqrt(number)) if is_square(number) and not fits else None
 
 
 def are_sines(positions: Tensor, grid: Grid) -> bool:
