@@ -344,11 +344,12 @@ def explained(table: Table, options: Options, against: str) -> list[str]:
 
 
 def keep(tables: Sequence[Table], flags: KeepFlags) -> None:
-    """Copy what there is of the planned seeds."""
+    """Copy what there is of all seeds, as `show` prints them."""
     source, target, copied = Path(flags.output_dir), Path(flags.into), 0
     if source.resolve() == target.resolve():
         raise UserError(f"--into {target}: is --output_dir itself")
-    for run in plan_runs(tables, flags.options):
+    numbers = [int(folder.name.removeprefix("seed_")) for folder in source.glob("*/*/seed_[0-9]*")]
+    for run in plan_runs(tables, dataclasses.replace(flags.options, seeds=1 + max(numbers, default=0))):
         for name in (RESULTS_FILE, LOG_FILE) if run.stage == PRETRAIN else (RESULTS_FILE,):
             if (run.folder / name).is_file() and share_done(run) == 1:
                 copy = target / (run.folder / name).relative_to(source)

@@ -151,6 +151,8 @@ def test_curves_of_a_table(call, tmp_path):
     finish(folder, "study", "ablation_mae", 0, "probe", 44.0)
     _, kept, _ = call("keep study --scale tiny --into kept")
     assert kept == "3 files copied into kept\n"  # two results and a log
+    finish(folder, "study", "ablation_mae", 4, "probe", 46.0)  # one more than the table plans
+    assert call("keep study --scale tiny --into kept")[1] == "4 files copied into kept\n"
     shown = [call(f"show study --scale tiny --output_dir {place}")[1] for place in ("output/tables", "kept")]
     assert shown[0] == shown[1]
     assert len(row_curves(TABLES["study"], options("tiny", tmp_path / "kept"))) == 1
