@@ -223,6 +223,7 @@ def train(
         if first_epoch >= trainer.epochs:  # killed between its last checkpoint and its result
             state.note_metric(look(trainer.epochs, True))
         store.wait()
+        barrier()  # no process ends before the last checkpoint is there: the next command may read it
     finally:
         store.unlock()
     seconds = time.monotonic() - begin
