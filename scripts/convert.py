@@ -23,7 +23,7 @@ from util.command_line import parse_config
 from util.config import DataConfig, check
 from util.errors import UserError, run_main
 from util.export import shape_of, write_hub_folder, write_mae, write_onnx, write_timm
-from util.interop import Weights, read_weights
+from util.interop import Weights, is_linear_probe, read_weights
 
 SUFFIXES = {"mae": ".pth", "timm": ".safetensors", "hf": "", "onnx": ".onnx"}
 
@@ -75,7 +75,7 @@ def main() -> None:
             said = write(file, shape, config.pool, pixels.pixel_mean, pixels.pixel_std, output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error}), choose another") from error
-    if "head.1.weight" in file.state and "head.0.weight" not in file.state:
+    if is_linear_probe(file.state):
         said += "\nleft out: the head of the linear probe, whose BatchNorm no other program has"
     print(f"{config.input} ({file.layout}, {len(file.state)} tensors) -> {output}\n{said}")
 

@@ -17,9 +17,9 @@ from util.config import (
     RunConfig,
     binding_settings,
     check,
+    check_batch_norm,
     check_choice,
 )
-from util.distributed import world_size
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,7 @@ class LinprobeConfig(ClassifierConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.parallel == "ddp", "parallel", self.parallel, "one layer is trained, use ddp")
-        fix = "BatchNorm needs two images at a time, over all processes"
-        check(self.eval or self.batch_size * world_size() >= 2, "batch_size", self.batch_size, fix)
+        check_batch_norm(self)
         for flag in ("betas", "layer_decay"):
             check(getattr(self, flag) == getattr(OptimConfig, flag), flag, getattr(self, flag), "LARS has none")
 

@@ -37,6 +37,12 @@ def check(holds: bool, flag: str, value: object, fix: str) -> None:
         raise UserError(f"--{flag} {shown}: {fix}")
 
 
+def check_batch_norm(config: Any) -> None:
+    """UserError where BatchNorm would be trained on a single image."""
+    fix = "BatchNorm needs two images at a time, over all processes"
+    check(config.eval or config.batch_size * world_size() >= 2, "batch_size", config.batch_size, fix)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`, did you mean X?` for the known name most like `name`, or nothing where none is alike."""
     match = difflib.get_close_matches(name, list(known), n=1)

@@ -114,6 +114,11 @@ def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
     return "MAE encoder" if wrapped else "timm ViT"
 
 
+def is_linear_probe(state: dict[str, Tensor]) -> bool:
+    """Whether the head is a BatchNorm without parameters and a layer; a projector has its first layer at 0."""
+    return "head.1.weight" in state and "head.0.weight" not in state
+
+
 def tensors_of(state: object) -> dict[str, Tensor]:
     """The tensors in a state dict, without the prefixes of wrappers; empty where it is none."""
     if not isinstance(state, dict):

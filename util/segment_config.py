@@ -16,9 +16,9 @@ from util.config import (
     UpdateConfig,
     binding_settings,
     check,
+    check_batch_norm,
     check_choice,
 )
-from util.distributed import world_size
 from util.views import Size
 
 
@@ -124,8 +124,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         fix = "colours of RGBA are not changed: add --no_photometric"
         check(not (self.photometric and self.in_chans == 4), "in_chans", 4, fix)
         self.check_evaluation()
-        fix = "BatchNorm needs two images at a time, over all processes"
-        check(self.eval or self.batch_size * world_size() >= 2, "batch_size", self.batch_size, fix)
+        check_batch_norm(self)
 
     def check_data_flags(self) -> None:
         """Either --data_path, or folders of images with folders of masks."""

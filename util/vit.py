@@ -21,7 +21,7 @@ from util.config import DataConfig, nearest
 from util.data import Normalise
 from util.errors import UserError
 from util.export import ViTShape, shape_of
-from util.interop import Weights, WeightsFile, load_weights, read_weights, shortened
+from util.interop import Weights, WeightsFile, is_linear_probe, load_weights, read_weights, shortened
 from util.views import Size
 
 TIMM = "timm:"  # timm:NAME or timm:NAME=FILE
@@ -169,7 +169,7 @@ def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
     if "head.weight" in state:
         pool = "avg" if "fc_norm.weight" in state else "token"
         return Classifier(architecture, num_classes=len(state["head.weight"]), pool=pool, **common)
-    if "head.1.weight" in state and "head.0.weight" not in state:  # a projector has its first linear layer at 0
+    if is_linear_probe(state):
         pool = "avg" if run.get("global_pool") and not run.get("cls_token") else "token"
         return LinearProbe(architecture, num_classes=len(state["head.1.weight"]), pool=pool, **common)
     if any(name.startswith("decode_head.") for name in state):  # a segmenter's encoder has no last norm
