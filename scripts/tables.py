@@ -7,9 +7,9 @@
     python scripts/tables.py run  4c --data_path IMAGENET --submit -- --partition gpu --account lab
     python scripts/tables.py keep study --scale cpu --into docs/results # what it is printed from, small files
 
-Tables: 1, 2, 3, 4a to 4f (4: all of them), 5, A, B, C as in the paper; study, parts and tuning are our own. --help
-after a command lists its flags. `run` skips what has finished and goes on with what was interrupted: run the same
-command again.
+Tables: 1, 2, 3, 4a to 4f (4: all of them), 5, A, B, C as in the paper; study, brief, parts and tuning are our own.
+--help after a command lists its flags. `run` skips what has finished and goes on with what was interrupted: run the
+same command again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TableFlags:
     """Which table, and where its runs are."""
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
-    """1, 2, 3, 4a to 4f, 4, 5, A, B, C, study, parts or tuning"""
+    """1, 2, 3, 4a to 4f, 4, 5, A, B, C, study, brief, parts or tuning"""
     scale: str = "paper"
     """paper, small, cpu or tiny: tables/scales.yaml says what they are"""
     output_dir: str = "output/tables"
@@ -78,7 +78,7 @@ class PlanFlags(TableFlags):
     """Print the runs of a table: commands, cost, and what is done already."""
 
     seeds: int | None = None
-    """runs per row, with seeds 0, 1, ...; default: 1, for `study` 3"""
+    """runs per row, with seeds 0, 1, ...; default: 1, for `study` and `brief` 3"""
     data_path: str = ""
     """images with labels, as for main_pretrain.py; --scale tiny needs none"""
     dataset: str = ""

@@ -209,7 +209,7 @@ def test_what_is_done_is_not_done_again(call, tmp_path):
 # ---- wrong input: one line ----------------------------------------------------------------------------------
 
 WRONG = {
-    "plan 4g": "TABLE 4g: unknown (one of 1, 2, 3, 4a, 4b, 4c, 4d, 4e, 4f, 5, A, B, C, study, parts, tuning;",
+    "plan 4g": "TABLE 4g: unknown (one of 1, 2, 3, 4a, 4b, 4c, 4d, 4e, 4f, 5, A, B, C, study, brief, parts, tuning;",
     "plan 12": "TABLE 12: unknown",
     "plan sturdy": "TABLE sturdy: unknown, did you mean study?",
     "shwo 4c": "shwo: unknown command, did you mean show? (one of plan, run, show, keep, then the table)",
