@@ -47,7 +47,7 @@ class PretrainTrainer(Trainer):
         """Views [B, num_views, C, H, W] uint8 of images that lie on the device, before photometry."""
         images = self.images.at(batch.read_index.to(self.device, non_blocking=True))
         crops = batch.crops.to(self.device, non_blocking=True)
-        if self.config.crop == "src":
+        if self.config.view_crop == "src":
             return cut_simple(images, crops, self.config.image_size)
         largest = batch.crops[..., 2:4].amax(dim=(0, 1))  # on the CPU still
         return cut_resized(images, crops, self.config.image_size, tuple(largest.tolist()))
@@ -59,10 +59,11 @@ class PretrainTrainer(Trainer):
         """
         config, state = self.config, self.state
         self.begin_update()
+        ahead = self.targets_of_all(batches) if config.distance == "infonce" and len(batches) > 1 else None
         for i, batch in enumerate(batches):
             views = self.normalise(batch.views).transpose(0, 1)  # [2, B, C, H, W]
             with self.gradients_stay_local(unless=i == len(batches) - 1), self.autocast():
-                targets = self.context_targets(views, batch.noise)  # v̂
+                targets = ahead[i] if ahead else self.context_targets(views, batch.noise)  # v̂
                 seen = views if config.views == "symmetric" and targets is not None else views[:1]
                 losses = self.model(seen, batch.noise, targets)
                 loss = config.w_mim * losses.mim + config.loss_weight_bc * losses.bc  # Eq. 3
@@ -84,3 +85,10 @@ class PretrainTrainer(Trainer):
         if g is None:
             return None
         return g(views[1:] if self.config.views == "asymmetric" else views.flip(0), noise)
+
+    def targets_of_all(self, batches: list[Batch]) -> list[Targets]:
+        """Those of each batch, followed by those of the others: InfoNCE's negatives are all images of the update."""
+        with self.autocast():
+            each = [self.context_targets(self.normalise(batch.views).transpose(0, 1), batch.noise) for batch in batches]
+        own = [targets.context for targets in each]  # [G, B, D]
+        return [Targets(torch.cat([own[i], *own[:i], *own[i + 1 :]], dim=1), None) for i in range(len(own))]

@@ -114,7 +114,7 @@ def main() -> None:
 def two_views(config: PretrainConfig) -> TwoViews:
     """What makes the views of an image."""
     return TwoViews(
-        config.image_size, config.num_views, config.crop, config.shared_crop, config.hflip, config.photometric
+        config.image_size, config.num_views, config.view_crop, config.shared_crop, config.hflip, config.photometric
     )
 
 

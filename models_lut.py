@@ -132,7 +132,7 @@ class Steering:
 class Targets(NamedTuple):
     """What the momentum encoder makes of views; None where the supervision does not ask for it."""
 
-    context: Tensor | None  # [G, B, D] v̂
+    context: Tensor | None  # [G, B, D] v̂; InfoNCE takes more rows, [G, B + M, D], the last M as negatives alone
     tokens: Tensor | None  # [G, B, L, D] the same of each patch token, in image order
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -11,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +180,15 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, writer):
     assert not touched.exists()
     pickle.loads(pickle.dumps(Evil(touched)))  # the trap does work
     assert touched.exists()
+
+
+@pytest.mark.parametrize("module", ["", "pathlib._local"])  # this Python's own; what 3.13 writes
+def test_paths_in_args_of_other_programs_are_read(tmp_path, monkeypatch, module):
+    kind = type("PosixPath", (PurePosixPath,), {"__module__": module}) if module else Path
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pathlib._local", SimpleNamespace(PosixPath=kind))
+        torch.save({"model": {}, "args": argparse.Namespace(output_dir=kind("/ckpt/job"))}, tmp_path / "other.pth")
+    assert str(load_checkpoint(tmp_path / "other.pth")["args"].output_dir) == "/ckpt/job"
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(range(256)) * 2])

@@ -154,7 +154,7 @@ def test_full_size_recipes_are_the_papers(name, monkeypatch):
     assert config.views == ("symmetric" if kind == "release" else "asymmetric")
     assert config.loss_weight_bc == (0 if kind == "mae" else 1 if size == "small" else 0.25)
     assert (config.momentum, config.momentum_end, config.head_norm_layer) == (0.996, 1, "BN")
-    assert config.crop == ("rrc" if kind == "mae" else "src")
+    assert config.view_crop == ("rrc" if kind == "mae" else "src")
 
 
 def recipe(folder: Path, text: str | bytes) -> Path:
@@ -235,6 +235,8 @@ def test_the_settings_that_a_run_saves_are_a_recipe(tmp_path):
 def test_defaults_of_the_model(model, alpha):
     config = PretrainConfig(model=model)
     assert config.loss_weight_bc == alpha
+    assert config.view_crop == ("src" if alpha else "rrc")
+    assert config.binding_settings(9)["crop"] == config.view_crop
     assert (config.has_momentum_encoder, config.num_views) == ((True, 2) if alpha else (False, 1))
     assert (config.model_arguments["heads"] is None) == (alpha == 0)
     side, patch = {"h4": (32, 4), "16": (224, 16), "14": (224, 14)}[model[-2:]]

@@ -45,6 +45,16 @@ def config_of(*flags: str, kind=FinetuneConfig):
 # ---- runs --------------------------------------------------------------------------------------------------
 
 
+def test_another_normalisation_than_the_pre_training_s_is_said(pretrain, linprobe, class_folders, tmp_path, capsys):
+    own = "--mean 0.2 0.3 0.4 --std 0.1 0.2 0.3"
+    pretrain("--data_path", class_folders, "--max_steps 1", own, output=tmp_path / "pre")
+    flags = ("--data_path", class_folders, "--max_steps 1 --finetune", tmp_path / "pre" / "checkpoint-0-step1.pth")
+    linprobe(*flags, output=tmp_path / "other")
+    assert f"normalised by other numbers there, {own}: give the same here" in capsys.readouterr().out
+    linprobe(*flags, own, output=tmp_path / "same")
+    assert "normalised by other numbers" not in capsys.readouterr().out
+
+
 def test_a_run_from_pre_trained_weights_to_a_result(pretrain, finetune, class_folders, tmp_path, capsys):
     pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
     checkpoint = tmp_path / "pre" / "checkpoint-0-step1.pth"

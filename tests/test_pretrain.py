@@ -51,6 +51,18 @@ def test_non_square_images_of_one_channel(pretrain, flat_folder, tmp_path):
     assert (tmp_path / "run" / "pictures" / "reconstruction-0002.png").exists()
 
 
+def test_a_checkpoint_is_laid_out_as_mae_s_and_the_release_s(pretrain, flat_folder, tmp_path):
+    """What other programs read: plain torch.load, the names of the release, `epoch` as MAE means it."""
+    pretrain("--data_path", flat_folder)
+    saved = torch.load(tmp_path / "run" / "checkpoint-1.pth")
+    assert {"model", "optimizer", "scaler", "model_ema", "epoch"} <= set(saved)
+    assert saved["epoch"] == 1  # the last that was finished
+    config = parse_config(PretrainConfig, TINY.split(), "main_pretrain.py")
+    student = LUT(**config.model_arguments)
+    assert set(saved["model"]) == set(student.state_dict())
+    assert set(saved["model_ema"]) == {f"ema.{name}" for name in MomentumEncoder(student).state_dict()}
+
+
 @pytest.mark.parametrize("views", ["asymmetric", "symmetric"])
 def test_the_loss_falls_on_digits(pretrain, views):
     curve = losses(pretrain("--dataset digits --in_chans 1 --batch_size 64 --epochs 3 --views", views))
@@ -102,9 +114,21 @@ def random_batch(number: int, patches: int = 16) -> Batch:
     )
 
 
+@pytest.mark.parametrize("distance", ["cosine", "infonce"])
 @pytest.mark.parametrize("views", ["asymmetric", "symmetric"])
-def test_accumulation_over_four_is_one_batch_of_four_times_the_size(views):
-    flags = ("--views", views, "--head_norm_layer", "none", "--clip_grad", "0.5", "--lr", "1e-3")
+def test_accumulation_over_four_is_one_batch_of_four_times_the_size(views, distance):
+    flags = (
+        "--views",
+        views,
+        "--distance",
+        distance,
+        "--head_norm_layer",
+        "none",
+        "--lr",
+        "1e-3",
+        "--clip_grad",
+        "0.5",
+    )
     once, parts = trainer_of(*flags), trainer_of(*flags, "--accum_iter", "4")
     batch = random_batch(16)
     once.update([batch])
@@ -117,6 +141,24 @@ def test_accumulation_over_four_is_one_batch_of_four_times_the_size(views):
                 # AdamW moves each weight by up to the learning rate, however small, and noisy, its gradient is
                 assert (tensor - b[name]).abs().max() < 5e-6, name
                 assert (tensor - b[name]).abs().mean() < 1e-8, name
+
+
+def test_after_an_overflow_neither_encoder_moves():
+    """With the scaler of fp16: the step is left out, the scale falls, and the next one is taken."""
+    trainer = trainer_of()
+    trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    student, momentum_encoder = trainer.state.model, trainer.state.model_ema
+    start = {name: x.clone() for name, x in trainer.state.state_dict()["model"].items()}
+    followed = {name: p.clone() for name, p in momentum_encoder.named_parameters()}
+    hook = student.cls_token.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.update([random_batch(8)])
+    assert all(torch.equal(p, start[name]) for name, p in student.named_parameters())
+    assert all(torch.equal(p, followed[name]) for name, p in momentum_encoder.named_parameters())
+    assert trainer.state.scaler.get_scale() == 2
+    hook.remove()
+    trainer.update([random_batch(8)])
+    assert not torch.equal(student.cls_token, start["cls_token"])
+    assert not torch.equal(momentum_encoder.cls_token, followed["cls_token"])
 
 
 def test_the_momentum_encoder_moves_once_per_update_and_by_the_schedule():

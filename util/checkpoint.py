@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from concurrent import futures
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO
 
 import torch
@@ -32,6 +32,8 @@ from util.errors import RunError, UserError, loaders_death
 
 BEST = "checkpoint-best.pth"
 LOCK = ".lock"
+# paths, which the `args` of other programs' files may hold, by the names that they have in Python before 3.13 and in it
+PATHS = [(PurePosixPath, name) for name in ("pathlib.PosixPath", "pathlib._local.PosixPath")]
 TEMPORARY = ".unfinished-"  # prefix; no reader ever takes such a file for a checkpoint
 
 
@@ -340,8 +342,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # besides tensors and plain types only what `args` of MAE's and LUT's own files are
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *PATHS]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{flag} {path}: is no intact safetensors file ({error})") from error

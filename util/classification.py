@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_transform
@@ -13,7 +15,8 @@ from engine_finetune import ClassifierTrainer, Scores, evaluate
 from util import evaluation
 from util.cache import cache_images
 from util.classifier_config import ClassifierConfig
-from util.config import check
+from util.command_line import as_flags
+from util.config import PixelConfig, check
 from util.data import ClassifierDataset, LabelledDataset, Normalise
 from util.distributed import Processes
 from util.errors import UserError
@@ -93,7 +96,19 @@ def start_from(model: torch.nn.Module, config: ClassifierConfig) -> str:
         check(config.weights == "student", "weights", config.weights, "is of --finetune, which is not given")
         return "no --finetune: from scratch"
     report = load_weights(model, Path(config.finetune), config.weights, "--finetune")
-    return f"--finetune {config.finetune}: {report}"
+    return f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}"
+
+
+def other_normalisation(run: Mapping[str, Any], config: PixelConfig) -> str:
+    """What to add where the run that wrote the weights normalised pixels otherwise than this one does."""
+    if run.get("in_chans") != config.in_chans:
+        return ""  # no run of ours, or the first layer was resampled, which is said already
+    given = {name: tuple(run.get(name) or ()) for name in ("mean", "std")}
+    before = PixelConfig(in_chans=config.in_chans, **given)
+    if (before.pixel_mean, before.pixel_std) == (config.pixel_mean, config.pixel_std):
+        return ""
+    flags = as_flags({"mean": list(before.pixel_mean), "std": list(before.pixel_std)})
+    return f"; pixels were normalised by other numbers there, {' '.join(flags)}: give the same here"
 
 
 def prepare(config: ClassifierConfig) -> Prepared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,6 +43,7 @@ class LoadReport:
     missing: tuple[str, ...]  # of the model, left as initialised: not in the file, or their part is incomplete there
     mismatched: tuple[str, ...]  # among the missing, there with another shape: `name: shape instead of shape`
     unexpected: tuple[str, ...]  # in the file, not used
+    settings: Mapping[str, Any]  # of the run that wrote it; empty where it is none of ours
 
     def __str__(self) -> str:
         """One line; a part that is wholly missing or unused is named as one."""
@@ -193,6 +195,7 @@ def load_weights(
         missing=tuple(name for name in own if name not in loaded),
         mismatched=tuple(f"{name}: {how}" for name, how in wrong.items() if name in state),
         unexpected=tuple(name for name in state if name not in loaded),
+        settings=config or {},
     )
 
 

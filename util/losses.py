@@ -34,11 +34,15 @@ def infonce(x: Tensor, y: Tensor, temperature: float = 0.2) -> Tensor:
 
     Each process scores its own predictions against everybody's targets. As targets carry no gradient, nothing has to
     flow back between processes: the mean that DistributedDataParallel takes of their gradients is that of one process
-    with all rows. The same N on every rank. The paper gives no temperature; .2 is MoCo v3's.
+    with all rows. The same shapes on every rank. The paper gives no temperature; .2 is MoCo v3's.
+
+    Args:
+        x: [N, D].
+        y: [N + M, D]; the last M rows are nobody's own here: negatives alone.
     """
     with full_precision(x.device):
         queries = F.normalize(x.float(), dim=-1)
-        keys, first = gather_rows(F.normalize(y.float(), dim=-1))  # [W*N, D]
+        keys, first = gather_rows(F.normalize(y.float(), dim=-1))  # [W*(N + M), D]
         own = torch.arange(first, first + len(x), device=x.device)
         return F.cross_entropy(queries @ keys.T / temperature, own)
 

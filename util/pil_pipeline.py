@@ -67,7 +67,7 @@ class PilDataset(Dataset):
 def geometry(config: PretrainConfig) -> list:
     """Resize, crop and flip."""
     size, bicubic = config.image_size, InterpolationMode.BICUBIC
-    if config.crop == "rrc":
+    if config.view_crop == "rrc":
         crop = [T.RandomResizedCrop(size, RRC_SCALE, RRC_RATIO, bicubic)]
     else:
         crop = [T.Resize(max(size), bicubic), T.Pad(REFLECT_PAD, padding_mode="reflect"), T.RandomCrop(size)]

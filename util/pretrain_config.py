@@ -12,7 +12,6 @@ from tyro.conf import arg
 from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, MODELS, Steering, Student, num_visible_patches
 from models_simmim import METHODS
 from util.config import DataConfig, ModelConfig, OptimConfig, RunConfig, binding_settings, check, check_choice
-from util.distributed import world_size
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,15 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     """context token against context token; each visible token against the one at its place (--shared_crop); the mean
     of the two"""
     distance: Literal["cosine", "smooth_l1", "infonce"] = "cosine"
-    """of prediction and target; infonce: negatives are the other images on all processes (of one of --accum_iter)"""
+    """of prediction and target; infonce: negatives are the other images of the update, of all processes"""
     infonce_temperature: float = 0.2
     """divides the cosines of --distance infonce"""
     context_mask_ratio: float = 0.0
     """share of patches hidden from the context encoder"""
 
     # views
-    crop: Literal["src", "rrc"] = "src"
-    """simple resized crop (DeiT III) or random resized crop (MAE)"""
+    crop: Literal["src", "rrc"] | None = None
+    """simple resized crop (DeiT III) or random resized crop (MAE); default: rrc for mae_*, else src"""
     shared_crop: bool = False
     """both views from the same crop and flip"""
     hflip: float = 0.5
@@ -183,8 +182,8 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         temperature = self.infonce_temperature
         check(0 < temperature < math.inf, "infonce_temperature", temperature, "must be above 0, and finite")
         if self.distance == "infonce":
-            enough = self.batch_size * world_size() >= 2
-            check(enough, "batch_size", self.batch_size, "--distance infonce needs two images at least")
+            fix = "--distance infonce needs two images at least"
+            check(self.effective_batch >= 2, "batch_size", self.batch_size, fix)
         else:
             unused = temperature == Steering.infonce_temperature
             check(unused, "infonce_temperature", temperature, f"--distance {self.distance} has none; take infonce")
@@ -218,6 +217,11 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         if self.model.startswith("mae_"):
             return 0.0
         return 1.0 if self.architecture["embed_dim"] <= 384 else 0.25
+
+    @property
+    def view_crop(self) -> Literal["src", "rrc"]:
+        """--crop, the default filled in: MAE's own or LUT's (Table 4f)."""
+        return self.crop or ("rrc" if self.model.startswith("mae_") else "src")
 
     @property
     def has_momentum_encoder(self) -> bool:
@@ -265,6 +269,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         own = {"monitor_freq", "monitor_images", "init_from", "init_weights"}
         resolved = {
             "alpha": self.loss_weight_bc,
+            "crop": self.view_crop,
             "patch_size": self.patch,
             "mask_ratio": self.hidden_share,
             "mask_unit": self.mask_square,
