@@ -267,7 +267,8 @@ class Student(Encoder):
         For each view û against v̂; with token-wise supervision each visible token against the context encoder's token
         at its place, through the same heads; with all tokens steered the mean of the hidden tokens [B, L - V, E], which
         are view u's, against v̂ too, through heads of their own. Each on its own, so that BatchNorm sees the
-        statistics of one kind of token of one view at a time (of views as released).
+        statistics of one kind of token of one view at a time (of views as released). Its running statistics, which the
+        momentum encoder normalises with, are of all kinds that pass through the projector.
         """
         terms = []
         if targets.context is not None:

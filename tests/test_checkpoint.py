@@ -184,7 +184,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, writer):
 
 @pytest.mark.parametrize("module", ["", "pathlib._local"])  # this Python's own; what 3.13 writes
 def test_paths_in_args_of_other_programs_are_read(tmp_path, monkeypatch, module):
-    kind = type("PosixPath", (PurePosixPath,), {"__module__": module}) if module else Path
+    kind = type("PosixPath", (PurePosixPath,), {"__module__": module}) if module else type(Path())
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "pathlib._local", SimpleNamespace(PosixPath=kind))
         torch.save({"model": {}, "args": argparse.Namespace(output_dir=kind("/ckpt/job"))}, tmp_path / "other.pth")

@@ -117,18 +117,7 @@ def random_batch(number: int, patches: int = 16) -> Batch:
 @pytest.mark.parametrize("distance", ["cosine", "infonce"])
 @pytest.mark.parametrize("views", ["asymmetric", "symmetric"])
 def test_accumulation_over_four_is_one_batch_of_four_times_the_size(views, distance):
-    flags = (
-        "--views",
-        views,
-        "--distance",
-        distance,
-        "--head_norm_layer",
-        "none",
-        "--lr",
-        "1e-3",
-        "--clip_grad",
-        "0.5",
-    )
+    flags = f"--views {views} --distance {distance} --head_norm_layer none --clip_grad 0.5 --lr 1e-3".split()
     once, parts = trainer_of(*flags), trainer_of(*flags, "--accum_iter", "4")
     batch = random_batch(16)
     once.update([batch])
