@@ -157,6 +157,15 @@ def test_full_size_recipes_are_the_papers(name, monkeypatch):
     assert config.view_crop == ("rrc" if kind == "mae" else "src")
 
 
+def test_rows_of_a_table_share_their_optimiser():
+    """MAE's and LUT's too: what differs is the method."""
+    rows = [parse("--recipe", name) for name in ALL_RECIPES if name.startswith("ablation_")]
+    assert len(rows) > 15
+    assert {(row.betas, row.layer_decay, row.blr, row.weight_decay, row.warmup_epochs) for row in rows} == {
+        ((0.9, 0.95), 1, 1.5e-4, 0.05, 40)
+    }
+
+
 def recipe(folder: Path, text: str | bytes) -> Path:
     path = folder / "own.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
