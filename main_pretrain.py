@@ -22,7 +22,7 @@ from models_lut import MomentumEncoder
 from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.cache import cache_images, readable
 from util.command_line import parse_config
-from util.config import as_dict, check_same_run
+from util.config import NAMES, as_dict, check_same_run
 from util.cost import Cost, pretrain_cost
 from util.data import BatchOrder, DrawnDataset, PretrainDataset, PretrainStream, training_loader
 from util.distributed import broadcast_module, is_main, start_processes, stop_processes, synchronise_batch_norm
@@ -44,7 +44,7 @@ from util.run import (
     transform_blocks,
 )
 from util.sharding import check_sharding, shard
-from util.sources import ImageSource, find_validation, open_images, same_classes
+from util.sources import ImageSource, find_validation, fingerprint, open_images, same_classes
 from util.training import TrainState
 from util.views import TwoViews
 
@@ -58,7 +58,7 @@ def main() -> None:
     device, world_size = processes.device, processes.world_size
     dtype = autocast_dtype(config.amp, device)
     check_sharding(config.parallel, dtype, device)
-    source = open_images(config.data_path, config.dataset_name, "train")
+    source = open_images(config.data_path, config.dataset, "train")
     config = fit_to_processes(config)
     order = BatchOrder(len(source), config.batch_size, config.accum_iter, processes.rank, world_size, config.seed)
     check_batch(config, order)
@@ -77,7 +77,7 @@ def main() -> None:
     # ---- models: views -> losses -----------------------------------------------------------------------
     state, report = build_state(config, dtype, device)
     state.updates = config.start_epoch * order.updates_per_epoch
-    binding = config.binding_settings(len(source))
+    binding = config.binding_settings(len(source)) | {NAMES: fingerprint(source)}
     if isinstance(source, IterableDataset):  # its parts are dealt to them
         binding["num_workers"] = config.loader_workers
     if resumed is not None:
@@ -173,7 +173,9 @@ def make_monitor(config: PretrainConfig, source: ImageSource, trainer: PretrainT
     """The monitor on rank 0; none for a stream, which cannot be read twice the same."""
     if not config.monitor_freq or not is_main() or isinstance(source, IterableDataset):
         return None
-    val = find_validation(config.data_path, config.dataset_name, config.val_path)
+    val = find_validation(config.data_path, config.dataset, config.val_path)
+    if val is None and config.val_path:
+        log.text(f"no kNN accuracy: --val_path {config.val_path} has no labels of two classes")
     if val is not None and not same_classes(source, val):
         log.text("no kNN accuracy: the classes of the training and the validation images differ")
         val = None

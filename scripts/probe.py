@@ -47,7 +47,7 @@ def main() -> None:
     begin = time.monotonic()
     device = choose_device(config.device)
     run = settings_of(config)
-    dataset = run.dataset_name if config.dataset or not config.data_path else ""
+    dataset = run.dataset if config.dataset or not config.data_path else ""
     train = open_images(run.data_path, dataset, "train")
     val = find_validation(run.data_path, dataset, run.val_path)
     if not same_classes(train, val):

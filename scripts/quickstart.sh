@@ -10,8 +10,9 @@ output=output/quickstart
 arguments=("$@")
 for i in "${!arguments[@]}"; do
     case ${arguments[i]} in
-        --output_dir) output=${arguments[i + 1]} ;;
-        --output_dir=*) output=${arguments[i]#*=} ;;
+        --output[_-]dir) output=${arguments[i + 1]:-} ;;
+        --output[_-]dir=*) output=${arguments[i]#*=} ;;
+        -h | --help | --dry[_-]run) exec $python main_pretrain.py --recipe quickstart "$@" ;;
     esac
 done
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from scripts import submit
-from util.checkpoint import lock_folder
+from util.checkpoint import check_file, lock_folder
 from util.command_line import parse_command, words
 from util.config import check
 from util.errors import RunError, UserError, run_main
@@ -134,7 +134,8 @@ class PlanFlags(GridFlags):
         start = "" if self.finetune == SCRATCH else self.finetune
         fix = f"give the pre-trained weights, or {SCRATCH}"
         check(bool(self.finetune), "finetune", "", fix)
-        check(not start or Path(start).is_file(), "finetune", start, f"there is no such file, {fix}")
+        if start:
+            check_file(Path(start), "--finetune")
         return Search(
             folder=Path(self.output_dir) / self.label,
             finetune=start,

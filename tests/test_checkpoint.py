@@ -119,6 +119,21 @@ def test_a_file_without_manifest_is_taken_last_and_said_so(tmp_path, capsys):
     assert "no manifest" in capsys.readouterr().err
 
 
+def test_a_newer_file_without_manifest_is_named_and_the_newest_is_told_by_name(tmp_path, capsys):
+    store(tmp_path).save(state(1), epoch=0, step=1)
+    for number, name in enumerate(("checkpoint-10.pth", "checkpoint-9.pth", "checkpoint-10-step77.pth")):
+        torch.save(state(number + 2), tmp_path / name)
+        os.utime(tmp_path / name, (number, number))  # as a copy may leave it
+    assert store(tmp_path).load_latest()[0]["updates"] == 1
+    said = capsys.readouterr().err
+    assert "checkpoint-10.pth has no manifest" in said
+    assert "going on from checkpoint-0.pth" in said
+    manifest_path(tmp_path / "checkpoint-0.pth").unlink()
+    assert store(tmp_path).load_latest()[0]["updates"] == 2
+    with pytest.raises(UserError, match=r"is a folder, give a checkpoint: .*checkpoint-10\.pth$"):
+        load_checkpoint(tmp_path)
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -282,10 +282,7 @@ def test_pixel_statistics(channels, mean, std):
     assert (given.pixel_mean, given.pixel_std) == ((0.1,) * channels, (2.0,) * channels)
 
 
-def test_where_images_come_from_and_what_is_kept():
-    assert PretrainConfig().dataset_name == "digits"
-    assert PretrainConfig(data_path="a").dataset_name == ""
-    assert PretrainConfig(data_path="a", dataset="torch/cifar10").dataset_name == "torch/cifar10"
+def test_loader_processes_and_what_is_kept():
     assert PretrainConfig(num_workers=0).loader_workers == 0
     assert 1 <= PretrainConfig().loader_workers <= 10
     assert PretrainConfig().keep_every is None

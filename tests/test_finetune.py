@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data.auto_augment import NAME_TO_OP, RandAugment
 from torch import nn
 
 import main_finetune
@@ -21,7 +23,7 @@ from engine_finetune import ClassifierTrainer, evaluate
 from models_vit import Classifier
 from util.amp import grad_scaler
 from util.checkpoint import load_checkpoint
-from util.classification import train_dataset
+from util.classification import posterize, train_dataset
 from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.command_line import parse_config
 from util.data import LabelledBatch, Normalise
@@ -399,6 +401,39 @@ def test_two_processes_train_as_one_does(class_folders, tmp_path, program):
         curves.append(values([json.loads(line) for line in lines], "loss"))
     assert len(curves[0]) == 8
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("bits", [0, 1, 4, 8])
+def test_posterize_of_any_strength(mode, bits):
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert(mode)
+    found = np.asarray(posterize(image, bits))
+    assert (found == np.asarray(image) >> (8 - bits) << (8 - bits)).all()
+
+
+def test_the_paper_s_policy_bears_every_strength(class_folders):
+    """rand-m9-mstd0.5-inc1 draws all of them, in time."""
+    before = dict(NAME_TO_OP)
+    config = config_of("--data_path", str(class_folders))
+    transform = train_dataset(config, open_images(str(class_folders), "", "train")).transform
+    assert before == NAME_TO_OP
+    (policy,) = [part for part in transform.transforms if isinstance(part, RandAugment)]
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    for operation in policy.ops:
+        operation.prob, operation.magnitude_std = 1, 0
+        for magnitude in range(11):
+            operation.magnitude = magnitude
+            assert operation(image).size == (8, 8)
+
+
+@pytest.mark.parametrize("which", ["pretrain", "linprobe"])
+def test_eval_of_a_run_of_another_stage_is_one_line(request, finetune, class_folders, tmp_path, capsys, which):
+    request.getfixturevalue(which)("--data_path", class_folders, "--max_steps 1", output=tmp_path / "other")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        finetune("--data_path", class_folders, "--eval --resume", tmp_path / "other" / "checkpoint-0-step1.pth")
+    fix = "train one from it first" if which == "pretrain" else "evaluate it by main_linprobe.py"
+    assert f"is of {which}, and --eval here wants a model of finetune; {fix}" in capsys.readouterr().err
 
 
 # ---- wrong input -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +317,29 @@ def test_bf16_where_it_cannot(pretrain, flat_folder, capsys):
     assert "--amp bf16: this CPU does not compute in bf16, use --amp auto" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    {
+        "": "--data_path: is missing, give a folder or .tar of images, or --dataset digits",
+        "--data_path FOLDER --dataset digits": "FOLDER: --dataset digits has images of its own, leave one of them out",
+        "--data_path FOLDER --log_dir FOLDER/image-000.png": "--log_dir FOLDER/image-000.png: cannot be written",
+        "--data_path FOLDER --device mps": "--device mps: is of no use here",
+        "--data_path FOLDER --init_from FOLDER": "--init_from FOLDER: is a folder, give a checkpoint in it",
+    }.items(),
+)
+def test_wrong_places_are_one_line(pretrain, flat_folder, capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        pretrain(flags.replace("FOLDER", str(flat_folder)))
+    assert stop.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert said.replace("FOLDER", str(flat_folder)) in error
+
+
+def test_validation_images_without_two_classes_are_said(pretrain, flat_folder, capsys):
+    pretrain("--data_path", flat_folder, "--monitor_freq 1 --max_steps 1 --val_path", flat_folder / "deep")
+    assert f"no kNN accuracy: --val_path {flat_folder / 'deep'} has no labels of two classes" in capsys.readouterr().out
+
+
 def test_a_finished_folder_is_not_begun_anew(pretrain, flat_folder, tmp_path, capsys):
     pretrain("--data_path", flat_folder, "--max_steps 1")
     with pytest.raises(SystemExit):
@@ -325,16 +349,27 @@ def test_a_finished_folder_is_not_begun_anew(pretrain, flat_folder, tmp_path, ca
 
 def test_resume_with_other_settings_names_both_values(pretrain, flat_folder, tmp_path, capsys):
     pretrain("--data_path", flat_folder, "--max_steps 4")
+    shutil.copy(flat_folder / "image-000.png", flat_folder.parent / "one-more.png")
     for flags, said in {
         "--mask_ratio 0.5": "mask_ratio is 0.5 here but 0.75 in the checkpoint",
         "--decoder_depth 2": "decoder_depth is 2 here but 1 in the checkpoint",
         "--alpha 0": "alpha is 0.0 here but 1.0 in the checkpoint",
         "--batch_size 4": "effective batch is 4 here but 8 in the checkpoint",
-        "--dataset digits": "number of images is 1437 here but 32 in the checkpoint",
+        f"--data_path {flat_folder.parent}": "number of images is 33 here but 32 in the checkpoint",
     }.items():
         with pytest.raises(SystemExit):
             pretrain("--data_path", flat_folder, "--auto_resume", flags)
         assert said in capsys.readouterr().err
+
+
+def test_resume_knows_its_images_by_their_names_wherever_they_lie(pretrain, flat_folder, tmp_path, capsys):
+    pretrain("--data_path", flat_folder, "--max_steps 4")
+    shutil.copytree(flat_folder, tmp_path / "copy")
+    (flat_folder / "image-003.png").rename(flat_folder / "another.png")
+    with pytest.raises(SystemExit):
+        pretrain("--data_path", flat_folder, "--auto_resume")
+    assert "--resume: other images or classes than the checkpoint's, by their names" in capsys.readouterr().err
+    assert losses(pretrain("--data_path", tmp_path / "copy", "--auto_resume"))
 
 
 def test_an_elastic_resume_may_cut_the_same_batch_in_another_way(pretrain, flat_folder, tmp_path, capsys):
@@ -354,6 +389,8 @@ def test_bad_images_stop_the_run_or_are_skipped(pretrain, flat_folder, tmp_path,
         pretrain("--data_path", flat_folder)
     assert stop.value.code == 2
     assert "image-003.png: cannot be read" in capsys.readouterr().err
+    assert len(losses(pretrain("--data_path", flat_folder, "--auto_resume --on_bad_image skip"))) == 8  # as advised
+    capsys.readouterr()
     flags = "--on_bad_image skip --monitor_freq 1"  # the monitor reads all images too
     log = pretrain("--data_path", flat_folder, flags, output=tmp_path / "skipped")
     assert [line["bad_images"] for line in log if "loss" in line][-1] == 2  # once per epoch

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from conftest import encode, one_line, plain
 from util.data import BatchOrder, LabelledDataset, PretrainDataset, PretrainStream, decode, training_loader
 from util.errors import UserError
-from util.sources import BadImage, FileSource, Names, TarSource, find_validation, open_images
+from util.sources import BadImage, FileSource, Names, TarSource, find_validation, fingerprint, open_images
 from util.views import TwoViews
 
 # ---- layouts -----------------------------------------------------------------------------------------------
@@ -150,6 +150,47 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/cat").symlink_to(tmp_path / "elsewhere")
     check_source(open_images(str(tmp_path / "images"), "", "train"), [("cat/1.png", 1, "cat")])
+
+
+@pytest.mark.timeout(60)
+def test_links_that_lead_back_up_are_refused(tmp_path):
+    write_folder(tmp_path / "images", {"a/1.png": 1, "b/2.png": 2})
+    (tmp_path / "images/a/b").symlink_to(tmp_path / "images/b")
+    assert len(open_images(str(tmp_path / "images"), "", "train")) == 3  # twice, but no circle
+    for link, target in (("b/a", "a"), ("b/up", ""), ("above", "..")):
+        path = tmp_path / "images" / link
+        path.symlink_to((tmp_path / "images" / target).resolve())
+        with pytest.raises(UserError, match="a link leads back to a folder around it"):
+            open_images(str(tmp_path / "images"), "", "train")
+        path.unlink()
+
+
+@pytest.mark.parametrize("tar", [False, True])
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_validation_images_are_never_trained_on(tmp_path, tar, name):
+    files = {f"{name}/cat/1.png": 1, "trian/cat/2.png": 2}
+    path = write_tar(tmp_path / "x.tar", files) if tar else write_folder(tmp_path / "x", files)
+    with pytest.raises(UserError, match=f"holds {name} but no train, name the training images train"):
+        open_images(str(path), "", "train")
+    assert len(open_images(str(path), "", "val")) == 1
+
+
+def test_tar_files_and_images_in_one_folder_are_refused(tmp_path):
+    write_folder(tmp_path / "x", CLASSES)
+    write_tar(tmp_path / "x" / "old.tar", FLAT)
+    with pytest.raises(UserError, match=r"holds \.tar files \(old\.tar\) and images \(.*png\), keep one"):
+        open_images(str(tmp_path / "x"), "", "train")
+
+
+def test_a_fingerprint_knows_names_and_classes_wherever_they_lie(tmp_path):
+    folder, same, tar = tmp_path / "x", tmp_path / "moved", tmp_path / "x.tar"
+    write_folder(folder, CLASSES), write_folder(same, CLASSES), write_tar(tar, CLASSES)
+    of = [fingerprint(open_images(str(path), "", "train")) for path in (folder, same, tar)]
+    assert of[0] == of[1] == of[2]
+    (same / "cat" / "2.png").rename(same / "cat" / "20.png")
+    (folder / "dog").rename(folder / "wolf")
+    others = [fingerprint(open_images(str(path), "", "train")) for path in (folder, same)]
+    assert len({of[0], *others}) == 3
 
 
 def test_tar_source_works_after_a_move_to_another_process(tmp_path):

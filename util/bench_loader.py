@@ -53,7 +53,7 @@ def bench_images(config: LoaderConfig) -> Sample:
     Raises:
         UserError: the data set is a stream, or smaller than a batch.
     """
-    source = open_images(config.data_path, config.dataset_name, "train")
+    source = open_images(config.data_path, config.dataset, "train")
     if isinstance(source, IterableDataset):
         raise UserError(f"--dataset {config.dataset}: a stream has no turns to compare, give images by --data_path")
     batch = config.batch_size

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -185,14 +186,21 @@ class CheckpointStore:
     def load_latest(self) -> tuple[dict[str, Any], Path] | None:
         """The newest checkpoint that is intact, or None where there is none at all.
 
-        A damaged one is named on stderr and the one before is taken. Files without a manifest come last.
+        A damaged one is named on stderr and the one before is taken. Files without a manifest, which is written last,
+        come last; one whose name says that it is newer is named too.
 
         Raises:
             UserError: there are checkpoints, and every one is damaged.
         """
         complete = [path for path, _ in reversed(self.list())]
         others = [p for p in self.folder.glob("checkpoint-*.pth") if p not in complete and p.name != BEST]
-        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        others.sort(key=place_by_name, reverse=True)
+        if complete and others and place_by_name(others[0]) > place_by_name(complete[0]):
+            print(
+                f"WARNING: {others[0]} has no manifest, so that it may be incomplete: going on from {complete[0].name};"
+                f" --resume {others[0]} would take it",
+                file=sys.stderr,
+            )
         for path in complete + others:
             try:
                 state = load_checkpoint(path, flag="--auto_resume")
@@ -336,8 +344,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
     Raises:
         UserError: no such file, damaged (by its manifest's hash where there is one), or not a checkpoint.
     """
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
+    check_file(path, flag)
     verify_hash(path, flag)
     try:
         if path.suffix == ".safetensors":
@@ -352,6 +359,24 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint")
     return state
+
+
+def check_file(path: Path, flag: str) -> None:
+    """UserError where there is no such file, with the newest checkpoint of a folder that is given in its place."""
+    if path.is_dir():
+        newest = max(path.glob("checkpoint-*.pth"), key=place_by_name, default=None)
+        raise UserError(f"{flag} {path}: is a folder, give a checkpoint" + (f": {newest}" if newest else " in it"))
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: there is no such file")
+
+
+def place_by_name(path: Path) -> tuple[int, int, int]:
+    """For sorting: checkpoint-N.pth, after epoch N, is newer than checkpoint-N-stepM.pth, in epoch N."""
+    found = re.fullmatch(r"checkpoint-(\d+)(?:-step(\d+))?\.pth", path.name)
+    if found is None:
+        return (-1, 0, 0)
+    epoch, step = found.groups()
+    return (int(epoch), 0 if step else 1, int(step or 0))
 
 
 def verify_hash(path: Path, flag: str) -> None:

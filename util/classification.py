@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.auto_augment import NAME_TO_OP
 from torch.utils.data import IterableDataset
 
 from engine_finetune import ClassifierTrainer, Scores, evaluate
@@ -49,20 +52,23 @@ def open_labelled(config: ClassifierConfig) -> LabelledImages:
         UserError: a split is missing, empty, a stream, without labels, or the splits' classes differ from each other
             or from --nb_classes.
     """
-    where = f"--dataset {config.dataset_name}" if config.dataset_name else f"--data_path {config.data_path}"
+    where = f"--dataset {config.dataset}" if config.dataset else f"--data_path {config.data_path}"
     unseen = config.eval and not config.holdout  # --eval looks at no training image
-    train = None if unseen else open_images(config.data_path, config.dataset_name, "train")
+    train = None if unseen else open_images(config.data_path, config.dataset, "train")
     if isinstance(train, IterableDataset):
         raise UserError(f"{where}: is a stream, a classifier needs images that can be drawn by number")
     if train is not None and (train.labels is None or len(set(train.labels)) < 2):
-        raise UserError(f"{where}: has no labels of two classes, give train/ and val/ with a folder for each class")
+        fix = "give train/ and val/ with a folder for each class"
+        if train.class_names:
+            fix += f"; a file's class is the folder that it lies in, and all lie in {train.class_names[0]!r}"
+        raise UserError(f"{where}: has no labels of two classes, {fix}")
     if config.holdout:
         train, val = hold_out(train, config.holdout)
         if len(val) == 0:
             raise UserError(f"--holdout {config.holdout}: no class of {where} has two images, leave it out")
         train = None if config.eval else train
     else:
-        val = find_validation(config.data_path, config.dataset_name, config.val_path)
+        val = find_validation(config.data_path, config.dataset, config.val_path)
     if val is None:
         raise UserError(f"{where}: no validation images of two classes, add val/ beside train/ or give --val_path")
     if train is not None and train.class_names != val.class_names:
@@ -149,11 +155,30 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
         UserError: timm does not know the policy of --aa.
     """
     try:
-        transform = create_transform(**config.augmentation)
+        with posterize_of_any_strength():
+            transform = create_transform(**config.augmentation)
     except (AssertionError, ValueError, KeyError) as error:
         policy = config.augmentation.get("auto_augment")
         raise UserError(f"--aa {policy}: timm makes no augmentation of it ({error!r})") from error
     return ClassifierDataset(source, transform, config.in_chans, config.seed, config.on_bad_image == "skip")
+
+
+@contextmanager
+def posterize_of_any_strength() -> Iterator[None]:
+    """Policies of timm that are made meanwhile may leave 0 bits of a pixel, which Pillow refuses from version 13 on."""
+    theirs = {name: operation for name, operation in NAME_TO_OP.items() if operation is auto_augment.posterize}
+    NAME_TO_OP.update(dict.fromkeys(theirs, posterize))
+    try:
+        yield
+    finally:
+        NAME_TO_OP.update(theirs)
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """As timm's, and black for 0 bits, as older Pillows have it."""
+    if bits_to_keep < 1:
+        return image.point(lambda value: 0)
+    return auto_augment.posterize(image, bits_to_keep)
 
 
 class ClassifierEvaluation(Evaluation):

@@ -159,17 +159,12 @@ class DataConfig(PixelConfig):
     dataset: str = ""
     """cub200, flowers102, inat2018, ... as published, under --data_path (util/published.py); any name of timm's
     create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..); or `digits`: 1,797 handwritten digits that come
-    with scikit-learn, the default without --data_path"""
+    with scikit-learn"""
     val_path: str = ""
     """labelled images for the kNN monitor; default: val/ or val.tar beside the training images, if there"""
     cache: Literal["none", "ram", "device"] = "none"
     """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
     pre-training) on the device"""
-
-    @property
-    def dataset_name(self) -> str:
-        """The reader's name; empty for files under --data_path."""
-        return self.dataset or ("" if self.data_path else "digits")
 
 
 @dataclass(frozen=True)
@@ -360,7 +355,7 @@ MAY_CHANGE = {
     *("max_steps", "save_periods", "save_freq", "keep_last", "print_freq", "dist_backend", "dry_run"),
     *("num_workers", "pin_mem", "cache", "max_minutes", "on_nonfinite", "elastic", "save_in_background"),
     *("parallel", "checkpoint_activations", "data_path", "val_path", "loader_timeout", "dataset", "batch_size"),
-    *("accum_iter", "lr", "blr", "input_size", "mean", "std"),
+    *("accum_iter", "lr", "blr", "input_size", "mean", "std", "on_bad_image"),
 }
 
 
@@ -375,9 +370,9 @@ def binding_settings(
         may_change: fields of this kind of training that may differ too.
     """
     resolved = {
-        KIND: type(config).__name__.removesuffix("Config").lower(),
+        KIND: kind_of(type(config)),
         "number of images": num_images,
-        "data set": config.dataset_name or "files",
+        "data set": config.dataset or "files",
         "effective batch": config.effective_batch,
         "processes": world_size(),
         "batch_size": config.batch_size,
@@ -391,7 +386,13 @@ def binding_settings(
     return resolved | {name: value for name, value in as_dict(config).items() if name not in free}
 
 
+def kind_of(config_type: type) -> str:
+    """pretrain, finetune, linprobe or segment: a main's own name."""
+    return config_type.__name__.removesuffix("Config").lower()
+
+
 KIND = "kind of training"
+NAMES = "names of the images"  # as util.sources.fingerprint has them; the mains add it
 ELASTIC = ("processes", "batch_size", "accum_iter")
 
 
@@ -411,6 +412,11 @@ def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic
             " or in pre-training to --init_from"
         )
     for name, value in settings.items():
-        if name != KIND and saved.get(name) != value and not (elastic and name in ELASTIC):
+        if name not in (KIND, NAMES) and saved.get(name) != value and not (elastic and name in ELASTIC):
             fix = "make them equal, or add --elastic" if name in ELASTIC else "make them equal"
             raise UserError(f"--resume: {name} is {value} here but {saved.get(name)} in the checkpoint, {fix}")
+    if saved.get(NAMES, settings.get(NAMES)) != settings.get(NAMES):  # older files have none
+        raise UserError(
+            "--resume: other images or classes than the checkpoint's, by their names; give those, or start from its"
+            " weights by --finetune, in pre-training by --init_from"
+        )

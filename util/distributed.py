@@ -39,6 +39,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: no device has that name, use auto, cpu, cuda or cuda:1") from error
+    usable = {"cpu", "cuda"} | ({"mps"} if torch.backends.mps.is_available() else set())
+    if device.type not in usable:
+        raise UserError(f"--device {name}: is of no use here, use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no usable GPU, use --device cpu")
     gpus = torch.cuda.device_count()

@@ -19,16 +19,18 @@ from torch.utils.data import Dataset
 from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.checkpoint import load_checkpoint
 from util.command_line import as_flags, last_value, parse_config
-from util.config import as_dict, check_same_run
+from util.config import KIND, NAMES, as_dict, check_same_run, kind_of
 from util.cost import classifier_flops, count_parameters
 from util.data import BatchOrder, Loader, training_loader
 from util.distributed import Processes, is_main, start_processes
+from util.errors import UserError
 from util.logs import RunLog
 from util.optim import build_optimizer
 from util.pictures import confusion_picture
 from util.results import append_result
 from util.run import check_batch, checkpoint_to_resume, fit_to_processes, open_log, open_store, train, transform_blocks
 from util.sharding import check_sharding, shard
+from util.sources import fingerprint
 from util.training import Trainer, TrainState
 
 Config = TypeVar("Config")
@@ -146,12 +148,20 @@ def parse_downstream(config_type: type[Config], arguments: Sequence[str], progra
     """As `parse_config`, with --eval upon what makes the model and its input in the run of --resume or --finetune.
 
     Of a run with --model_ema, whose accuracy is that of the moving average, the average is evaluated.
+
+    Raises:
+        UserError: also where that run was of another kind.
     """
     before: list[str] = []
     given = {flag: path for flag in ("resume", "finetune") if (path := last_value(flag, arguments))}
     if "--eval" in arguments and len(given) == 1:
         ((flag, path),) = given.items()
-        saved = load_checkpoint(Path(path), f"--{flag}").get("config")
+        checkpoint = load_checkpoint(Path(path), f"--{flag}")
+        saved = checkpoint.get("config")
+        stage, own = (checkpoint.get("binding_settings") or {}).get(KIND), kind_of(config_type)
+        if stage not in (None, own):
+            fix = "train one from it first" if stage == "pretrain" else f"evaluate it by main_{stage}.py"
+            raise UserError(f"--{flag} {path}: is of {stage}, and --eval here wants a model of {own}; {fix}")
         known = {field.name for field in dataclasses.fields(config_type)}
         if isinstance(saved, dict):
             of_the_run = {name: saved.get(name) for name in OF_THE_RUN if name in known}
@@ -231,7 +241,7 @@ def train_and_evaluate(
     evaluation = make_evaluation()
     if config.eval:
         return evaluation.alone(stage, said)
-    binding = config.binding_settings(len(source))
+    binding = config.binding_settings(len(source)) | {NAMES: fingerprint(source)}
     resumed = checkpoint_to_resume(config, store)
     if resumed is not None:
         check_same_run(binding, resumed, config.elastic)

@@ -40,6 +40,8 @@ def open_store(config: Any) -> CheckpointStore:
         UserError: it cannot be written, or another run writes there.
     """
     path = writable_folder(config.output_dir, "output_dir")
+    if config.log_dir:
+        writable_folder(config.log_dir, "log_dir")
     store = CheckpointStore(path, config.keep_last, config.keep_every, "best" in config.save_periods)
     if is_main():
         store.lock()

@@ -154,7 +154,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         return self.lr
 
     @property
-    def dataset_name(self) -> str:
+    def dataset(self) -> str:
         """Images and masks always come from files."""
         return ""
 

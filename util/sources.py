@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -276,6 +278,9 @@ def open_images(data_path: str, dataset: str, split: str, flag: str = "--data_pa
         UserError: nothing there, unreadable, or without a single image.
     """
     if dataset == "digits":
+        if data_path:
+            fix = 'leave one of them out; with a recipe that names it, add --dataset ""'
+            raise UserError(f"{flag} {data_path}: --dataset digits has images of its own, {fix}")
         return digits(split)
     if dataset in published_names():
         from util.published import open_published
@@ -283,10 +288,16 @@ def open_images(data_path: str, dataset: str, split: str, flag: str = "--data_pa
         return open_published(dataset, data_path, split)
     if dataset:
         return open_reader(dataset, data_path, split)
+    if not data_path:
+        fix = "give a folder or .tar of images, or --dataset digits for those that come with scikit-learn"
+        raise UserError(f"{flag}: is missing, {fix}")
     path = Path(data_path)
     if not os.path.exists(path):
         raise UserError(f"{flag} {path}: there is no such file or folder")
-    path = split_path(path, split) or path
+    found = split_path(path, split)
+    if split == "train" and found is None and (val := split_path(path, "val")):
+        raise without_training_images(flag, path, val.name)
+    path = found or path
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         raise UserError(f"{flag} {path}: may not be read, check its permissions")
     if path.is_file():
@@ -294,7 +305,18 @@ def open_images(data_path: str, dataset: str, split: str, flag: str = "--data_pa
             raise UserError(f"{flag} {path}: is a {path.suffix or 'plain'} file, give a folder or a .tar file")
         return open_tars(path, [path], split, flag)
     tars = sorted(path.glob("*.tar"))
-    return open_tars(path, tars, split, flag) if tars else open_folder(path, flag)
+    if not tars:
+        return open_folder(path, flag)
+    if (image := next(image_paths(path, flag), None)) is not None:
+        fix = "keep one of the two kinds there, or name a file or folder in it"
+        raise UserError(f"{flag} {path}: holds .tar files ({tars[0].name}) and images ({os.path.join(*image)}), {fix}")
+    return open_tars(path, tars, split, flag)
+
+
+def without_training_images(flag: str, path: Path, val: str) -> UserError:
+    """Training on validation images, which is what is left there, is never meant."""
+    fix = "name the training images train, or give their own folder or .tar, and the others to --val_path"
+    return UserError(f"{flag} {path}: holds {val} but no train, {fix}")
 
 
 def split_path(root: Path, split: str) -> Path | None:
@@ -305,6 +327,17 @@ def split_path(root: Path, split: str) -> Path | None:
         if os.path.isfile(root / f"{name}.tar"):
             return root / f"{name}.tar"
     return None
+
+
+def fingerprint(source: ImageSource | IterableDataset) -> str:
+    """Of the names of classes and of the first and last thousand images, wherever they lie; empty for a stream."""
+    if isinstance(source, IterableDataset):
+        return ""
+    number = len(source)
+    looked_at = range(number) if number <= 2000 else [*range(1000), *range(number - 1000, number)]
+    names = [re.split("[/:]", source.name(index))[-1] for index in looked_at]  # folders and .tar files may move
+    said = "\0".join([*(getattr(source, "class_names", None) or ()), "", *names])
+    return hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()
 
 
 def find_validation(data_path: str, dataset: str, val_path: str) -> ImageSource | None:
@@ -335,23 +368,37 @@ def same_classes(train: ImageSource, val: ImageSource | None) -> bool:
 
 def open_folder(path: Path, flag: str) -> FileSource:
     """Image files below `path`; the name of the folder that holds a file is its class."""
-
-    def stop(error: OSError) -> None:  # otherwise os.walk leaves out what it cannot list
-        raise UserError(f"{flag} {error.filename}: cannot be listed ({error.strerror})") from error
-
-    found = []
-    for folder, _, names in os.walk(path, followlinks=True, onerror=stop):
-        inside = folder.removeprefix(str(path))
-        found += [
-            (os.path.join(folder, name), os.path.basename(inside))
-            for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-        ]
+    found = [
+        (os.path.join(folder, name), os.path.basename(folder.removeprefix(str(path))))
+        for folder, name in image_paths(path, flag)
+    ]
     if not found:
         published = "; one in its published form is named by --dataset" * (flag == "--data_path")
         raise UserError(f"{flag} {path}: holds no images ({' '.join(IMAGE_EXTENSIONS)}) at any depth{published}")
     paths, folders = zip(*sorted(found), strict=True)
     return FileSource(list(paths), *number_classes(folders))
+
+
+def image_paths(path: Path, flag: str) -> Iterator[tuple[str, str]]:
+    """Folder and name of each image file at any depth; links to folders are followed.
+
+    Raises:
+        UserError: a folder cannot be listed, or is reached again from inside.
+    """
+
+    def stop(error: OSError) -> None:  # otherwise os.walk leaves out what it cannot list
+        raise UserError(f"{flag} {error.filename}: cannot be listed ({error.strerror})") from error
+
+    above: dict[str, tuple[tuple[int, int], ...]] = {str(path): ()}  # folders on the way to one: device and inode
+    for folder, inside, names in os.walk(path, followlinks=True, onerror=stop):
+        about, way = os.stat(folder), above.pop(folder)
+        this = (about.st_dev, about.st_ino)
+        if this in way:
+            raise UserError(f"{flag} {folder}: a link leads back to a folder around it, remove the link")
+        above |= {os.path.join(folder, name): (*way, this) for name in inside}
+        for name in names:
+            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+                yield folder, name
 
 
 def open_tars(root: Path, tars: list[Path], split: str, flag: str) -> TarSource:
@@ -362,6 +409,9 @@ def open_tars(root: Path, tars: list[Path], split: str, flag: str) -> TarSource:
     classes = next((shard.classes for shard in shards if shard), None)
     tops = [PurePosixPath(name).parts[0] for _, name, _, _ in found]
     chosen = next((name for name in SPLIT_NAMES[split] if name in tops), None)
+    val = next((name for name in SPLIT_NAMES["val"] if name in tops), None)
+    if split == "train" and chosen is None and val and classes is None:
+        raise without_training_images(flag, root, val)
     if chosen and classes is None:  # in a shard it is a class of that name
         found = [member for member, top in zip(found, tops, strict=True) if top == chosen]
     if not found:
