@@ -93,7 +93,11 @@ def settings_of(config: ProbeConfig) -> PretrainConfig:
         if "data_path" in given:
             given |= {"dataset": config.dataset, "val_path": config.val_path}
         return config_from_dict(PretrainConfig, vars(run) | given)
-    if not config.model:
+    if saved is not None and "model" in saved:  # a classifier's
+        where = () if "data_path" in given else ("data_path", "dataset", "val_path")
+        seen = {name: saved[name] for name in (*where, "input_size", "mean", "std") if saved.get(name)}
+        given = {"model": f"lut_{saved['model']}"} | seen | given
+    if "model" not in given:
         raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")
     if kernel is not None:
         given |= {"in_chans": kernel.shape[1], "patch_size": kernel.shape[-1]}

@@ -290,3 +290,14 @@ def test_a_file_of_another_program_needs_a_model_and_images(tmp_path, pretrain, 
     with pytest.raises(SystemExit):
         run_probe(bare, "--data_path", class_folders)
     assert "add --model with its name" in capsys.readouterr().err
+
+
+def test_a_classifier_s_run_says_what_its_encoder_is(tmp_path, finetune, class_folders, run_probe):
+    finetune("--data_path", class_folders, "--max_steps 1 --cls_token --mean 0.2 0.3 0.4")
+    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
+    flags = ("--labels_per_class", 0, "--encoders", "student", "--output_dir", tmp_path / "probed")
+    run_probe(checkpoint, *flags)
+    given = ("--model", "mae_vit_nano_patch4", "--data_path", class_folders, "--mean", 0.2, 0.3, 0.4)
+    run_probe(checkpoint, *flags, *given)
+    of_run, of_flags = read_results(tmp_path / "probed")
+    assert of_run["metrics"] == of_flags["metrics"]
