@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -15,7 +16,15 @@ import scripts.probe
 from util import probe
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, run_main
-from util.probe import extract_features, few_labels, knn_accuracy, logistic_probe_accuracy, rankme
+from util.probe import (
+    RIDGE,
+    extract_features,
+    few_labels,
+    knn_accuracy,
+    logistic_probe_accuracy,
+    rankme,
+    ridge_probe_accuracy,
+)
 from util.results import read_results
 
 quick = settings(max_examples=30, deadline=None)
@@ -121,6 +130,23 @@ def test_logistic_probe_reads_digits_without_warnings(digits):
         accuracy = logistic_probe_accuracy(*digits, seed=0)
         assert accuracy == logistic_probe_accuracy(*digits, seed=0)
     assert 80 < accuracy < 90  # other writers than those of the training part
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0, 1), (5, 100)])
+def test_ridge_probe_is_its_normal_equations(digits, offset, scale):
+    train, train_labels, test, test_labels = digits
+    mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp_min(1e-12)
+    x, y = (train.double() - mean) / std, 2 * F.one_hot(train_labels).double() - 1
+    penalty = RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean(0)))
+    found = ((test.double() - mean) / std @ weights + y.mean(0)).argmax(dim=1)
+    expected = 100 * (found == test_labels).double().mean().item()
+    assert expected > 70
+    given = (offset + scale * train, train_labels, offset + scale * test, test_labels)
+    assert ridge_probe_accuracy(*given) == pytest.approx(expected, abs=0.6)  # a sample may lie on the border
+    broken = train.index_fill(0, torch.tensor([3]), float("nan"))
+    assert math.isnan(ridge_probe_accuracy(broken, *digits[1:]))
+    assert ridge_probe_accuracy(train, 0 * train_labels, test, 0 * test_labels) == 100  # of one class
 
 
 def test_logistic_probe_does_not_depend_on_offset_and_scale(digits):

@@ -40,6 +40,7 @@ METRICS = {
     "skipped_updates": Metric("Updates left out", TRAINING),
     "bad_images": Metric("Bad images replaced", TRAINING),
     "knn": Metric("kNN accuracy", LEARNED, "%", "higher"),
+    "linear": Metric("linear-probe accuracy", LEARNED, "%", "higher"),
     "rankme": Metric("RankMe, effective rank of the features", LEARNED),
     "top1": Metric("Top-1 accuracy", LEARNED, "%", "higher"),
     "top5": Metric("Top-5 accuracy", LEARNED, "%", "higher"),

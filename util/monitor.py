@@ -1,4 +1,4 @@
-"""What is watched while pre-training: a picture, kNN accuracy, and the rank of the features."""
+"""What is watched while pre-training: a picture, kNN and linear-probe accuracy, and the rank of the features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models_lut import Student
 from util.data import LabelledDataset, Loader, Normalise
 from util.logs import RunLog
 from util.pictures import as_grid, reconstruction_cells, save_png
-from util.probe import extract_features, knn_accuracy, rankme
+from util.probe import extract_features, knn_accuracy, rankme, ridge_probe_accuracy
 from util.sources import ImageSource
 from util.views import Size
 
@@ -34,7 +34,7 @@ class Monitor:
     """Looks at the student every so often, on one rank; the training images are seen without augmentation."""
 
     train: ImageSource
-    val: ImageSource | None  # labelled, of the same classes; None: no kNN
+    val: ImageSource | None  # labelled, of the same classes; None: RankMe alone
     size: Size
     in_chans: int
     most_images: int
@@ -47,7 +47,7 @@ class Monitor:
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # other shapes than the training's: no compilation in between
     def look(self, student: Student, epoch: int, updates: int, log: RunLog) -> dict[str, float]:
-        """Save the picture and return RankMe of the pooled features, and kNN accuracy (%) where there are labels.
+        """Save the picture and return RankMe of the pooled features, and accuracies (%) where there are labels.
 
         There is no picture of a student without a decoder. `epoch` counts finished epochs.
         """
@@ -60,11 +60,13 @@ class Monitor:
         features, labels = self.features(student, self.train)
         values = {"rankme": rankme(features)}
         if self.val is not None:
-            values["knn"] = knn_accuracy(features, labels, *self.features(student, self.val))
+            unseen = self.features(student, self.val)
+            values["knn"] = knn_accuracy(features, labels, *unseen)
+            values["linear"] = ridge_probe_accuracy(features, labels, *unseen)
         student.train(was_training)
         log.scalars(updates, values, epoch=epoch)
         shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
-        log.text(f"after epoch {epoch}: {shown} (kNN in %, RankMe of at most {student.embed_dim})")
+        log.text(f"after epoch {epoch}: {shown} (accuracies in %, RankMe of at most {student.embed_dim})")
         return values
 
     def features(self, student: Student, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Quality of frozen features: neighbours, rank and a logistic probe. N samples, D features."""
+"""Quality of frozen features: neighbours, rank and linear probes. N samples, D features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -20,6 +20,7 @@ from util.errors import UserError
 
 MAX_SIMILARITIES = 2**26  # at a time, 256 MiB of float32
 RANKME_EPSILON = 1e-7  # Garrido et al. 2023, for float32 features
+RIDGE = 0.01  # penalty, per sample
 PROBE_C_GRID = (0.001, 0.01, 0.1, 1.0)  # inverse strength of the L2 penalty, strongest first
 PROBE_C_WITHOUT_CHOICE = 0.1  # when no sample can be held out to choose by
 
@@ -105,6 +106,25 @@ def rankme(features: Tensor) -> float:
     total = singular_values.sum().clamp_min(torch.finfo(torch.float64).tiny)  # features may be all zero
     p = singular_values / total + RANKME_EPSILON
     return (-(p * p.log()).sum()).exp().item()
+
+
+def ridge_probe_accuracy(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> float:
+    """Return the test accuracy, in per cent, of ridge regression of the classes on standardised features.
+
+    A linear probe in closed form: a few points below the logistic one, and a thousand times as fast, so that it can be
+    taken while training.
+
+    Args:
+        train_features, test_features: [N, D] each.
+        train_labels, test_labels: [N] each, any integers.
+    """
+    if not (train_features.isfinite().all() and test_features.isfinite().all()):
+        return math.nan  # of a run that diverges: no reason to end it here
+    train_x, test_x = train_features.double().cpu().numpy(), test_features.double().cpu().numpy()
+    probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=RIDGE * len(train_x)))
+    return 100 * float(probe.fit(train_x, train_labels.cpu().numpy()).score(test_x, test_labels.cpu().numpy()))
 
 
 def logistic_probe_accuracy(
