@@ -308,6 +308,8 @@ def show(tables: Sequence[Table], flags: ShowFlags) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     options = flags.options
     against = flags.against or ("paper" if options.scale.name == "paper" else "baseline")
+    if flags.output_dir != TableFlags.output_dir and not Path(flags.output_dir).is_dir():
+        raise UserError(f"--output_dir {flags.output_dir}: there is no such folder of runs")
     for flag, path in (("picture", flags.picture), ("curves", flags.curves)):
         if path and len(tables) > 1:
             raise UserError(f"--{flag} {path}: draws one table, {flags.table} is {len(tables)}")

@@ -132,6 +132,28 @@ def test_the_best_checkpoint_and_its_accuracy_survive_a_resume(finetune, class_f
     assert read_results(tmp_path / "run")[-1]["metrics"]["best_top1"] == 99
 
 
+def test_a_bad_validation_image_costs_no_epoch(finetune, class_folders, tmp_path, capsys):
+    whole = finetune("--data_path", class_folders, output=tmp_path / "whole")
+    bad = next((class_folders / "val").rglob("*.png"))
+    content = bad.read_bytes()
+    bad.write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        finetune("--data_path", class_folders)
+    assert f"{bad}: cannot be read" in capsys.readouterr().err
+    bad.write_bytes(content)
+    log = finetune("--data_path", class_folders, "--auto_resume")
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))  # none of them twice
+    assert values(log, "top1")[-1] == values(whole, "top1")[-1]
+
+
+def test_a_finished_run_that_is_called_again_has_one_result(finetune, class_folders, tmp_path):
+    for flags in ("", "--auto_resume", "--auto_resume"):
+        finetune("--data_path", class_folders, flags)
+    assert len(read_results(tmp_path / "run")) == 1
+    finetune("--data_path", class_folders, "--eval --resume", tmp_path / "run" / "checkpoint-1.pth")
+    assert len(read_results(tmp_path / "run")) == 2  # another measurement
+
+
 def test_the_best_accuracy_goes_with_a_checkpoint_into_another_folder(finetune, class_folders, tmp_path, capsys):
     finetune("--data_path", class_folders, "--epochs 3 --max_steps 4 --save_periods last", output=tmp_path / "one")
     path = tmp_path / "one" / "checkpoint-0.pth"

@@ -255,6 +255,7 @@ WRONG = {
     "--input_size 36": "--input_size 36 36: must be a multiple of the patch, 8 pixels",
     "--model lut_vit_bsae_patch16": "did you mean lut_vit_base_patch16?",
     "--recipe quickstrat": "did you mean quickstart?",
+    "--epochs 3 4": "4: stands behind no flag that takes it",
     "--bach_size 4": "--bach_size: unknown flag, did you mean --batch_size?",
     "--batch_size 64": "= 64 images per update, but the data set has 32",
     "--data_path nowhere": "--data_path nowhere: there is no such file or folder",

@@ -159,6 +159,7 @@ def test_curves_of_a_table(call, tmp_path):
     status, _, said = call("keep 4c --scale tiny --output_dir nothing")
     assert status == 2
     assert "--output_dir nothing: no run of table 4c has finished there" in said
+    (tmp_path / "nothing").mkdir()
     status, _, said = call("show 4c --scale tiny --output_dir nothing --curves b.png")
     assert status == 2
     assert "--curves: no pre-training of table 4c has a log in nothing" in said
@@ -214,6 +215,7 @@ WRONG = {
     "plan sturdy": "TABLE sturdy: unknown, did you mean study?",
     "shwo 4c": "shwo: unknown command, did you mean show? (one of plan, run, show, keep, then the table)",
     "plan 4c --scale tinny": "--scale tinny: unknown, did you mean tiny? (one of paper, small, cpu, tiny)",
+    "show 4c --scale tiny --output_dir absent": "--output_dir absent: there is no such folder of runs",
     "plan 4c --seed 3": "--seed: unknown flag, did you mean --seeds?",
     "plan 4c --seeds 0": "--seeds 0: must be 1 or more",
     "plan 4c --tflops -1": "--tflops -1.0: must be above 0",

@@ -47,6 +47,8 @@ def parse_config(
         raise
     if unknown:
         flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"{flag}: stands behind no flag that takes it (--help lists all)")
         spelt = "--" + flag.removeprefix("--").replace("-", "_")
         raise UserError(f"{flag}: unknown flag{nearest(spelt, known_flags(config_type))} (--help lists all)")
     return config

@@ -17,7 +17,7 @@ RESULTS_FILE = "results.jsonl"
 def append_result(
     output_dir: str | Path, stage: str, config: Mapping[str, Any], metrics: Mapping[str, float], seconds: float
 ) -> None:
-    """Append the outcome of a run.
+    """Append the outcome of a run, unless it is the last line already: a finished run that was called once more.
 
     Args:
         output_dir: the run's; made where it is not there.
@@ -35,11 +35,20 @@ def append_result(
         "git_dirty": dirty,
         "config": dict(config),
     }
+    last = (read_results(output_dir) or [None])[-1]
+    if last is not None and as_compared(last) == as_compared(json.loads(json.dumps(line))):
+        return
     path = Path(output_dir) / RESULTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if cut_short else "") + json.dumps(line) + "\n")
+
+
+def as_compared(line: Mapping[str, Any]) -> list[Any]:
+    """What a run came to, but for when, and for the settings by which it is called again."""
+    config = {name: value for name, value in line["config"].items() if name not in ("resume", "auto_resume")}
+    return [line["stage"], line["metrics"], config]
 
 
 def read_results(output_dir: str | Path) -> list[dict[str, Any]]:

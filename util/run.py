@@ -211,7 +211,13 @@ def train(
             order.start_update = 0
 
             last = trainer.finished
-            metric = look(epoch + 1, last)
+            try:
+                metric = look(epoch + 1, last)
+            except UserError:  # an unreadable validation image is no reason to lose the epoch
+                if world_size() == 1:  # others may not have met it, and would not join in a save
+                    save(trainer, store, None, binding)
+                    store.wait()
+                raise
             state.note_metric(metric)
             if (
                 last
