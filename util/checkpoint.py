@@ -33,8 +33,8 @@ from util.errors import RunError, UserError, loaders_death
 
 BEST = "checkpoint-best.pth"
 LOCK = ".lock"
-# paths, which the `args` of other programs' files may hold, by the names that they have in Python before 3.13 and in it
-PATHS = [(PurePosixPath, name) for name in ("pathlib.PosixPath", "pathlib._local.PosixPath")]
+# paths, which the `args` of other programs' files may hold, under their names in Python before 3.13 and in it
+PATHS = [type("PosixPath", (PurePosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")]
 TEMPORARY = ".unfinished-"  # prefix; no reader ever takes such a file for a checkpoint
 
 
