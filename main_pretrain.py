@@ -40,6 +40,7 @@ from util.run import (
     open_log,
     open_store,
     parallel,
+    resumes,
     train,
     transform_blocks,
 )
@@ -148,7 +149,8 @@ def build_state(
     """Both models and the optimiser as a fresh run begins, and what --init_from gave."""
     torch.manual_seed(config.seed)  # the same weights on every rank
     student = config.student_type(**config.model_arguments).to(device)
-    report = load_weights(student, Path(config.init_from), config.init_weights) if config.init_from else None
+    starts = config.init_from and not resumes(config)
+    report = load_weights(student, Path(config.init_from), config.init_weights) if starts else None
     momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
     for model in filter(None, (student, momentum_encoder)):
         choose_attention(model, dtype, device)

@@ -132,6 +132,17 @@ def test_the_best_checkpoint_and_its_accuracy_survive_a_resume(finetune, class_f
     assert read_results(tmp_path / "run")[-1]["metrics"]["best_top1"] == 99
 
 
+@pytest.mark.parametrize("which", ["finetune", "linprobe"])
+def test_weights_that_are_gone_are_not_missed_on_resume(request, pretrain, class_folders, tmp_path, which):
+    pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
+    start = tmp_path / "pre" / "checkpoint-0-step1.pth"
+    main, flags = request.getfixturevalue(which), ("--data_path", class_folders, "--finetune", start)
+    whole = main(*flags, output=tmp_path / "whole")
+    main(*flags, "--max_steps 3")
+    start.unlink()
+    assert values(main(*flags, "--auto_resume"), "loss") == values(whole, "loss")
+
+
 def test_a_bad_validation_image_costs_no_epoch(finetune, class_folders, tmp_path, capsys):
     whole = finetune("--data_path", class_folders, output=tmp_path / "whole")
     bad = next((class_folders / "val").rglob("*.png"))

@@ -364,6 +364,16 @@ def test_resume_with_other_settings_names_both_values(pretrain, flat_folder, tmp
         assert said in capsys.readouterr().err
 
 
+def test_weights_that_are_gone_are_not_missed_on_resume(pretrain, flat_folder, tmp_path):
+    pretrain("--data_path", flat_folder, "--max_steps 1", output=tmp_path / "pre")
+    start = tmp_path / "pre" / "checkpoint-0-step1.pth"
+    flags = ("--data_path", flat_folder, "--init_from", start)
+    whole = pretrain(*flags, output=tmp_path / "whole")
+    pretrain(*flags, "--max_steps 3")
+    start.unlink()
+    assert losses(pretrain(*flags, "--auto_resume")) == losses(whole)
+
+
 def test_resume_knows_its_images_by_their_names_wherever_they_lie(pretrain, flat_folder, tmp_path, capsys):
     pretrain("--data_path", flat_folder, "--max_steps 4")
     shutil.copytree(flat_folder, tmp_path / "copy")

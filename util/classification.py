@@ -33,6 +33,7 @@ from util.evaluation import (
     write_per_class,
 )
 from util.interop import load_weights
+from util.run import resumes
 from util.sources import ImageSource, find_validation, hold_out, open_images
 
 
@@ -101,6 +102,8 @@ def start_from(model: torch.nn.Module, config: ClassifierConfig) -> str:
     if not config.finetune:
         check(config.weights == "student", "weights", config.weights, "is of --finetune, which is not given")
         return "no --finetune: from scratch"
+    if resumes(config):
+        return f"--finetune {config.finetune}: not read, a checkpoint of this run takes its place"
     report = load_weights(model, Path(config.finetune), config.weights, "--finetune")
     return f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}"
 

@@ -88,6 +88,11 @@ def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] 
     return found[0]
 
 
+def resumes(config: Any) -> bool:
+    """Whether a checkpoint will take the place of the weights that a run starts from; they may be gone by then."""
+    return bool(config.resume) or (config.auto_resume and any(Path(config.output_dir).glob("checkpoint-*.pth")))
+
+
 def fit_to_processes(config: Any) -> Any:
     """With --elastic: the settings with as many passes of as many images as keep the images of the saved run's update.
 
