@@ -6,6 +6,7 @@ one momentum update. Letters as in models_lut.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -63,7 +64,7 @@ class PretrainTrainer(Trainer):
         for i, batch in enumerate(batches):
             views = self.normalise(batch.views).transpose(0, 1)  # [2, B, C, H, W]
             with self.gradients_stay_local(unless=i == len(batches) - 1), self.autocast():
-                targets = ahead[i] if ahead else self.context_targets(views, batch.noise)  # v̂
+                targets = next(ahead) if ahead else self.context_targets(views, batch.noise)  # v̂
                 seen = views if config.views == "symmetric" and targets is not None else views[:1]
                 losses = self.model(seen, batch.noise, targets)
                 loss = config.w_mim * losses.mim + config.loss_weight_bc * losses.bc  # Eq. 3
@@ -86,9 +87,10 @@ class PretrainTrainer(Trainer):
             return None
         return g(views[1:] if self.config.views == "asymmetric" else views.flip(0), noise)
 
-    def targets_of_all(self, batches: list[Batch]) -> list[Targets]:
+    def targets_of_all(self, batches: list[Batch]) -> Iterator[Targets]:
         """Those of each batch, followed by those of the others: InfoNCE's negatives are all images of the update."""
         with self.autocast():
             each = [self.context_targets(self.normalise(batch.views).transpose(0, 1), batch.noise) for batch in batches]
         own = [targets.context for targets in each]  # [G, B, D]
-        return [Targets(torch.cat([own[i], *own[:i], *own[i + 1 :]], dim=1), None) for i in range(len(own))]
+        for i in range(len(own)):  # joined when needed: all at once would take the square of their number
+            yield Targets(torch.cat([own[i], *own[:i], *own[i + 1 :]], dim=1), None)

@@ -47,11 +47,10 @@ def main() -> None:
     begin = time.monotonic()
     device = choose_device(config.device)
     run = settings_of(config)
-    dataset = run.dataset if config.dataset or not config.data_path else ""
-    train = open_images(run.data_path, dataset, "train")
-    val = find_validation(run.data_path, dataset, run.val_path)
+    train = open_images(run.data_path, run.dataset, "train")
+    val = find_validation(run.data_path, run.dataset, run.val_path)
     if not same_classes(train, val):
-        where = f"--data_path {run.data_path}" if run.data_path else f"--dataset {dataset}"
+        where = f"--data_path {run.data_path}" if run.data_path else f"--dataset {run.dataset}"
         raise UserError(f"{where}: a probe needs train/ and val/ with the same class folders")
     if config.labels_per_class:  # known before anything is computed
         few_labels(torch.tensor(train.labels), config.labels_per_class, seed=0)

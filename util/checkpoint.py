@@ -168,7 +168,7 @@ class CheckpointStore:
 
     def list(self, with_best: bool = False) -> list[tuple[Path, Manifest]]:
         """Complete checkpoints, oldest first; the best one's second name only if asked for."""
-        paths = [path for path in self.folder.glob("checkpoint-*.pth") if with_best or path.name != BEST]
+        paths = checkpoints_in(self.folder) + [self.folder / BEST] * (with_best and (self.folder / BEST).exists())
         found = [(path, read_manifest(path)) for path in paths]
         return sorted(((p, m) for p, m in found if m is not None), key=lambda item: (item[1].step, item[1].time))
 
@@ -193,8 +193,7 @@ class CheckpointStore:
             UserError: there are checkpoints, and every one is damaged.
         """
         complete = [path for path, _ in reversed(self.list())]
-        others = [p for p in self.folder.glob("checkpoint-*.pth") if p not in complete and p.name != BEST]
-        others.sort(key=place_by_name, reverse=True)
+        others = [path for path in reversed(checkpoints_in(self.folder)) if path not in complete]
         if complete and others and place_by_name(others[0]) > place_by_name(complete[0]):
             print(
                 f"WARNING: {others[0]} has no manifest, so that it may be incomplete: going on from {complete[0].name};"
@@ -364,10 +363,15 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
 def check_file(path: Path, flag: str) -> None:
     """UserError where there is no such file, with the newest checkpoint of a folder that is given in its place."""
     if path.is_dir():
-        newest = max(path.glob("checkpoint-*.pth"), key=place_by_name, default=None)
-        raise UserError(f"{flag} {path}: is a folder, give a checkpoint" + (f": {newest}" if newest else " in it"))
+        found = checkpoints_in(path)
+        raise UserError(f"{flag} {path}: is a folder, give a checkpoint" + (f": {found[-1]}" if found else " in it"))
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete or not, the oldest by name first; without the best one's second name."""
+    return sorted((path for path in folder.glob("checkpoint-*.pth") if path.name != BEST), key=place_by_name)
 
 
 def place_by_name(path: Path) -> tuple[int, int, int]:

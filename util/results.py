@@ -26,23 +26,25 @@ def append_result(
         seconds: of this process; a run that was resumed has a line for its last part only.
     """
     commit, dirty = git_state(Path(__file__).resolve().parent.parent)
-    line = {
-        "stage": stage,
-        "metrics": {name: float(value) for name, value in metrics.items()},
-        "seconds": round(seconds, 1),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "config": dict(config),
-    }
-    last = (read_results(output_dir) or [None])[-1]
-    if last is not None and as_compared(last) == as_compared(json.loads(json.dumps(line))):
+    line = json.dumps(
+        {
+            "stage": stage,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "seconds": round(seconds, 1),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "git_commit": commit,
+            "git_dirty": dirty,
+            "config": dict(config),
+        }
+    )
+    before = read_results(output_dir)
+    if before and as_compared(before[-1]) == as_compared(json.loads(line)):
         return
     path = Path(output_dir) / RESULTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
     with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut_short else "") + json.dumps(line) + "\n")
+        file.write(("\n" if cut_short else "") + line + "\n")
 
 
 def as_compared(line: Mapping[str, Any]) -> list[Any]:

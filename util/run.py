@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from util.checkpoint import CheckpointStore, load_checkpoint
+from util.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
 from util.config import as_dict
 from util.cost import count_parameters
 from util.data import BatchOrder
@@ -90,7 +90,7 @@ def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] 
 
 def resumes(config: Any) -> bool:
     """Whether a checkpoint will take the place of the weights that a run starts from; they may be gone by then."""
-    return bool(config.resume) or (config.auto_resume and any(Path(config.output_dir).glob("checkpoint-*.pth")))
+    return bool(config.resume) or (config.auto_resume and bool(checkpoints_in(Path(config.output_dir))))
 
 
 def fit_to_processes(config: Any) -> Any:

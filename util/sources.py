@@ -408,12 +408,12 @@ def open_tars(root: Path, tars: list[Path], split: str, flag: str) -> TarSource:
     found = [(str(tar), *member) for tar, inside in zip(tars, members, strict=True) for member in inside]
     classes = next((shard.classes for shard in shards if shard), None)
     tops = [PurePosixPath(name).parts[0] for _, name, _, _ in found]
-    chosen = next((name for name in SPLIT_NAMES[split] if name in tops), None)
-    val = next((name for name in SPLIT_NAMES["val"] if name in tops), None)
-    if split == "train" and chosen is None and val and classes is None:
-        raise without_training_images(flag, root, val)
-    if chosen and classes is None:  # in a shard it is a class of that name
-        found = [member for member, top in zip(found, tops, strict=True) if top == chosen]
+    if classes is None:  # in a shard they are classes of these names
+        there = {split: next((name for name in names if name in tops), None) for split, names in SPLIT_NAMES.items()}
+        if split == "train" and there["val"] and not there["train"]:
+            raise without_training_images(flag, root, there["val"])
+        if there[split]:
+            found = [member for member, top in zip(found, tops, strict=True) if top == there[split]]
     if not found:
         raise UserError(f"{flag} {root}: holds no images ({' '.join(IMAGE_EXTENSIONS)})")
     found.sort()
