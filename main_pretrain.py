@@ -32,7 +32,7 @@ from util.logs import RunLog
 from util.monitor import Monitor
 from util.optim import build_optimizer
 from util.pretrain_config import PretrainConfig
-from util.results import append_result
+from util.results import append_result, made_on
 from util.run import (
     check_batch,
     checkpoint_to_resume,
@@ -105,9 +105,10 @@ def main() -> None:
 
     if state.updates == 0:
         look(0, last=True)  # what a random network gives; and that it works, seen before hours have passed
-    seconds = train(trainer, loader, order, source, store, log, look, binding)
+    train(trainer, loader, order, source, store, log, look, binding)
     if is_main():
-        append_result(config.output_dir, "pretrain", as_dict(config), trainer.means | found, seconds)
+        about = made_on(device, dtype)
+        append_result(config.output_dir, "pretrain", as_dict(config), trainer.means | found, log.seconds, about)
     log.close()
     stop_processes()
 

@@ -35,7 +35,7 @@ from util.pretrain_config import PretrainConfig
 from util.probe import extract_features, few_labels, knn_accuracy, linear_sweep, logistic_probe_accuracy
 from util.probe_config import ProbeConfig
 from util.progress import with_progress
-from util.results import append_result
+from util.results import append_result, made_on
 from util.sources import find_validation, open_images, same_classes
 
 ROWS = {"random": "random", "student": "student", "momentum": "momentum encoder"}
@@ -78,7 +78,8 @@ def main() -> None:
     if not results:
         raise UserError(f"--encoders {' '.join(config.encoders)}: {config.checkpoint} holds no momentum encoder")
     folder = Path(config.output_dir) if config.output_dir else Path(config.checkpoint).resolve().parent
-    append_result(folder, "probe", asdict(config), results, time.monotonic() - begin)
+    about = made_on(device, None)
+    append_result(folder, "probe", asdict(config), results, time.monotonic() - begin, about)
 
 
 def settings_of(config: ProbeConfig) -> PretrainConfig:

@@ -34,7 +34,7 @@ from util.errors import RunError, UserError, run_main
 from util.imagenet import NUM_CLASSES
 from util.interop import Weights
 from util.logs import format_duration
-from util.results import append_result
+from util.results import append_result, made_on
 from util.robustness import Look, examples, in_passes, places_of, scores_of_pass
 from util.robustness_sets import COLUMNS, IMAGE_SETS, Task, find_below, flags_of, plan_tasks
 from util.robustness_view import (
@@ -269,7 +269,7 @@ def rename(done: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]], fold
     for settings in done:
         before = finished(lines, settings)
         if before["config"]["label"] != settings["label"]:
-            append_result(folder, STAGE, settings, before["metrics"], before["seconds"])
+            append_result(folder, STAGE, settings, before["metrics"], before["seconds"], before.get("made_on", {}))
 
 
 def run_passes(
@@ -290,7 +290,8 @@ def run_passes(
             continue
         now = time.monotonic()
         for task, metrics in found:
-            append_result(folder, STAGE, settings[task.key], metrics, now - begin)
+            on = made_on(look.processes.device, look.dtype)
+            append_result(folder, STAGE, settings[task.key], metrics, now - begin, on)
             value = main_metric(task.key, {"metrics": metrics})
             name = "AUPR" if task.key == "o" else "top-1"
             print(f"{titles[task.key]}: {name} {value:.2f} % of {metrics['images']} images", end="")

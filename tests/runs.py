@@ -65,7 +65,7 @@ def write_run(
         cells = np.full((40, 84, 3), 10 * epoch % 256, dtype=np.uint8)
         save_png(cells, folder / "pictures" / f"reconstruction-{epoch:04d}.png")
     if finished is not None:
-        append_result(folder, stage, config, finished, 60.0)
+        append_result(folder, stage, config, finished, 60.0, {})
     return folder
 
 

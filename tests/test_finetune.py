@@ -25,6 +25,7 @@ from util.classification import train_dataset
 from util.classifier_config import FinetuneConfig
 from util.command_line import parse_config
 from util.data import LabelledBatch, Normalise
+from util.logs import processor_name
 from util.optim import build_optimizer
 from util.results import read_results
 from util.sources import open_images
@@ -71,6 +72,8 @@ def test_a_run_from_pre_trained_weights_to_a_result(pretrain, finetune, class_fo
     assert result["metrics"]["top1"] == pytest.approx(values(log, "top1")[-1], abs=1e-3)
     assert result["metrics"]["best_top1"] == pytest.approx(max(values(log, "top1")), abs=1e-3)
     assert result["config"]["finetune"] == str(checkpoint)
+    assert result["made_on"]["device"] == processor_name()
+    assert (result["made_on"]["processes"], result["made_on"]["precision"]) == (1, "fp32")
     assert [r["stage"] for r in read_results(tmp_path / "pre")] == ["pretrain"]
     classes = json.loads((run / "per_class.json").read_text())
     assert [(c["class"], c["images"]) for c in classes] == [("cat", 8), ("dog", 8)]

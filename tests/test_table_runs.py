@@ -73,7 +73,7 @@ def finish(folder: Path, table: str, name: str, seed: int, stage: str, value: fl
     run = next(run for run in runs if run.title == f"{name}, seed {seed}, {stage}")
     run.folder.mkdir(parents=True, exist_ok=True)
     metrics = {STAGES[stage].metric: value, "loss": 1.0}
-    append_result(run.folder, STAGES[stage].main, as_dict(run.config) | other, metrics, 12.0)
+    append_result(run.folder, STAGES[stage].main, as_dict(run.config) | other, metrics, 12.0, {})
     return run.folder / "results.jsonl"
 
 
@@ -177,7 +177,7 @@ def test_a_results_file_cut_short_counts_as_not_finished(call, tmp_path):
     ]
     path.write_text(whole[: len(whole) // 2])
     assert "60.0" not in call("show B --scale tiny")[1]
-    append_result(path.parent, "finetune", {}, {"top1": 61.0}, 1.0)  # begins a line of its own
+    append_result(path.parent, "finetune", {}, {"top1": 61.0}, 1.0, {})  # begins a line of its own
     assert [line["metrics"] for line in read_results(path.parent)] == [{"top1": 61.0}]
 
 

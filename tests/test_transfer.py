@@ -183,7 +183,7 @@ def finish(grid: Path, lr: float, decay: float, *values: float, **other) -> None
         folder = grid / f"lr_{lr!r}-wd_{decay!r}" / f"seed_{seed}"
         folder.mkdir(parents=True)
         config = FinetuneConfig(blr=lr, weight_decay=decay, seed=seed, data_path="x", **other)
-        append_result(folder, "finetune", as_dict(config), {"top1": value, "top5": 100.0}, 1.0)
+        append_result(folder, "finetune", as_dict(config), {"top1": value, "top5": 100.0}, 1.0, {})
         for name in ("checkpoint-9.pth", "checkpoint-9.pth.json"):
             (folder / name).write_text("x")
 
@@ -340,7 +340,7 @@ def test_other_weights_or_data_need_another_label(tmp_path, class_folders):
     target = Target("images", "", str(class_folders), "transfer_vit_base")
     (run,) = plan_cells(search, target, search.points)
     run.folder.mkdir(parents=True)
-    append_result(run.folder, "finetune", as_dict(run.config), {"top1": 50.0}, 1.0)
+    append_result(run.folder, "finetune", as_dict(run.config), {"top1": 50.0}, 1.0, {})
     check_same_start(plan_cells(search, target, search.points))
     for other, said in (
         (Search(tmp_path / "out", str(tmp_path / "b.pth"), (1e-3,), (0.05,), 1, 0.0, extra, 1), "a.pth, not .*b.pth;"),
@@ -454,7 +454,7 @@ def test_a_call_that_submits_first_deletes_what_the_last_one_s_jobs_left(call, m
         run.folder.mkdir(parents=True)
         (run.folder / "checkpoint-1.pth").write_text("x")
         if top1 is not None:
-            append_result(run.folder, "finetune", as_dict(run.config), {"top1": top1}, 1.0)
+            append_result(run.folder, "finetune", as_dict(run.config), {"top1": top1}, 1.0, {})
     submitted = []
     monkeypatch.setattr(script.submit, "check_sbatch", lambda: None)
     monkeypatch.setattr(script.submit, "submit_array", lambda config, runs, *_: submitted.extend(runs))

@@ -46,6 +46,11 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
 
 
+def name_of(dtype: torch.dtype | None) -> str:
+    """As --amp calls it; None: no autocast."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[dtype]
+
+
 def choose_attention(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
     """In place, the faster way: PyTorch's fused kernel, but for bf16 on a CPU.
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from util.errors import UserError
-from util.logs import processor_name, run_info
+from util.logs import machine, run_info
 from util.progress import progress
 
 Result = TypeVar("Result")
@@ -169,15 +169,6 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
         width = max(map(len, cells))
         columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-    }
 
 
 def write_report(path: str, kind: str, device: torch.device, settings: Mapping[str, Any], **found: Any) -> None:

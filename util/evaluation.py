@@ -27,7 +27,7 @@ from util.errors import UserError
 from util.logs import RunLog
 from util.optim import build_optimizer
 from util.pictures import confusion_picture
-from util.results import append_result
+from util.results import append_result, made_on
 from util.run import check_batch, checkpoint_to_resume, fit_to_processes, open_log, open_store, train, transform_blocks
 from util.sharding import check_sharding, shard
 from util.sources import fingerprint
@@ -97,7 +97,8 @@ class Evaluation:
             self.draw(self.describe(scores), "eval", None)
             if config.per_class:
                 print(self.write_classes(scores))
-            append_result(config.output_dir, f"{stage}-eval", as_dict(config), scores.values, time.monotonic() - begin)
+            about, seconds = made_on(self.trainer.device, self.trainer.dtype), time.monotonic() - begin
+            append_result(config.output_dir, f"{stage}-eval", as_dict(config), scores.values, seconds, about)
         return scores
 
 
@@ -266,11 +267,12 @@ def train_and_evaluate(
         evaluation.report(scores, epochs, max(metric, state.best_metric or metric), log, last)
         return metric
 
-    seconds = train(trainer, loader, order, source, store, log, look, binding)
+    train(trainer, loader, order, source, store, log, look, binding)
     scores = evaluation.latest
     if is_main() and scores is not None:
         metrics = scores.values | {f"best_{evaluation.metric}": state.best_metric}
-        append_result(config.output_dir, stage, as_dict(config), metrics, seconds)
+        about = made_on(trainer.device, trainer.dtype)
+        append_result(config.output_dir, stage, as_dict(config), metrics, log.seconds, about)
     log.close()
     return scores
 

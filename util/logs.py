@@ -69,12 +69,17 @@ class RunLog:
             purge_step = None if resume_step is None else resume_step + 1
             self._tensorboard = SummaryWriter(str(log_dir), purge_step=purge_step)
 
+    @property
+    def seconds(self) -> float:
+        """That the run has taken so far, those before it was interrupted included."""
+        return time.monotonic() - self._begin
+
     def scalars(self, step: int, values: Mapping[str, float], **extra: Any) -> None:
         """Log `values` at `step`; `extra` (such as the epoch) goes into the JSON line only."""
         if not self._enabled:
             return
-        seconds = round(time.monotonic() - self._begin, 1)
-        line = {"step": step, **extra, "seconds": seconds, **{name: float(value) for name, value in values.items()}}
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step, **extra, "seconds": round(self.seconds, 1), **numbers}
         self._file.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
         self._file.flush()  # the last lines before a crash are those that explain it
         if self._tensorboard is not None:
@@ -207,6 +212,15 @@ def run_info() -> dict[str, Any]:
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What something was computed on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
 
 

@@ -153,7 +153,7 @@ def images_per_update(run: RunFolder) -> str:
 
 
 def seconds_of(run: RunFolder) -> float | None:
-    """By the log, else by the results, which know the part after the last interruption."""
+    """By the log, else by the results."""
     if run.clock is not None:
         return run.clock.last
     return next((as_number(line.get("seconds")) for line in reversed(run.results)), None)

@@ -9,13 +9,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from util.logs import git_state
+import torch
+
+from util.amp import name_of
+from util.distributed import world_size
+from util.logs import git_state, machine
 
 RESULTS_FILE = "results.jsonl"
 
 
 def append_result(
-    output_dir: str | Path, stage: str, config: Mapping[str, Any], metrics: Mapping[str, float], seconds: float
+    output_dir: str | Path,
+    stage: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    seconds: float,
+    on: Mapping[str, Any],
 ) -> None:
     """Append the outcome of a run, unless it is the last line already: a finished run that was called once more.
 
@@ -23,7 +32,8 @@ def append_result(
         output_dir: the run's; made where it is not there.
         stage: `pretrain`, `finetune`, `linprobe`, `segment`, `probe`, ...
         metrics: by name; accuracies in %.
-        seconds: of this process; a run that was resumed has a line for its last part only.
+        seconds: it took; of a run that was interrupted all parts together.
+        on: what `made_on` says of the machine.
     """
     commit, dirty = git_state(Path(__file__).resolve().parent.parent)
     line = json.dumps(
@@ -34,6 +44,7 @@ def append_result(
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "git_commit": commit,
             "git_dirty": dirty,
+            "made_on": dict(on),
             "config": dict(config),
         }
     )
@@ -45,6 +56,11 @@ def append_result(
     cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if cut_short else "") + line + "\n")
+
+
+def made_on(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Of a result: the processors, and the type of numbers they computed in (None: fp32)."""
+    return {**machine(device), "processes": world_size(), "precision": name_of(dtype), "torch": torch.__version__}
 
 
 def as_compared(line: Mapping[str, Any]) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
+from util.amp import name_of
 from util.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
 from util.config import as_dict
 from util.cost import count_parameters
@@ -162,12 +162,11 @@ def open_log(config: Any, trainer: Trainer, processes: Processes, images: int) -
     log = RunLog(config.output_dir, config.log_dir or config.output_dir, is_main(), resume_step=state.updates)
     if is_main():
         write_run_info(config.output_dir, as_dict(config))
-    dtype = "fp32" if trainer.dtype is None else str(trainer.dtype).removeprefix("torch.")
     log.text(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     log.text(
         f"{images} images, {trainer.updates_per_epoch} updates of {config.effective_batch} per epoch;"
         f" {count_parameters(state.model) / 1e6:.1f} M parameters on {processes.world_size} x"
-        f" {processes.device.type}, {dtype}; peak lr {config.peak_lr:.3g}"
+        f" {processes.device.type}, {name_of(trainer.dtype)}; peak lr {config.peak_lr:.3g}"
     )
     if state.updates:
         log.text(f"resumed after update {state.updates}")
@@ -183,8 +182,8 @@ def train(
     log: RunLog,
     look: Look,
     binding: dict[str, Any],
-) -> float:
-    """All epochs from where the state stands, with a look and a checkpoint between them; returns the seconds it took.
+) -> None:
+    """All epochs from where the state stands, with a look and a checkpoint between them.
 
     `binding`: what a run that resumes from these checkpoints must share with this one.
 
@@ -195,7 +194,6 @@ def train(
     trainer.stop.listen()
     trainer.before_update = store.raise_failure
     state.note_metric(store.best_metric)
-    begin = time.monotonic()
     first_epoch, order.start_update = divmod(state.updates, order.updates_per_epoch)
     stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
     try:
@@ -239,9 +237,7 @@ def train(
         barrier()  # no process ends before the last checkpoint is there: the next command may read it
     finally:
         store.unlock()
-    seconds = time.monotonic() - begin
-    log.text(f"done: {state.updates} updates in {format_duration(seconds)}, see {config.output_dir}")
-    return seconds
+    log.text(f"done: {state.updates} updates in {format_duration(log.seconds)}, see {config.output_dir}")
 
 
 def save(trainer: Trainer, store: CheckpointStore, metric: float | None, binding: dict[str, Any]) -> None:
