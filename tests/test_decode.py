@@ -188,6 +188,13 @@ def test_files_with_zeros_at_their_end_are_bad(name, in_chans):
             decode(raw[:length] + bytes(len(raw) - length), in_chans)
 
 
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_floats_are_refused_and_not_cut_to_black(in_chans):
+    image = Image.fromarray(np.random.default_rng(0).random((30, 40), dtype=np.float32))
+    with pytest.raises(BadImage, match="its pixels are floats"):
+        decode(encode(image, "TIFF"), in_chans)
+
+
 @pytest.mark.parametrize("name", ["PNG", "palette PNG", "16-bit RGB PNG"])
 def test_corrupt_png_is_bad(name):
     raw, rng = FORMATS[name], np.random.default_rng(0)

@@ -87,8 +87,14 @@ def check_size(width: int, height: int) -> None:
 
 
 def pil_pixels(image: Image.Image, in_chans: int) -> Tensor:
-    """Pixels uint8 [in_chans, h, w]; 16-bit greys are scaled, not clipped as Pillow's `convert` does."""
+    """Pixels uint8 [in_chans, h, w]; 16-bit greys are scaled, not clipped as Pillow's `convert` does.
+
+    Raises:
+        BadImage: it is too large, or of floats, which Pillow would cut to 0 ... 255: mostly they lie in 0 ... 1.
+    """
     check_size(*image.size)
+    if image.mode == "F":
+        raise BadImage("its pixels are floats, whose range it does not tell; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P":
