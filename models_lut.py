@@ -389,11 +389,13 @@ class LUT(Student):
 class MomentumEncoder(Encoder):
     """The context encoder g and its projector: a moving average of the student, never trained itself.
 
-    Always in eval mode and in fp32, without gradients. Holds no decoder, no mask token and no predictor.
+    Always in eval mode and in fp32, without gradients, on the student's device. Holds no decoder, no mask token and no
+    predictor.
     """
 
     def __init__(self, student: Student):
         super().__init__(**student.shape)
+        self.to(student.pos_embed.device)
         self.steering = student.steering
         self.head = copy.deepcopy(student.head)
         state = student.state_dict()
