@@ -32,7 +32,7 @@ from util.logs import RunLog
 from util.monitor import Monitor
 from util.optim import build_optimizer
 from util.pretrain_config import PretrainConfig
-from util.results import append_result, made_on
+from util.results import append_result, made_on, read_results
 from util.run import (
     check_batch,
     checkpoint_to_resume,
@@ -84,6 +84,7 @@ def main() -> None:
     if resumed is not None:
         check_same_run(binding, resumed, config.elastic)
         state.load_state_dict(resumed)
+        del resumed  # as large as the run's state, and nobody's any more
     trainer = build_trainer(config, state, dtype, device, order.updates_per_epoch)
     if config.cache == "device":
         trainer.images = images.to(device)
@@ -106,7 +107,7 @@ def main() -> None:
     if state.updates == 0:
         look(0, last=True)  # what a random network gives; and that it works, seen before hours have passed
     train(trainer, loader, order, source, store, log, look, binding)
-    if is_main():
+    if is_main() and (trainer.means or not read_results(config.output_dir)):  # not of a finished run, called again
         about = made_on(device, dtype)
         append_result(config.output_dir, "pretrain", as_dict(config), trainer.means | found, log.seconds, about)
     log.close()

@@ -57,7 +57,7 @@ from util.shards import (
     shard_path,
     write_shard,
 )
-from util.sources import TarSource, find_validation, open_images
+from util.sources import TarSource, find_validation, open_images, published_names
 
 SETTINGS_FILE = "prepare.json"
 BAD_IMAGES_FILE = "bad_images.txt"
@@ -149,6 +149,8 @@ def open_splits(config: PrepareConfig) -> list[Split]:
         try:  # not by find_validation, which does not know the labels that only a reader has
             val = open_images(config.data_path, config.dataset, "val")
         except UserError:
+            if config.dataset in published_names():  # theirs are known: what cannot be read is an error
+                raise
             val = None
     else:
         val = find_validation(config.data_path, config.dataset, config.val_path)

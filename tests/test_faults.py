@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -231,7 +232,69 @@ def test_the_clock_stops_a_run_too(pretrain, flat_folder, tmp_path, capsys):
     assert newest_step(tmp_path / "run") > 0
 
 
+SLOW_DISK = """
+import os, runpy, sys, time
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(1), fsync(file))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_ends_while_another_saves(flat_folder, tmp_path):
+    """torchrun kills those that are left half a minute after the first end."""
+    run = tmp_path / "run"
+    flags = command(flat_folder, run, "--batch_size", "4", "--max_minutes", "0.05", "--epochs", "5000")
+    with Ranks(["-c", SLOW_DISK, *flags], 2) as ranks:
+        ranks.processes[1].wait(timeout=PATIENCE)
+        saved = newest_step(run)
+        ends = ranks.finish()
+    assert [status for status, _ in ends] == 2 * [REQUEUE_STATUS]
+    assert f"saved after update {saved};" in ends[1][1]
+
+
+@pytest.mark.slow
+def test_bad_images_of_all_ranks_are_counted_and_named(flat_folder, tmp_path):
+    bad = sorted(flat_folder.glob("*.*"))[:6]
+    for path in bad:
+        path.write_bytes(b"")
+    flags = command(flat_folder, tmp_path / "run", "--batch_size", "4", "--max_steps", "4", "--on_bad_image", "skip")
+    with Ranks(flags, 2) as ranks:
+        ends = ranks.finish()
+    assert [status for status, _ in ends] == [0, 0]
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert line["bad_images"] == len(bad)  # of an epoch
+    named = ends[1][1].count("skipped a bad image: ")  # rank 0 says it on stdout
+    assert 0 < named < len(bad)
+
+
 # ---- resume --------------------------------------------------------------------------------------------------
+
+
+ELSEWHERE = """
+import os, runpy, sys
+sys.argv = [part.replace("RANK", os.environ["RANK"]) for part in sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("older", [False, True])
+def test_ranks_that_find_different_checkpoints_do_not_train(two_whole, tmp_path, older):
+    """As where --output_dir lies on a disk of each node."""
+    images, expected = two_whole
+    shutil.copytree(expected, tmp_path / "0")
+    if older:
+        shutil.copytree(expected, tmp_path / "1")
+        (tmp_path / "1" / "checkpoint-59.pth").unlink()
+    with Ranks(["-c", ELSEWHERE, *command(images, tmp_path / "RANK", "--batch_size", "4")], 2) as ranks:
+        ends = ranks.finish()
+    other = "a checkpoint after update 236" if older else "nothing"
+    for rank, (status, said) in enumerate(ends):
+        assert status == 2
+        found = f"the processes find a checkpoint after update 240 and {other};"
+        assert f"--output_dir {tmp_path / str(rank)}: {found}" in said
 
 
 @pytest.mark.slow

@@ -173,6 +173,13 @@ def test_a_non_finite_loss_stops_the_run_without_a_checkpoint(pretrain, flat_fol
     assert report["lr"] == pytest.approx(1e30 * (report["update"] - 1) / 4)  # not that of the log line, update 4
 
 
+def test_a_finished_run_that_is_called_again_keeps_its_result(pretrain, flat_folder, tmp_path):
+    for _ in range(2):
+        pretrain("--data_path", flat_folder, "--auto_resume --monitor_freq 1")
+    (result,) = read_results(tmp_path / "run")
+    assert {"loss", "mim", "bc", "rankme"} <= result["metrics"].keys()
+
+
 # ---- stop and go on -------------------------------------------------------------------------------------
 
 
@@ -287,7 +294,7 @@ def test_wrong_input_is_one_line(pretrain, flat_folder, capsys, monkeypatch, fla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["block", "whole"])
+@pytest.mark.parametrize("how", ["block", "whole", "block --checkpoint_activations"])
 def test_compiled_as_eager_and_nothing_compiled_twice(pretrain, flat_folder, tmp_path, monkeypatch, how):
     flags = ("--data_path", flat_folder, "--epochs 13 --monitor_freq 4 --monitor_images 12")
     eager = pretrain(*flags, output=tmp_path / "eager")

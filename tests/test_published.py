@@ -332,6 +332,16 @@ SPOILT = {
 }
 
 
+def test_an_unreadable_validation_split_is_not_left_out_when_prepared(tmp_path, prepare):
+    make_naturalist(2018)(tmp_path)
+    next((tmp_path / "train_val2018" / "Mammalia" / "4105").glob("0009.jpg")).unlink()
+    flags = ("--data_path", tmp_path, "--dataset", "inat2018", "--output_dir", tmp_path / "out")
+    status, _, said = prepare(*flags, fails=True)
+    assert status == 2
+    assert "0009.jpg" in said
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
 @pytest.mark.parametrize("what", SPOILT)
 def test_lists_that_do_not_fit_are_one_line(tmp_path, what):
     name, change, expected = SPOILT[what]

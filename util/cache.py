@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from util.data import Loader, decode
 from util.device_views import StoredImages
-from util.distributed import barrier, is_main, rank
+from util.distributed import barrier, from_all_ranks, is_main, patient_group, rank
 from util.errors import RunError, UserError
 from util.logs import format_duration
 from util.progress import progress
@@ -127,11 +127,12 @@ def cache_images(
     Raises:
         UserError: an image cannot be read, or they do not fit into memory.
     """
+    waiting = patient_group()  # made by all at once, before some decode and others wait for them
     if "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "0":
         written = None
     else:
         written = write_pixels(_Decoded(source, in_chans, fit), num_workers, skip_bad)
-    path, sizes, bad = of_this_machine(written)
+    path, sizes, bad = of_this_machine(written, waiting)
     lengths = sizes.prod(dim=1) * in_chans
     starts = lengths.cumsum(0) - lengths
     total = int(lengths.sum())
@@ -145,14 +146,9 @@ def cache_images(
 Written = tuple[str, Tensor, dict[int, str]]  # path of the pixels, sizes, bad images
 
 
-def of_this_machine(written: Written | None) -> Written:
+def of_this_machine(written: Written | None, group: dist.ProcessGroup | None) -> Written:
     """What the first process of this machine has written."""
-    if not dist.is_initialized():
-        return written
-    machine = rank() - int(os.environ.get("LOCAL_RANK", 0))  # the number of its first process
-    everybody: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, written)
-    return everybody[machine]
+    return from_all_ranks(written, group)[rank() - int(os.environ.get("LOCAL_RANK", 0))]
 
 
 def write_pixels(images: _Decoded, num_workers: int, skip_bad: bool) -> Written:

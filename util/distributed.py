@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: no device has that name, use auto, cpu, cuda or cuda:1") from error
-    usable = {"cpu", "cuda"} | ({"mps"} if torch.backends.mps.is_available() else set())
-    if device.type not in usable:
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: is of no use here, use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no usable GPU, use --device cpu")
@@ -105,6 +105,20 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     rows = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(rows, x.detach().contiguous())
     return rows, dist.get_rank() * len(x)
+
+
+def from_all_ranks(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each rank gives, small and of any type, by rank; `group`: of all of them, another than the default one."""
+    if not dist.is_initialized():
+        return [item]
+    everybody = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, item, group=group)
+    return everybody
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """All ranks, for what may take one of them hours: the default group gives up after half an hour."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
 
 
 def any_rank(flag: Tensor) -> bool:

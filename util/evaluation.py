@@ -244,9 +244,11 @@ def train_and_evaluate(
         return evaluation.alone(stage, said)
     binding = config.binding_settings(len(source)) | {NAMES: fingerprint(source)}
     resumed = checkpoint_to_resume(config, store)
-    if resumed is not None:
+    begins = resumed is None
+    if not begins:
         check_same_run(binding, resumed, config.elastic)
         trainer.state.load_state_dict(resumed)
+    del resumed  # as large as the run's state, and nobody's any more
     loader = training_loader(
         make_dataset(),
         order,
@@ -255,7 +257,7 @@ def train_and_evaluate(
         config.loader_timeout,
     )
     log = open_log(config, trainer, prepared.processes, len(source))
-    if resumed is None:
+    if begins:
         log.text(said)
     state = trainer.state
 

@@ -98,6 +98,13 @@ class RunLog:
             print(start + message, flush=True)
             self._live = False
 
+    def text_of_any_rank(self, message: str) -> None:
+        """Print a line; one of a rank that has no log goes to stderr."""
+        if self._enabled:
+            self.text(message)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
     def progress(self, **fields: Any) -> None:
         """Show the progress line; the fields are those of `format_progress`.
 

@@ -123,8 +123,8 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         if self.cache == "device":
             where = self.augment_on
             check(where == "device", "augment_on", where, "must be device with --cache device")
-        for flag in ("monitor_freq", "monitor_images"):
-            check(getattr(self, flag) >= 0, flag, getattr(self, flag), "must be 0 or more")
+        check(self.monitor_freq >= 0, "monitor_freq", self.monitor_freq, "must be 0 or more")
+        check(self.monitor_images >= 1, "monitor_images", self.monitor_images, "must be 1 or more (see --monitor_freq)")
         self.check_method()
         self.check_steering()
 

@@ -22,7 +22,7 @@ from util.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
 from util.config import as_dict
 from util.cost import count_parameters
 from util.data import BatchOrder
-from util.distributed import Processes, barrier, check_in_sync, is_main, main_says, world_size
+from util.distributed import Processes, barrier, check_in_sync, from_all_ranks, is_main, main_says, world_size
 from util.errors import Requeue, UserError
 from util.logs import RunLog, format_duration, write_run_info
 from util.sharding import is_sharded
@@ -65,8 +65,20 @@ def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] 
     """The checkpoint that --resume or --auto_resume asks for; a folder with checkpoints is never begun anew.
 
     Raises:
-        UserError: there is none that is intact, none was asked for, or --resume goes back behind those in the folder.
+        UserError: there is none that is intact, none was asked for, --resume goes back behind those in the folder, or
+            the processes do not find the same one.
     """
+    state = find_checkpoint(config, store)
+    updates = dict.fromkeys(from_all_ranks(None if state is None else state.get("updates", 0)))
+    if len(updates) > 1:
+        found = " and ".join("nothing" if each is None else f"a checkpoint after update {each}" for each in updates)
+        where = f"--resume {config.resume}" if config.resume else f"--output_dir {config.output_dir}"
+        raise UserError(f"{where}: the processes find {found}; it must be one and the same for all nodes")
+    return state
+
+
+def find_checkpoint(config: Any, store: CheckpointStore) -> dict[str, Any] | None:
+    """See `checkpoint_to_resume`; of this process alone."""
     if config.resume:
         state = load_checkpoint(Path(config.resume), flag="--resume")
         # they would count as the newest of this run
@@ -135,13 +147,18 @@ def check_batch(config: Any, order: BatchOrder) -> None:
 def transform_blocks(model: nn.Module, config: Any) -> None:
     """In place, what --checkpoint_activations and --compile ask for; names and weights stay."""
     blocks = [block for name in ("blocks", "decoder_blocks") for block in getattr(model, name, ())]
+    # shapes are static: an epoch has no short last batch, evaluation and monitor run uncompiled
     if config.checkpoint_activations:
+        torch._dynamo.config.optimize_ddp = False  # older versions of torch cannot cut such a model at DDP's buckets
         for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if config.compile != "none":
-        # shapes are static: an epoch has no short last batch, evaluation and monitor run uncompiled
-        for module in blocks if config.compile == "block" else [model]:
-            module.compile(dynamic=False)
+            # compiled inside of the checkpoint: around it nothing would be
+            forward = torch.compile(block.forward, dynamic=False) if config.compile == "block" else block.forward
+            block.forward = partial(checkpoint, forward, use_reentrant=False)
+    elif config.compile == "block":
+        for block in blocks:
+            block.compile(dynamic=False)
+    if config.compile == "whole":
+        model.compile(dynamic=False)
 
 
 def parallel(model: nn.Module, config: Any, device: torch.device) -> nn.Module:
@@ -193,6 +210,14 @@ def train(
     config, state = trainer.config, trainer.state
     trainer.stop.listen()
     trainer.before_update = store.raise_failure
+
+    def settle() -> None:
+        """Nobody ends before the last checkpoint is there: the next command may read it, and a launcher kills what is
+        left of a group half a minute after its first process has ended."""
+        store.wait()
+        barrier()
+
+    trainer.before_end = settle
     state.note_metric(store.best_metric)
     first_epoch, order.start_update = divmod(state.updates, order.updates_per_epoch)
     stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
@@ -208,7 +233,7 @@ def train(
                 store.wait()
                 if state.updates and main_says(not store.holds(state.updates), trainer.device):
                     save(trainer, store, None, binding)
-                    store.wait()
+                settle()
                 when = f"and saved after update {state.updates}" if state.updates else "before the first update"
                 raise Requeue(f"stopped by {trainer.stop.reason} {when}; to be requeued")
             order.start_update = 0
@@ -233,8 +258,7 @@ def train(
                 break
         if first_epoch >= trainer.epochs:  # killed between its last checkpoint and its result
             state.note_metric(look(trainer.epochs, True))
-        store.wait()
-        barrier()  # no process ends before the last checkpoint is there: the next command may read it
+        settle()
     finally:
         store.unlock()
     log.text(f"done: {state.updates} updates in {format_duration(log.seconds)}, see {config.output_dir}")

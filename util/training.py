@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util.data import Batch
-from util.distributed import any_rank, is_main
+from util.distributed import any_rank, is_main, sum_over_ranks
 from util.errors import RunError
 from util.logs import RunLog, peak_memory_bytes
 from util.metrics import NON_FINITE, Meter
@@ -107,6 +107,7 @@ class Trainer:
     means: dict[str, float] = field(default_factory=dict)  # of the losses, between the last two log lines
     skipped: int = 0  # updates left out so far (--on_nonfinite skip)
     before_update: Callable[[], None] = lambda: None  # raises what went wrong beside the training
+    before_end: Callable[[], None] = lambda: None  # waits on all ranks for what one of them still does beside it
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
@@ -211,6 +212,7 @@ class Trainer:
         self._skipped_in_a_row += 1
         said = self.describe_nonfinite()
         if self._skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            self.before_end()
             raise RunError(
                 f"--on_nonfinite skip: {MOST_SKIPPED_IN_A_ROW} updates in a row were not finite, last: {said}"
             )
@@ -321,8 +323,8 @@ def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog
     lr = max(group["lr"] for group in trainer.state.optimizer.param_groups)
     memory = peak_memory_bytes(trainer.device)
     values = means | {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory_bytes": memory}
-    if trainer.bad_images:
-        values["bad_images"] = trainer.bad_images
+    if bad_images := int(sum_over_ranks(torch.tensor(trainer.bad_images, device=trainer.device))):
+        values["bad_images"] = bad_images
     if trainer.skipped:
         values["skipped_updates"] = trainer.skipped
     log.scalars(updates, values, epoch=epoch)
@@ -339,8 +341,10 @@ def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog
         seconds_left=(trainer.last_update - updates) * stopwatch.seconds / stopwatch.updates,
     )
     if broken:
+        said = trainer.describe_nonfinite()
+        trainer.before_end()
         raise RunError(
-            f"the loss is no longer finite: {trainer.describe_nonfinite()}. Nothing was saved since: resume from the"
+            f"the loss is no longer finite: {said}. Nothing was saved since: resume from the"
             " last checkpoint with --on_nonfinite skip, or begin a new run from its weights with a lower learning rate,"
             " --clip_grad 1 or --amp fp32"
         )
@@ -349,7 +353,7 @@ def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog
 
 
 def report_bad_images(batches: list[Batch], source: ImageSource | None, log: RunLog) -> int:
-    """Name and count skipped images (--on_bad_image skip); indices are on the CPU: this waits for nothing.
+    """Name and count this rank's skipped images (--on_bad_image skip); indices are on the CPU: it waits for nothing.
 
     Args:
         source: None for a stream, whose samples have no names.
@@ -359,11 +363,11 @@ def report_bad_images(batches: list[Batch], source: ImageSource | None, log: Run
         if source is None:
             skipped = int((batch.read_index - batch.index).sum())
             if skipped:
-                log.text(f"left out {skipped} unreadable samples of the stream")
+                log.text_of_any_rank(f"left out {skipped} unreadable samples of the stream")
             found += skipped
             continue
         for place in (batch.index != batch.read_index).nonzero().flatten().tolist():
             bad, taken = (source.name(int(indices[place])) for indices in (batch.index, batch.read_index))
-            log.text(f"skipped a bad image: {bad}; took {taken} in its place")
+            log.text_of_any_rank(f"skipped a bad image: {bad}; took {taken} in its place")
             found += 1
     return found
