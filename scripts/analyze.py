@@ -43,7 +43,7 @@ from util.studies import (
     gradcam_study,
     spectrum_study,
 )
-from util.vit import NamedViT, open_vit
+from util.vit import NamedViT, choose_weights, open_vit
 
 # --------------------------------------------------------------------------------------------------------
 # Settings
@@ -58,8 +58,9 @@ class AnalyzeConfig:
     """one or more: a file of ours, MAE's, LUT's release or timm's, `timm:NAME` (random weights), `timm:NAME=FILE`"""
     label: tuple[str, ...] = ()
     """what to call each checkpoint; default: its folder and number"""
-    weights: tuple[Weights, ...] = ("student",)
-    """which of the two encoders: one for all checkpoints, or one for each"""
+    weights: tuple[Weights, ...] = ()
+    """which of the two encoders: one for all checkpoints, or one for each; default: student, or of a classifier with
+    --model_ema its moving average (momentum)"""
     num_heads: int | None = None
     """attention heads; default: of the run's settings, or of the known model of that width"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
@@ -92,7 +93,7 @@ class AnalyzeConfig:
         check(count >= 1, "checkpoint", "", "give at least one")
         check(len(self.label) in (0, count), "label", self.label, f"give one for each of {count} checkpoints, or none")
         fix = f"give one for all, or one for each of {count} checkpoints"
-        check(len(self.weights) in (1, count), "weights", self.weights, fix)
+        check(len(self.weights) in (0, 1, count), "weights", self.weights, fix)
         check(len(self.input_size) <= 2, "input_size", self.input_size, "give one number, or height and width")
         check(all(n >= 1 for n in self.input_size), "input_size", self.input_size, "must be 1 or more")
         check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
@@ -249,10 +250,11 @@ def main() -> None:
 def open_models(config: AnalyzeConfig) -> list[NamedViT]:
     """Every checkpoint, each with what became of its tensors printed."""
     device, count = choose_device(config.device), len(config.checkpoint)
-    weights = config.weights * count if len(config.weights) == 1 else config.weights
+    weights = config.weights * count if len(config.weights) == 1 else config.weights or (None,) * count
     labels = config.label or ("",) * count
     vits = []
     for name, which, label in zip(config.checkpoint, weights, labels, strict=True):
+        which = choose_weights(name, which, "--checkpoint")
         vits.append(open_vit(name, which, label, config.input_size, config.num_heads, device))
         print(f"{vits[-1].label}: {vits[-1].said}", flush=True)
     return vits

@@ -30,13 +30,13 @@ from util.data import Normalise
 from util.distributed import choose_device
 from util.errors import UserError, run_main
 from util.interop import PATCH_KERNEL, load_weights, read_weights
-from util.monitor import labelled_loader
+from util.monitor import drawn, labelled_loader
 from util.pretrain_config import PretrainConfig
-from util.probe import extract_features, few_labels, knn_accuracy, linear_sweep, logistic_probe_accuracy
+from util.probe import extract_features, few_labels, hold_out, knn_accuracy, linear_sweep, logistic_probe_accuracy
 from util.probe_config import ProbeConfig
 from util.progress import with_progress
 from util.results import append_result, made_on
-from util.sources import find_validation, open_images, same_classes
+from util.sources import ImageSource, find_validation, open_images, same_classes
 
 ROWS = {"random": "random", "student": "student", "momentum": "momentum encoder"}
 
@@ -52,15 +52,17 @@ def main() -> None:
     if not same_classes(train, val):
         where = f"--data_path {run.data_path}" if run.data_path else f"--dataset {run.dataset}"
         raise UserError(f"{where}: a probe needs train/ and val/ with the same class folders")
-    if config.labels_per_class:  # known before anything is computed
-        few_labels(torch.tensor(train.labels), config.labels_per_class, seed=0)
+    check_labels(config, train)
     normalise = Normalise(run.pixel_mean, run.pixel_std, device)
+    most = config.most_images
     loaders = [
-        labelled_loader(source, config.most_images, run.image_size, run.in_chans, config.num_workers)
-        for source in (train, val)
+        labelled_loader(source, most, run.image_size, run.in_chans, config.num_workers) for source in (train, val)
     ]
 
-    print(f"{Path(config.checkpoint).name}: {run.model}, {len(train)} training and {len(val)} validation images")
+    seen = [f"{min(len(s), most)} of {len(s)}" if len(s) > most else f"{len(s)}" for s in (train, val)]
+    print(f"{Path(config.checkpoint).name}: {run.model}, {seen[0]} training and {seen[1]} validation images")
+    if max(len(train), len(val)) > most:
+        print(f"--most_images {most}: the others are not looked at, and numbers are lower than those of all")
     results: dict[str, float] = {}
     for name, encoder, said in encoders(run, config):
         print(f"{name}: {said}", file=sys.stderr)
@@ -82,6 +84,19 @@ def main() -> None:
     append_result(folder, "probe", asdict(config), results, time.monotonic() - begin, about)
 
 
+def check_labels(config: ProbeConfig, train: ImageSource) -> None:
+    """UserError where the images to learn from have too few of a class, before anything is computed."""
+    labels = torch.tensor(train.labels)[drawn(train, config.most_images)]
+    try:
+        if config.labels_per_class:
+            few_labels(labels, config.labels_per_class, seed=0)
+        if config.sweep:
+            hold_out(labels, seed=0)
+    except UserError as error:
+        more = f"; or look at more than --most_images {config.most_images}" * (len(labels) < len(train))
+        raise UserError(f"{error}{more}") from error
+
+
 def settings_of(config: ProbeConfig) -> PretrainConfig:
     """The run's settings, or those that the flags give for a file of another program; its patches tell themselves."""
     file = read_weights(Path(config.checkpoint), flag="checkpoint")
@@ -90,13 +105,13 @@ def settings_of(config: ProbeConfig) -> PretrainConfig:
     given = {name: value for name in flags if (value := getattr(config, name))}
     if saved is not None and "mask_ratio" in saved:
         run = config_from_dict(PretrainConfig, saved | {"recipe": ""})
-        if "data_path" in given:
-            given |= {"dataset": config.dataset, "val_path": config.val_path}
+        if "data_path" in given or config.dataset == "digits":
+            given |= {name: getattr(config, name) for name in ("data_path", "dataset", "val_path")}
         return config_from_dict(PretrainConfig, vars(run) | given)
     if saved is not None and "model" in saved:  # a classifier's
-        where = () if "data_path" in given else ("data_path", "dataset", "val_path")
+        where = () if "data_path" in given or config.dataset == "digits" else ("data_path", "dataset", "val_path")
         seen = {name: saved[name] for name in (*where, "input_size", "mean", "std") if saved.get(name)}
-        given = {"model": f"lut_{saved['model']}"} | seen | given
+        given = {"model": f"lut_{saved['model'].removeprefix('lut_').removeprefix('mae_')}"} | seen | given
     if "model" not in given:
         raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")
     if kernel is not None:

@@ -51,7 +51,7 @@ from util.robustness_view import (
 )
 from util.run import writable_folder
 from util.table_view import commented
-from util.vit import TIMM
+from util.vit import TIMM, choose_weights
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class RobustnessConfig:
     what --output_dir holds"""
     label: str = ""
     """what to call it in the table; default: its folder and file"""
-    weights: Weights = "student"
-    """momentum: the moving average of a run with --model_ema"""
+    weights: Weights | None = None
+    """momentum: the moving average of a run with --model_ema, which is the default there"""
     num_heads: int | None = None
     """attention heads; default: of the run's settings, or of the known model of that width"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
@@ -172,30 +172,32 @@ def main() -> None:
     """Open the model and the sets, look at what is not done yet, show the table."""
     config = parse_config(RobustnessConfig, sys.argv[1:], Path(__file__).name)
     missing: dict[str, str] = {}
+    settings: list[dict[str, Any]] = []
     if config.checkpoint:
         processes = start_processes(config.device, config.dist_backend)
         try:
-            missing = evaluate_all(config, processes)
+            missing, settings = evaluate_all(config, processes)
         except KeyboardInterrupt:
             raise RunError("interrupted; what has finished is kept, the same command goes on") from None
         stop_processes()
     if is_main() and not config.dry_run:
-        show(config, missing)
+        show(config, missing, settings)
 
 
-def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, str]:
-    """What is not done yet; why each column that is not there is missing."""
+def evaluate_all(config: RobustnessConfig, processes: Processes) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """What is not done yet; why each column that is not there is missing, and the settings of the others."""
     dtype = autocast_dtype(config.amp, processes.device)
     look = Look(processes, dtype, config.batch_size, config.loading, config.occlusion, config.occlusion_fill)
+    weights = choose_weights(config.checkpoint, config.weights, "CHECKPOINT")
     classifier = open_classifier(
-        config.checkpoint, config.weights, config.label, config.input_size, config.num_heads, processes.device,
+        config.checkpoint, weights, config.label, config.input_size, config.num_heads, processes.device,
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
     choose_attention(classifier.model, dtype, processes.device)
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given
     absent = "is not given" + (f", nor in {config.data_root} by a usual name" if config.data_root else "")
     tasks, missing = plan_tasks(config.wanted, paths, config.partial, absent)
-    identity = identity_of(config, classifier)
+    identity = identity_of(config, classifier, weights)
     settings = {task.key: settings_of(task, identity, paths, look) for task in tasks}
     folder = Path(config.output_dir)
     lines = [] if config.again else read_lines(folder)
@@ -210,10 +212,10 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> dict[str, st
         run_passes(classifier, passes, look, settings, folder)
         if is_main() and passes and config.examples:
             show_examples(classifier, [task for task in tasks if task not in done], config.examples, look, folder)
-    return missing
+    return missing, list(settings.values())
 
 
-def identity_of(config: RobustnessConfig, classifier: NamedClassifier) -> dict[str, Any]:
+def identity_of(config: RobustnessConfig, classifier: NamedClassifier, weights: Weights) -> dict[str, Any]:
     """What tells the model from others; of a file the content, since runs write to the same name again.
 
     Its path is for the reader: a file that has moved is still the same model.
@@ -228,7 +230,7 @@ def identity_of(config: RobustnessConfig, classifier: NamedClassifier) -> dict[s
         "label": classifier.label,
         "checkpoint": name.partition("=")[0] if name.startswith(TIMM) else str(Path(name).resolve()),
         "sha256": digest,
-        "weights": config.weights,
+        "weights": weights,
         "num_heads": config.num_heads,
         "input_size": list(classifier.size),
     }
@@ -311,9 +313,9 @@ def show_examples(classifier: NamedClassifier, tasks: Sequence[Task], number: in
         print(f"examples: {path}")
 
 
-def show(config: RobustnessConfig, missing: dict[str, str]) -> None:
-    """The table of all models in --output_dir."""
-    ours = read_ours(Path(config.output_dir))
+def show(config: RobustnessConfig, missing: dict[str, str], settings: Sequence[dict[str, Any]]) -> None:
+    """The table of all models in --output_dir; `settings`: of this call, whose numbers come before newer ones."""
+    ours = read_ours(Path(config.output_dir), settings)
     if not ours and not config.checkpoint:
         raise UserError(f"--output_dir {config.output_dir}: holds no results yet, give a CHECKPOINT")
     titles = column_titles()

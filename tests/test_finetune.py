@@ -144,18 +144,24 @@ def test_weights_that_are_gone_are_not_missed_on_resume(request, pretrain, class
     assert values(main(*flags, "--auto_resume"), "loss") == values(whole, "loss")
 
 
-def test_the_best_checkpoint_alone_is_no_run_to_go_on_with(pretrain, finetune, class_folders, tmp_path, capsys):
-    """--auto_resume begins anew then, from the weights of --finetune."""
-    pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
-    flags = ("--data_path", class_folders, "--finetune", tmp_path / "pre" / "checkpoint-0-step1.pth")
+def test_the_best_checkpoint_alone_is_a_run_to_go_on_with(finetune, class_folders, tmp_path, capsys):
+    flags = ("--data_path", class_folders, "--epochs 3 --save_freq 3")
     whole = finetune(*flags)
-    for path in (tmp_path / "run").glob("checkpoint-?.pth*"):
-        path.unlink()
-    assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["checkpoint-best.pth"]
-    capsys.readouterr()
+    run = tmp_path / "run"
+    path = run / "checkpoint-best.pth"
+    best = json.loads((run / "checkpoint-best.pth.json").read_text())
+    for other in run.glob("checkpoint-?.pth*"):
+        other.unlink()
+    with pytest.raises(SystemExit):
+        finetune(*flags)
+    assert "holds checkpoint-best.pth of an earlier run; add --auto_resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        finetune(*flags, "--eval --resume", run)
+    assert f"is a folder, give a checkpoint: {path}" in capsys.readouterr().err
     log = finetune(*flags, "--auto_resume")
-    assert "LUT, student, 76 tensors loaded" in capsys.readouterr().out
-    assert values(log, "loss")[-8:] == values(whole, "loss")
+    assert f"resumed after update {best['step']}" in capsys.readouterr().out
+    assert values(log, "loss") == values(whole, "loss")
+    assert len(read_results(run)) == 1
 
 
 def test_a_bad_validation_image_costs_no_epoch(finetune, class_folders, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,27 @@ def test_ade20k_s_own_layout(ade20k, names):
     raw = np.asarray(Image.open(data.train.masks[0])).astype(int)
     assert (raw == 0).any()
     assert np.array_equal(mask, np.where(raw == 0, IGNORED, raw - 1))
+
+
+@pytest.mark.parametrize("own", ["classes.txt", "classes.json"])
+def test_ade20k_s_folders_with_classes_of_their_own(ade20k, own):
+    """As many medical sets have: numbers begin at 0, and nothing is ignored."""
+    names = ["background", *(f"organ {number}" for number in range(1, 5))]
+    (ade20k / own).write_text(json.dumps(names) if own.endswith("json") else "\n".join(names))
+    data = open_masked(config_of("--data_path", ade20k))
+    assert data.train.class_names == names
+    _, mask, _ = load_pair(data.train, 0, 3, skip_bad=False)
+    assert np.array_equal(mask, np.asarray(Image.open(data.train.masks[0])))
+
+
+def test_ade20k_s_folders_with_names_from_elsewhere_must_be_told_apart(ade20k, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["background", *(f"organ {number}" for number in range(1, 5))]))
+    flags = ("--data_path", ade20k, "--classes", names)
+    with pytest.raises(UserError, match="say --first_label 1 if it is that") as error:
+        open_masked(config_of(*flags))
+    one_line(error)
+    assert open_masked(config_of(*flags, "--first_label", 0)).train.class_names[0] == "background"
 
 
 def test_any_pair_of_folders_with_names_that_end_differently(tmp_path):

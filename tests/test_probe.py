@@ -318,6 +318,40 @@ def test_a_file_of_another_program_needs_a_model_and_images(tmp_path, pretrain, 
     assert "add --model with its name" in capsys.readouterr().err
 
 
+def test_how_many_images_are_looked_at_is_said(tmp_path, pretrain, class_folders, run_probe, capsys):
+    pretrain("--data_path", class_folders, "--max_steps 1")
+    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
+    capsys.readouterr()
+    flags = ("--most_images", 8, "--no_logistic", "--encoders", "student")
+    printed = run_probe(checkpoint, *flags, "--labels_per_class", 0)
+    assert "8 of 32 training and 8 of 16 validation images" in printed
+    assert "--most_images 8: the others are not looked at" in printed
+    for asked, said in (
+        (("--labels_per_class", 8), "--labels_per_class 8: is more"),
+        (("--sweep",), "--sweep: a class"),
+    ):
+        with pytest.raises(SystemExit):
+            run_probe(checkpoint, "--most_images", 3, *flags[2:], "--labels_per_class", 0, *asked)
+        printed = capsys.readouterr()
+        assert said in printed.err
+        assert printed.err.strip().endswith("; or look at more than --most_images 3")
+        assert not printed.out  # nothing was computed for it
+
+
+def test_another_data_set_than_the_run_s(tmp_path, pretrain, class_folders, run_probe):
+    pretrain("--data_path", class_folders, "--max_steps 1 --in_chans 1 --no_photometric")
+    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
+    flags = ("--dataset", "digits", "--labels_per_class", 0, "--no_logistic", "--encoders", "student")
+    assert "1437 training and 360 validation images" in run_probe(checkpoint, *flags)
+
+
+@pytest.mark.parametrize("prefix", ["mae_", "lut_"])
+def test_a_classifier_may_be_named_as_its_pretraining(tmp_path, finetune, class_folders, run_probe, prefix):
+    finetune("--data_path", class_folders, f"--max_steps 1 --cls_token --model {prefix}vit_nano_patch4")
+    flags = ("--labels_per_class", 0, "--no_logistic", "--encoders", "student")
+    assert "lut_vit_nano_patch4, 32 training" in run_probe(tmp_path / "run" / "checkpoint-0-step1.pth", *flags)
+
+
 def test_a_classifier_s_run_says_what_its_encoder_is(tmp_path, finetune, class_folders, run_probe):
     finetune("--data_path", class_folders, "--max_steps 1 --cls_token --mean 0.2 0.3 0.4")
     checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"

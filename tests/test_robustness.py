@@ -238,6 +238,39 @@ def test_another_model_of_the_same_name_is_another_row(made, call, tmp_path):
     assert rows[0].split()[-1] == rows[1].split()[-1] == "–"
 
 
+def test_the_table_shows_what_was_asked_for_and_says_what_else_was_measured(made, call):
+    command = f"{made.checkpoint} {everything(made)} --columns cocc --output_dir out"
+
+    def cell(flags: str) -> tuple[str, str]:
+        """Our number, and what is said of it."""
+        _, shown, _ = call(f"{command} {flags}")
+        (row,) = [line for line in shown.splitlines() if " ours " in line]
+        (said,) = [line for line in shown.splitlines() if line.startswith("* ")]  # the set is a small one
+        return next(part for part in reversed(row.split()) if part[0].isdigit()).rstrip("*"), said
+
+    half, said = cell("")
+    assert " with " not in said
+    tenth, said = cell("--occlusion 0.1")
+    assert tenth != half
+    assert said.endswith(f"; with occlusion 0.1; {half} with occlusion 0.5")
+    again, said = cell("")  # finished before, and not the newest
+    assert again == half
+    assert said.endswith(f"; with occlusion 0.5; {tenth} with occlusion 0.1")
+
+
+def test_a_moving_average_is_what_is_judged(made, call, tmp_path):
+    state = torch.load(made.checkpoint, weights_only=True)["model"]
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    for model_ema in (True, False):
+        path = tmp_path / f"{model_ema}.pth"
+        followed = {f"ema.{name}": tensor for name, tensor in state.items()}
+        torch.save({"model": other, "model_ema": followed, "config": {"model_ema": model_ema}}, path)
+        call(f"{path} {everything(made)} --columns v2 --num_heads 3")
+    call(f"{tmp_path / 'True.pth'} {everything(made)} --columns v2 --num_heads 3 --weights student")
+    average, *students = [line["metrics"]["top1"] for line in read_results("output/robustness")]
+    assert students[0] == students[1] < average
+
+
 def test_a_file_that_has_moved_is_the_same_model(made, call, tmp_path):
     command = f"{everything(made)} --columns v2"
     call(f"{made.checkpoint} {command}")

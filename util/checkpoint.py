@@ -167,8 +167,10 @@ class CheckpointStore:
         write_manifest(self.folder / BEST, manifest)
 
     def list(self, with_best: bool = False) -> list[tuple[Path, Manifest]]:
-        """Complete checkpoints, oldest first; the best one's second name only if asked for."""
-        paths = checkpoints_in(self.folder) + [self.folder / BEST] * (with_best and (self.folder / BEST).exists())
+        """Complete checkpoints, oldest first; the best one's second name if asked for, or if it alone is left."""
+        paths = checkpoints_in(self.folder)
+        if with_best and (self.folder / BEST).exists() and self.folder / BEST not in paths:
+            paths.append(self.folder / BEST)
         found = [(path, read_manifest(path)) for path in paths]
         return sorted(((p, m) for p, m in found if m is not None), key=lambda item: (item[1].step, item[1].time))
 
@@ -370,8 +372,10 @@ def check_file(path: Path, flag: str) -> None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete or not, the oldest by name first; without the best one's second name."""
-    return sorted((path for path in folder.glob("checkpoint-*.pth") if path.name != BEST), key=place_by_name)
+    """Complete or not, the oldest by name first; the best one, a second name of one of them, where it is left alone."""
+    named = [path for path in folder.glob("checkpoint-*.pth") if path.name != BEST]
+    alone = [folder / BEST] if not named and (folder / BEST).exists() else []
+    return sorted(named, key=place_by_name) or alone
 
 
 def place_by_name(path: Path) -> tuple[int, int, int]:

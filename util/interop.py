@@ -99,6 +99,16 @@ def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_f
     return WeightsFile(state, layout_of(state, "model" in checkpoint), config)
 
 
+def judged_weights(path: str | Path, flag: str) -> Weights:
+    """Those by which the run of a file was judged: the moving average of a classifier with --model_ema.
+
+    Raises:
+        UserError: as `read_weights`.
+    """
+    config = read_weights(Path(path), flag=flag).config
+    return "momentum" if config is not None and config.get("model_ema") is True else "student"
+
+
 def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
     """Which program writes such names; `wrapped`: under the key `model`, as MAE does."""
     if "head.weight" in state or "fc_norm.weight" in state:

@@ -27,6 +27,7 @@ IGNORED = 255  # pixels that neither train nor count
 MOST_CLASSES = 255
 MASK_FOLDERS = ("masks", "annotations")
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")  # lossless ones
+CLASS_FILES = ("classes.json", "classes.txt")
 ADE20K_CLASSES = "objectInfo150"
 UNKNOWN = -1  # in a table: a number that is no class and is not ignored
 
@@ -290,7 +291,8 @@ def find_layout(data_path: str) -> Layout:
         hint = "; is it one for main_finetune.py?" if images else ""
         raise UserError(f"--data_path {root}: holds {shown}, but {wanted}{hint}")
     marks = [root / "annotations" / name for name in ("training", "validation")] + object_info_files(root)
-    native = masks == "annotations" and any(mark.exists() for mark in marks) and not (root / "classes.json").exists()
+    native = masks == "annotations" and any(mark.exists() for mark in marks)
+    native = native and not any((root / name).exists() for name in CLASS_FILES)
     return Layout(root, masks, ade20k=native)
 
 
@@ -308,9 +310,13 @@ def find_classes(
         UserError: nothing says it.
     """
     ade20k = layout is not None and layout.ade20k
-    inside = [] if layout is None else [layout.root / n for n in ("classes.json", "classes.txt")]
+    inside = [] if layout is None else [layout.root / name for name in CLASS_FILES]
     if ade20k:
         inside += object_info_files(layout.root)
+        own = any(path.is_file() for path in object_info_files(layout.root))
+        if class_file and first_label is None and not own and Path(class_file).stem != ADE20K_CLASSES:
+            fix = "say --first_label 1 if it is that (numbers from 1, 0 is ignored), else --first_label 0"
+            raise UserError(f"--classes {class_file}: {layout.root} is arranged as ADE20K is, without its names; {fix}")
     path = Path(class_file) if class_file else next((each for each in inside if each.is_file()), None)
     ignored = None
     if path is not None:

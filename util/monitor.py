@@ -23,10 +23,14 @@ _BATCH = 256
 def labelled_loader(
     source: ImageSource, most: int, size: Size, in_chans: int, num_workers: int, skip_bad: bool = False
 ) -> Loader:
-    """Centre views and labels of at most `most` images, always the same ones."""
-    indices = np.random.default_rng(0).permutation(len(source))[:most].tolist()
-    dataset = LabelledDataset(source, indices, size, in_chans, skip_bad)
+    """Centre views and labels of at most `most` images, those that `drawn` names."""
+    dataset = LabelledDataset(source, drawn(source, most), size, in_chans, skip_bad)
     return Loader(dataset, batch_size=_BATCH, num_workers=num_workers)
+
+
+def drawn(source: ImageSource, most: int) -> list[int]:
+    """At most `most` images, always the same ones."""
+    return np.random.default_rng(0).permutation(len(source))[:most].tolist()
 
 
 @dataclass

@@ -201,11 +201,7 @@ def linear_sweep(
     Raises:
         UserError: a class of the training labels has a single sample, so that none can be held out.
     """
-    counts = train_labels.unique(return_counts=True)[1]
-    if counts.min() < 2:
-        raise UserError("--sweep: a class has a single training image, none can be held out to choose by")
-    held_out = torch.zeros(len(train_labels), dtype=torch.bool)
-    held_out[_first_of_each_class(train_labels, (counts // 5).clamp_min(1), seed)] = True
+    chosen_by = hold_out(train_labels, seed)
     pairs = torch.tensor([(lr, decay) for lr in lrs for decay in weight_decays])  # [G, 2]
     K = 1 + int(max(train_labels.max(), test_labels.max()))
 
@@ -216,10 +212,24 @@ def linear_sweep(
         logits = torch.einsum("nd,gdk->gnk", (test[0].float() - mean) / scale, weight) + bias
         return 100 * (logits.argmax(dim=2) == test[1]).float().mean(dim=1)  # [G]
 
-    validation = accuracy(~held_out, (train_features[held_out], train_labels[held_out]), pairs)
+    validation = accuracy(~chosen_by, (train_features[chosen_by], train_labels[chosen_by]), pairs)
     best = pairs[validation.argmax()]
-    found = accuracy(torch.ones_like(held_out), (test_features, test_labels), best[None])
+    found = accuracy(torch.ones_like(chosen_by), (test_features, test_labels), best[None])
     return Sweep(found.item(), *best.tolist(), validation.reshape(len(lrs), len(weight_decays)))
+
+
+def hold_out(labels: Tensor, seed: int) -> Tensor:
+    """[N] bool: a fifth of each class of `labels` [N], by which `linear_sweep` chooses.
+
+    Raises:
+        UserError: a class has a single sample.
+    """
+    counts = labels.unique(return_counts=True)[1]
+    if counts.min() < 2:
+        raise UserError("--sweep: a class has a single training image, none can be held out to choose by")
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[_first_of_each_class(labels, (counts // 5).clamp_min(1), seed)] = True
+    return chosen
 
 
 def _train_heads(

@@ -21,6 +21,7 @@ from util.vit import TIMM
 
 STAGE = "robustness"  # of the lines in results.jsonl
 IDENTITY = ("checkpoint", "sha256", "weights", "num_heads", "input_size")  # what makes a row of the table
+NOT_SETTINGS = {*IDENTITY, "label", "column", "num_images"}  # what else differs makes another measurement
 PARTIAL = "*"
 
 
@@ -29,13 +30,25 @@ class Ours:
     """A model's finished columns."""
 
     label: str
-    lines: Mapping[str, Mapping[str, Any]]  # by column: the newest line of results.jsonl
+    lines: Mapping[str, Mapping[str, Any]]  # by column: the line of results.jsonl that is shown
+    others: Mapping[str, Sequence[Mapping[str, Any]]]  # by column: those with other settings and another number
 
     def shown(self, key: str) -> str:
-        """A cell: the number, marked where images were lacking or left out."""
+        """A cell: the number, marked where there is something to say of it."""
         if key not in self.lines:
             return MISSING
-        return f"{main_metric(key, self.lines[key]):.1f}{PARTIAL if remark_on(self.lines[key]) else ''}"
+        return f"{main_metric(key, self.lines[key]):.1f}{PARTIAL if self.remark(key) else ''}"
+
+    def remark(self, key: str) -> str:
+        """Why a number is not that of the published set, and what it is with other settings; empty: nothing."""
+        line = self.lines[key]
+        said = [remark_on(line)]
+        for other in self.others[key]:
+            here, there = line["config"], other["config"]
+            names = [name for name in here if name not in NOT_SETTINGS and here[name] != there.get(name)]
+            own, its = (", ".join(f"{name} {config.get(name)}" for name in names) for config in (here, there))
+            said.append(f"with {own}; {main_metric(key, other):.1f} with {its}")
+        return "; ".join(filter(None, said))
 
 
 def main_metric(key: str, line: Mapping[str, Any]) -> float:
@@ -67,22 +80,33 @@ def finished(lines: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> di
     return found[-1] if found else None
 
 
-def read_ours(folder: Path) -> list[Ours]:
-    """All models of results.jsonl in the order in which they came, by their last names, which are made to differ."""
-    models: dict[tuple, dict[str, Any]] = {}
+def read_ours(folder: Path, wanted: Sequence[Mapping[str, Any]] = ()) -> list[Ours]:
+    """All models of results.jsonl in the order in which they came, by their last names, which are made to differ.
+
+    Args:
+        wanted: settings whose lines are shown; of what they do not name it is the newest line.
+    """
+    models: dict[tuple, dict[str, list[Any]]] = {}
     labels: dict[tuple, str] = {}
+    asked = [without_names(settings) for settings in wanted]
     for line in read_lines(folder):
         config = line["config"]
         named = without_names(config)
         identity = tuple(str(named[name]) for name in IDENTITY)
-        models.setdefault(identity, {})[config["column"]] = line
+        lines = models.setdefault(identity, {}).setdefault(config["column"], [])
+        lines[:] = [*(each for each in lines if without_names(each["config"]) != named), line]
         labels[identity] = config["label"]
     shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     ours = []
     for identity, lines in models.items():
         checkpoint, digest, weights, _, size = identity
         more = f" ({digest[:8] or checkpoint}, {weights}, {size})" if labels[identity] in shared else ""
-        ours.append(Ours(labels[identity] + more, lines))
+        shown, others = {}, {}
+        for key, found in lines.items():
+            now = [each for each in found if without_names(each["config"]) in asked]
+            shown[key] = (now or found)[-1]
+            others[key] = [each for each in found if main_metric(key, each) != main_metric(key, shown[key])]
+        ours.append(Ours(labels[identity] + more, shown, others))
     return ours
 
 
@@ -114,10 +138,10 @@ def remarks_on(ours: Sequence[Ours]) -> list[str]:
     """What a reader of the table must know, a line each."""
     titles = column_titles()
     return [
-        f"{PARTIAL} {titles[key]} of {model.label}: {remark_on(model.lines[key])}"
+        f"{PARTIAL} {titles[key]} of {model.label}: {model.remark(key)}"
         for model in ours
         for key in COLUMNS
-        if key in model.lines and remark_on(model.lines[key])
+        if key in model.lines and model.remark(key)
     ]
 
 

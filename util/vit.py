@@ -21,7 +21,7 @@ from util.config import DataConfig, nearest
 from util.data import Normalise
 from util.errors import UserError
 from util.export import ViTShape, shape_of
-from util.interop import Weights, WeightsFile, is_linear_probe, load_weights, read_weights, shortened
+from util.interop import Weights, WeightsFile, is_linear_probe, judged_weights, load_weights, read_weights, shortened
 from util.views import Size
 
 TIMM = "timm:"  # timm:NAME or timm:NAME=FILE
@@ -137,6 +137,11 @@ def open_vit(
         normalise=Normalise(pixels.pixel_mean, pixels.pixel_std, device),
         said=said,
     )
+
+
+def choose_weights(name: str, weights: Weights | None, flag: str) -> Weights:
+    """What was asked for, else those by which the run of a file was judged; `timm:...` has one kind."""
+    return weights or ("student" if name.startswith(TIMM) else judged_weights(name, flag))
 
 
 def default_label(name: str, weights: Weights) -> str:
