@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
 from timm.data import Mixup
@@ -23,11 +24,13 @@ from util.cache import CachedImages
 from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.command_line import parse_config
 from util.data import Batch, DrawnBatch, LabelledBatch, Normalise
+from util.device_views import apply_photometry_rows, photometry_row
 from util.masked_data import MaskedBatch
 from util.optim import build_lars, build_optimizer
 from util.pretrain_config import PretrainConfig
 from util.segment_config import SegmentConfig
 from util.training import Trainer, TrainState
+from util.views import TwoViews
 
 GPU = torch.device("meta")
 MIXES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
@@ -84,7 +87,10 @@ def test_pretraining(flags):
     views = torch.zeros(8, 2, 3, 32, 32, dtype=torch.uint8)
     batch = Batch(views, torch.rand(8, 16), torch.arange(8), torch.arange(8))
     update(trainer, [batch] * config.accum_iter)
-    assert state.model.features(torch.zeros(2, 3, 32, 32, device=GPU)).device.type == "meta"
+    images = torch.zeros(2, 3, 32, 32, device=GPU)
+    assert state.model.features(images).device.type == "meta"
+    if state.model.reconstructs:  # a picture of the monitor
+        assert {x.device.type for x in state.model.reconstruct(images, torch.rand(2, 16).to(GPU))} == {"meta"}
 
 
 @pytest.mark.parametrize("crop", ["src", "rrc"])
@@ -98,6 +104,14 @@ def test_views_of_images_on_the_device(crop):
     trainer.images = cached.to(GPU)
     drawn = (torch.zeros(8, 2, 5, dtype=torch.int64), torch.rand(8, 16), torch.arange(8), torch.arange(8))
     update(trainer, [DrawnBatch(*drawn, torch.empty(8, 0))])
+
+
+def test_photometry_on_the_device():
+    draws = [TwoViews((32, 32)).draw((40, 50), np.random.default_rng(seed)).photometry for seed in range(64)]
+    rows = torch.tensor([photometry_row(draw) for draw in draws])
+    assert {int(row[8]) for row in rows} == {0, 1, 2}  # each of the branches
+    changed = apply_photometry_rows(torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device=GPU), rows)
+    assert (changed.device.type, changed.dtype, changed.shape) == ("meta", torch.uint8, (64, 3, 32, 32))
 
 
 def test_finetuning_with_mixup_and_moving_average():
