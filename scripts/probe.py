@@ -62,7 +62,7 @@ def main() -> None:
     seen = [f"{min(len(s), most)} of {len(s)}" if len(s) > most else f"{len(s)}" for s in (train, val)]
     print(f"{Path(config.checkpoint).name}: {run.model}, {seen[0]} training and {seen[1]} validation images")
     if max(len(train), len(val)) > most:
-        print(f"--most_images {most}: the others are not looked at, and numbers are lower than those of all")
+        print(f"--most_images {most}: the others are not looked at; numbers of the whole set differ")
     results: dict[str, float] = {}
     for name, encoder, said in encoders(run, config):
         print(f"{name}: {said}", file=sys.stderr)

@@ -359,10 +359,13 @@ def test_every_command_of_the_reproduction_page_is_taken(tmp_path):
     assert {recipe for table, row in OURS if table.from_paper for recipe in row.recipes.values()} <= recipes
 
 
-@pytest.mark.parametrize("name", ["study", "parts", "tuning"])
-def test_the_results_page_shows_what_the_kept_results_say(name):
+SHOWN = [("study", "."), ("parts", "."), ("tuning", "."), ("brief", "tiny_imagenet")]  # with their folders
+
+
+@pytest.mark.parametrize(("name", "folder"), SHOWN)
+def test_the_results_page_shows_what_the_kept_results_say(name, folder):
     """Every number of its tables has a line in docs/results."""
-    filled = fill(TABLES[name], options("cpu", ROOT / "docs" / "results"))
+    filled = fill(TABLES[name], options("cpu", ROOT / "docs" / "results" / folder))
     assert render(filled, "baseline", "markdown") in (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
     assert len(filled.cells[0]["pooled"].ours) == 3
     assert not filled.remarks  # all ran as planned
