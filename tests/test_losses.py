@@ -102,7 +102,7 @@ def test_infonce_of_two_processes_is_that_of_one_with_all_rows(tmp_path):
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, expected["loss"])
     for name in ("weight", "bias"):
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], expected[name], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(first[name], expected[name], rtol=1e-5, atol=1e-7)  # sums that nearly cancel
     rows = torch.stack([first["x"], second["x"]], dim=1).flatten(0, 1) / 2  # each is of the mean over half the rows
     torch.testing.assert_close(rows, expected["x"], rtol=1e-5, atol=1e-8)
     x, y = numbers(2, 10, 6)

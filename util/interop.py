@@ -19,6 +19,7 @@ from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
 Weights = Literal["student", "momentum"]
+CLASSIFIER = "ViT classifier"
 Grid = tuple[int, int]  # rows and columns of patches
 # left in names by DistributedDataParallel, torch.compile, DINO and iBOT, MoCo v3
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.")
@@ -105,14 +106,15 @@ def judged_weights(path: str | Path, flag: str) -> Weights:
     Raises:
         UserError: as `read_weights`.
     """
-    config = read_weights(Path(path), flag=flag).config
-    return "momentum" if config is not None and config.get("model_ema") is True else "student"
+    _, layout, config = read_weights(Path(path), flag=flag)
+    averaged = layout == CLASSIFIER and config is not None and config.get("model_ema") is True
+    return "momentum" if averaged else "student"
 
 
 def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
     """Which program writes such names; `wrapped`: under the key `model`, as MAE does."""
     if "head.weight" in state or "fc_norm.weight" in state:
-        return "ViT classifier"
+        return CLASSIFIER
     if "decode_head.bottleneck.0.weight" in state:
         return "UperNet"
     if "momentum_encoder.cls_token" in state:
