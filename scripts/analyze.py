@@ -43,7 +43,7 @@ from util.studies import (
     gradcam_study,
     spectrum_study,
 )
-from util.vit import NamedViT, choose_weights, open_vit
+from util.vit import NamedViT, open_vit
 
 # --------------------------------------------------------------------------------------------------------
 # Settings
@@ -254,7 +254,6 @@ def open_models(config: AnalyzeConfig) -> list[NamedViT]:
     labels = config.label or ("",) * count
     vits = []
     for name, which, label in zip(config.checkpoint, weights, labels, strict=True):
-        which = choose_weights(name, which, "--checkpoint")
         vits.append(open_vit(name, which, label, config.input_size, config.num_heads, device))
         print(f"{vits[-1].label}: {vits[-1].said}", flush=True)
     return vits

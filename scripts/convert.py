@@ -23,7 +23,7 @@ from util.command_line import parse_config
 from util.config import DataConfig, check
 from util.errors import UserError, run_main
 from util.export import shape_of, write_hub_folder, write_mae, write_onnx, write_timm
-from util.interop import Weights, is_linear_probe, judged_weights, read_weights
+from util.interop import Weights, is_linear_probe, read_weights
 
 SUFFIXES = {"mae": ".pth", "timm": ".safetensors", "hf": "", "onnx": ".onnx"}
 
@@ -62,8 +62,7 @@ class ConvertConfig:
 def main() -> None:
     """Read, write, and say how to load the result."""
     config = parse_config(ConvertConfig, sys.argv[1:], Path(__file__).name)
-    weights = config.weights or judged_weights(config.input, flag="IN")
-    file = read_weights(Path(config.input), weights, flag="IN")
+    file = read_weights(Path(config.input), config.weights, flag="IN")
     output = Path(config.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ from util.robustness_view import (
 )
 from util.run import writable_folder
 from util.table_view import commented
-from util.vit import TIMM, choose_weights
+from util.vit import TIMM
 
 
 @dataclass(frozen=True)
@@ -188,16 +188,15 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> tuple[dict[s
     """What is not done yet; why each column that is not there is missing, and the settings of the others."""
     dtype = autocast_dtype(config.amp, processes.device)
     look = Look(processes, dtype, config.batch_size, config.loading, config.occlusion, config.occlusion_fill)
-    weights = choose_weights(config.checkpoint, config.weights, "CHECKPOINT")
     classifier = open_classifier(
-        config.checkpoint, weights, config.label, config.input_size, config.num_heads, processes.device,
+        config.checkpoint, config.weights, config.label, config.input_size, config.num_heads, processes.device,
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
     choose_attention(classifier.model, dtype, processes.device)
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given
     absent = "is not given" + (f", nor in {config.data_root} by a usual name" if config.data_root else "")
     tasks, missing = plan_tasks(config.wanted, paths, config.partial, absent)
-    identity = identity_of(config, classifier, weights)
+    identity = identity_of(config, classifier)
     settings = {task.key: settings_of(task, identity, paths, look) for task in tasks}
     folder = Path(config.output_dir)
     lines = [] if config.again else read_lines(folder)
@@ -215,7 +214,7 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> tuple[dict[s
     return missing, list(settings.values())
 
 
-def identity_of(config: RobustnessConfig, classifier: NamedClassifier, weights: Weights) -> dict[str, Any]:
+def identity_of(config: RobustnessConfig, classifier: NamedClassifier) -> dict[str, Any]:
     """What tells the model from others; of a file the content, since runs write to the same name again.
 
     Its path is for the reader: a file that has moved is still the same model.
@@ -230,7 +229,7 @@ def identity_of(config: RobustnessConfig, classifier: NamedClassifier, weights: 
         "label": classifier.label,
         "checkpoint": name.partition("=")[0] if name.startswith(TIMM) else str(Path(name).resolve()),
         "sha256": digest,
-        "weights": weights,
+        "weights": classifier.weights,
         "num_heads": config.num_heads,
         "input_size": list(classifier.size),
     }
@@ -284,6 +283,7 @@ def run_passes(
     """Pass after pass; each that is finished is recorded."""
     titles = column_titles()
     sizes = [len(places_of(tasks)) for tasks in passes]
+    on = made_on(look.processes.device, look.dtype)
     first = time.monotonic()
     for number, tasks in enumerate(passes):
         begin = time.monotonic()
@@ -292,7 +292,6 @@ def run_passes(
             continue
         now = time.monotonic()
         for task, metrics in found:
-            on = made_on(look.processes.device, look.dtype)
             append_result(folder, STAGE, settings[task.key], metrics, now - begin, on)
             value = main_metric(task.key, {"metrics": metrics})
             name = "AUPR" if task.key == "o" else "top-1"

@@ -31,6 +31,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def with_preface(code: str, command: list) -> list:
+    """A command that runs some Python before its program."""
+    return [
+        "-c",
+        f"import runpy, sys\nsys.argv = sys.argv[1:]\n{code}\nrunpy.run_path(sys.argv[0], run_name='__main__')",
+        *command,
+    ]
+
+
 class Ranks:
     """`number` processes of one run, as a launcher would start them; each with one thread, so that sums repeat.
 

@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ranks import newest_step, same_end
 from util.checkpoint import BEST, TEMPORARY, CheckpointStore, load_checkpoint, manifest_path, read_manifest
 from util.errors import RunError, UserError
 
@@ -220,3 +221,39 @@ def test_a_checkpoint_must_be_a_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list, not a checkpoint"):
         load_checkpoint(tmp_path / "list.pth")
+
+
+# ---- saving beside the training --------------------------------------------------------------------------------
+
+
+def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
+    store = CheckpointStore(tmp_path, 2, None, keep_best=False)
+    weights = {"model": {"w": torch.zeros(1000, 1000)}, "updates": 1, "list": [torch.zeros(3)]}
+    for step in range(1, 4):
+        store.save_in_background(weights | {"updates": step}, epoch=step, step=step)
+        weights["model"]["w"] += 1
+        weights["list"][0] += 1
+    store.wait()
+    assert newest_step(tmp_path) == 3
+    for epoch in (2, 3):
+        saved = load_checkpoint(tmp_path / f"checkpoint-{epoch}.pth")
+        assert saved["updates"] == epoch
+        assert (saved["model"]["w"] == epoch - 1).all()
+        assert (saved["list"][0] == epoch - 1).all()
+
+
+def test_a_failed_background_save_is_raised_at_the_next_update(tmp_path):
+    store = CheckpointStore(tmp_path / "gone", 2, None, keep_best=False)  # a folder that is not there
+    store.save_in_background({"w": torch.zeros(3)}, epoch=0, step=1)
+    store._writing.exception()
+    with pytest.raises(RunError, match="could not be saved"):
+        store.raise_failure()
+    store.raise_failure()  # once
+
+
+def test_a_run_that_saves_in_the_background_ends_the_same(pretrain, flat_folder, tmp_path):
+    flags = ("--data_path", flat_folder)
+    pretrain(*flags, output=tmp_path / "a")
+    pretrain(*flags, "--save_in_background --max_steps 6", output=tmp_path / "b")
+    pretrain(*flags, "--save_in_background --auto_resume", output=tmp_path / "b")
+    same_end(tmp_path / "a", tmp_path / "b")

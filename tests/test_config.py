@@ -297,7 +297,7 @@ BAD = {  # flag: values of which each alone is refused
     **{name: [0, -1] for name in ("max_steps", "patch_size", "decoder_depth")},
     **{name: [0, -1] for name in ("head_depth", "predictor_depth", "head_mlp_dim")},
     **{name: [-1] for name in ("start_epoch", "num_workers", "monitor_freq")},
-    "monitor_images": [0],
+    "monitor_images": [0, -1],
     **{name: [-0.1, NAN, INF] for name in ("blr", "lr", "min_lr", "weight_decay", "alpha", "w_mim")},
     **{name: [-0.1, 1.1, NAN] for name in ("momentum", "momentum_end", "hflip")},
     "in_chans": [0, 2, 5],

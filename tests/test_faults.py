@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from conftest import TINY, write_images
-from ranks import PATIENCE, Ranks, children, newest_step, same_end, send, updates, wait_until
+from ranks import PATIENCE, Ranks, children, newest_step, same_end, send, updates, wait_until, with_preface
 from util.checkpoint import CheckpointStore, load_checkpoint
-from util.errors import REQUEUE_STATUS, RunError, run_main
+from util.errors import REQUEUE_STATUS, run_main
 from util.logs import RunLog
 from util.stop import StopRequest
 from util.training import TrainState
@@ -232,13 +232,7 @@ def test_the_clock_stops_a_run_too(pretrain, flat_folder, tmp_path, capsys):
     assert newest_step(tmp_path / "run") > 0
 
 
-SLOW_DISK = """
-import os, runpy, sys, time
-fsync = os.fsync
-os.fsync = lambda file: (time.sleep(1), fsync(file))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+SLOW_DISK = "import os, time; fsync = os.fsync; os.fsync = lambda file: (time.sleep(1), fsync(file))"
 
 
 @pytest.mark.slow
@@ -246,7 +240,7 @@ def test_no_rank_ends_while_another_saves(flat_folder, tmp_path):
     """torchrun kills those that are left half a minute after the first end."""
     run = tmp_path / "run"
     flags = command(flat_folder, run, "--batch_size", "4", "--max_minutes", "0.05", "--epochs", "5000")
-    with Ranks(["-c", SLOW_DISK, *flags], 2) as ranks:
+    with Ranks(with_preface(SLOW_DISK, flags), 2) as ranks:
         ranks.processes[1].wait(timeout=PATIENCE)
         saved = newest_step(run)
         ends = ranks.finish()
@@ -272,11 +266,7 @@ def test_bad_images_of_all_ranks_are_counted_and_named(flat_folder, tmp_path):
 # ---- resume --------------------------------------------------------------------------------------------------
 
 
-ELSEWHERE = """
-import os, runpy, sys
-sys.argv = [part.replace("RANK", os.environ["RANK"]) for part in sys.argv[1:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+ELSEWHERE = "import os; sys.argv = [part.replace('RANK', os.environ['RANK']) for part in sys.argv]"
 
 
 @pytest.mark.slow
@@ -288,7 +278,8 @@ def test_ranks_that_find_different_checkpoints_do_not_train(two_whole, tmp_path,
     if older:
         shutil.copytree(expected, tmp_path / "1")
         (tmp_path / "1" / "checkpoint-59.pth").unlink()
-    with Ranks(["-c", ELSEWHERE, *command(images, tmp_path / "RANK", "--batch_size", "4")], 2) as ranks:
+    flags = command(images, tmp_path / "RANK", "--batch_size", "4")
+    with Ranks(with_preface(ELSEWHERE, flags), 2) as ranks:
         ends = ranks.finish()
     other = "a checkpoint after update 236" if older else "nothing"
     for rank, (status, said) in enumerate(ends):
@@ -491,39 +482,3 @@ def test_a_bad_update_can_be_left_out(two_whole, tmp_path):
         ends = ranks.finish()
     assert [status for status, _ in ends] == [1, 1]
     assert "10 updates in a row were not finite, last: update 12" in ends[0][1]
-
-
-# ---- saving beside the training --------------------------------------------------------------------------------
-
-
-def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
-    store = CheckpointStore(tmp_path, 2, None, keep_best=False)
-    weights = {"model": {"w": torch.zeros(1000, 1000)}, "updates": 1, "list": [torch.zeros(3)]}
-    for step in range(1, 4):
-        store.save_in_background(weights | {"updates": step}, epoch=step, step=step)
-        weights["model"]["w"] += 1
-        weights["list"][0] += 1
-    store.wait()
-    assert newest_step(tmp_path) == 3
-    for epoch in (2, 3):
-        saved = load_checkpoint(tmp_path / f"checkpoint-{epoch}.pth")
-        assert saved["updates"] == epoch
-        assert (saved["model"]["w"] == epoch - 1).all()
-        assert (saved["list"][0] == epoch - 1).all()
-
-
-def test_a_failed_background_save_is_raised_at_the_next_update(tmp_path):
-    store = CheckpointStore(tmp_path / "gone", 2, None, keep_best=False)  # a folder that is not there
-    store.save_in_background({"w": torch.zeros(3)}, epoch=0, step=1)
-    store._writing.exception()
-    with pytest.raises(RunError, match="could not be saved"):
-        store.raise_failure()
-    store.raise_failure()  # once
-
-
-def test_a_run_that_saves_in_the_background_ends_the_same(pretrain, flat_folder, tmp_path):
-    flags = ("--data_path", flat_folder)
-    pretrain(*flags, output=tmp_path / "a")
-    pretrain(*flags, "--save_in_background --max_steps 6", output=tmp_path / "b")
-    pretrain(*flags, "--save_in_background --auto_resume", output=tmp_path / "b")
-    same_end(tmp_path / "a", tmp_path / "b")

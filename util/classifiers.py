@@ -34,11 +34,12 @@ class NamedClassifier:
     view: View
     normalise: Normalise
     said: str  # where the weights came from and what became of each tensor
+    weights: Weights = "student"
 
 
 def open_classifier(
     name: str,
-    weights: Weights,
+    weights: Weights | None,
     label: str,
     size: Sequence[int],
     num_heads: int | None,
@@ -51,7 +52,7 @@ def open_classifier(
     Ours see images as fine-tuning evaluates them, timm's as timm does. Nothing is downloaded, no code in a file is run.
 
     Args:
-        weights: the trained ones, or their moving average (main_finetune.py --model_ema).
+        weights: the trained ones, or their moving average (main_finetune.py --model_ema); None: see `read_weights`.
         label: what to call it; empty: made from the name.
         size: of the images in pixels, one number or height and width; empty: the model's own.
         num_heads: of a ViT whose file does not say; None: of the known model of that width.
@@ -61,7 +62,7 @@ def open_classifier(
         UserError: unknown, unreadable, no classifier, or one of another number of classes.
     """
     if name.startswith(TIMM):
-        if weights != "student":
+        if weights == "momentum":
             raise UserError(f"--weights {weights}: {name} has one set of weights, leave the flag out")
         return open_timm_classifier(name, label, size, device, num_classes, flag)
     vit = open_vit(name, weights, label, size, num_heads, device, flag)
@@ -72,7 +73,7 @@ def open_classifier(
         )
     check_classes(vit.model.num_classes, num_classes, f"{flag} {name}")
     view = partial(centre_view, size=vit.size)
-    return NamedClassifier(vit.label, vit.model, vit.size, vit.in_chans, view, vit.normalise, vit.said)
+    return NamedClassifier(vit.label, vit.model, vit.size, vit.in_chans, view, vit.normalise, vit.said, vit.weights)
 
 
 def check_classes(found: int, wanted: int, where: str) -> None:

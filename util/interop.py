@@ -76,10 +76,14 @@ class WeightsFile(NamedTuple):
     state: dict[str, Tensor]  # under MAE's names, which are ours
     layout: str  # which program's file it is
     config: dict[str, Any] | None  # the settings of the run, where it is one of ours
+    weights: Weights  # which of the file's
 
 
-def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_from") -> WeightsFile:
+def read_weights(path: Path, weights: Weights | None = "student", flag: str = "--init_from") -> WeightsFile:
     """The weights in a checkpoint of ours, of MAE, LUT's release, timm, DINO, iBOT or MoCo v3; code in it is refused.
+
+    Args:
+        weights: None: those by which the run was judged, of a classifier with --model_ema its moving average.
 
     Raises:
         UserError: unreadable, no state dict in it, or no momentum encoder where that is asked for.
@@ -87,28 +91,21 @@ def read_weights(path: Path, weights: Weights = "student", flag: str = "--init_f
     checkpoint = load_checkpoint(path, flag)
     config = checkpoint.get("config")
     config = config if isinstance(config, dict) else None
+    state = tensors_of(next((checkpoint[key] for key in STATES if key in checkpoint), checkpoint))
+    layout = layout_of(state, "model" in checkpoint)
+    if weights is None:
+        averaged = layout == CLASSIFIER and config is not None and config.get("model_ema") is True
+        weights = "momentum" if averaged else "student"
     if weights == "momentum":
         if not isinstance(checkpoint.get("model_ema"), dict):
             raise UserError(f"{flag} {path}: holds no momentum encoder (model_ema), ask for the student's weights")
         followed = tensors_of(checkpoint["model_ema"])
         state = {name.removeprefix("ema."): tensor for name, tensor in followed.items()}
         moving_average = "head.weight" in state or "fc_norm.weight" in state
-        return WeightsFile(state, "ViT, moving average" if moving_average else "LUT, momentum encoder", config)
-    state = tensors_of(next((checkpoint[key] for key in STATES if key in checkpoint), checkpoint))
-    if not state:
+        layout = "ViT, moving average" if moving_average else "LUT, momentum encoder"
+    elif not state:
         raise UserError(f"{flag} {path}: holds no tensors, is it a checkpoint?")
-    return WeightsFile(state, layout_of(state, "model" in checkpoint), config)
-
-
-def judged_weights(path: str | Path, flag: str) -> Weights:
-    """Those by which the run of a file was judged: the moving average of a classifier with --model_ema.
-
-    Raises:
-        UserError: as `read_weights`.
-    """
-    _, layout, config = read_weights(Path(path), flag=flag)
-    averaged = layout == CLASSIFIER and config is not None and config.get("model_ema") is True
-    return "momentum" if averaged else "student"
+    return WeightsFile(state, layout, config, weights)
 
 
 def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
@@ -174,7 +171,7 @@ def load_weights(
     Raises:
         UserError: a tensor that must match is missing, has a shape that cannot be resampled, or has no counterpart.
     """
-    state, layout, config = read_weights(path, weights, flag)
+    state, layout, config, _ = read_weights(path, weights, flag)
     own = model.state_dict()
     state, resampled = fit(state, own, model.patch_embed.grid_size, config)
     wrong = {

@@ -149,7 +149,6 @@ def transform_blocks(model: nn.Module, config: Any) -> None:
     blocks = [block for name in ("blocks", "decoder_blocks") for block in getattr(model, name, ())]
     # shapes are static: an epoch has no short last batch, evaluation and monitor run uncompiled
     if config.checkpoint_activations:
-        torch._dynamo.config.optimize_ddp = False  # older versions of torch cannot cut such a model at DDP's buckets
         for block in blocks:
             # compiled inside of the checkpoint: around it nothing would be
             forward = torch.compile(block.forward, dynamic=False) if config.compile == "block" else block.forward
@@ -158,6 +157,8 @@ def transform_blocks(model: nn.Module, config: Any) -> None:
         for block in blocks:
             block.compile(dynamic=False)
     if config.compile == "whole":
+        if config.checkpoint_activations:
+            torch._dynamo.config.optimize_ddp = False  # older versions of torch cannot cut it at DDP's buckets
         model.compile(dynamic=False)
 
 

@@ -323,8 +323,9 @@ def log_interval(trainer: Trainer, stopwatch: Stopwatch, epoch: int, log: RunLog
     lr = max(group["lr"] for group in trainer.state.optimizer.param_groups)
     memory = peak_memory_bytes(trainer.device)
     values = means | {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory_bytes": memory}
-    if bad_images := int(sum_over_ranks(torch.tensor(trainer.bad_images, device=trainer.device))):
-        values["bad_images"] = bad_images
+    if config.on_bad_image == "skip":
+        bad_images = int(sum_over_ranks(torch.tensor(trainer.bad_images, device=trainer.device)))
+        values |= {"bad_images": bad_images} if bad_images else {}
     if trainer.skipped:
         values["skipped_updates"] = trainer.skipped
     log.scalars(updates, values, epoch=epoch)

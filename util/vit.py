@@ -21,7 +21,7 @@ from util.config import DataConfig, nearest
 from util.data import Normalise
 from util.errors import UserError
 from util.export import ViTShape, shape_of
-from util.interop import Weights, WeightsFile, is_linear_probe, judged_weights, load_weights, read_weights, shortened
+from util.interop import Weights, WeightsFile, is_linear_probe, load_weights, read_weights, shortened
 from util.views import Size
 
 TIMM = "timm:"  # timm:NAME or timm:NAME=FILE
@@ -96,6 +96,7 @@ class NamedViT:
     in_chans: int
     normalise: Normalise
     said: str  # where the weights came from and what became of each tensor
+    weights: Weights = "student"
 
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [B, C, H, W] to what the model takes, on its device."""
@@ -104,7 +105,7 @@ class NamedViT:
 
 def open_vit(
     name: str,
-    weights: Weights,
+    weights: Weights | None,
     label: str,
     size: Sequence[int],
     num_heads: int | None,
@@ -116,7 +117,7 @@ def open_vit(
     Nothing is downloaded, and no code in a file is run.
 
     Args:
-        weights: which of the two encoders of a checkpoint of ours or the release's.
+        weights: which of the two encoders of a checkpoint of ours or the release's; None: see `read_weights`.
         label: what to call it; empty: made from the name.
         size: of the images in pixels, one number or height and width; empty: the model's own. Positions are resampled.
         num_heads: None: of the run's settings, or of the known model of that width.
@@ -126,8 +127,11 @@ def open_vit(
     """
     if name.startswith(TIMM):
         model, mean, std, said = open_timm(name, size, flag)
+        weights = "student"
     else:
-        model, mean, std, said = open_file(Path(name), weights, size, num_heads, flag)
+        file = read_weights(Path(name), weights, flag)
+        model, mean, std, said = open_file(file, Path(name), size, num_heads, flag)
+        weights = file.weights
     pixels = DataConfig(in_chans=model.patch_embed.proj.in_channels, mean=mean, std=std)
     return NamedViT(
         label=label or default_label(name, weights),
@@ -136,12 +140,8 @@ def open_vit(
         in_chans=pixels.in_chans,
         normalise=Normalise(pixels.pixel_mean, pixels.pixel_std, device),
         said=said,
+        weights=weights,
     )
-
-
-def choose_weights(name: str, weights: Weights | None, flag: str) -> Weights:
-    """What was asked for, else those by which the run of a file was judged; `timm:...` has one kind."""
-    return weights or ("student" if name.startswith(TIMM) else judged_weights(name, flag))
 
 
 def default_label(name: str, weights: Weights) -> str:
@@ -156,12 +156,11 @@ def default_label(name: str, weights: Weights) -> str:
 Opened = tuple[AnyViT, tuple[float, ...], tuple[float, ...], str]  # model, mean, std, what to say
 
 
-def open_file(path: Path, weights: Weights, size: Sequence[int], num_heads: int | None, flag: str) -> Opened:
+def open_file(file: WeightsFile, path: Path, size: Sequence[int], num_heads: int | None, flag: str) -> Opened:
     """A checkpoint whose tensors say what it is."""
-    file = read_weights(path, weights, flag)
     shape = shape_of(file, num_heads, (), f"{flag} {path}")
     model = empty_model(file, shape, image_size(size, shape.img_size, shape.patch_size))
-    report = load_weights(model, path, weights, flag, whole=isinstance(model, Classifier))
+    report = load_weights(model, path, file.weights, flag, whole=isinstance(model, Classifier))
     run = file.config or {}
     return model, tuple(run.get("mean") or ()), tuple(run.get("std") or ()), f"{path}: {report}"
 
