@@ -88,6 +88,7 @@ def main() -> None:
     trainer = build_trainer(config, state, dtype, device, order.updates_per_epoch)
     if config.cache == "device":
         trainer.images = images.to(device)
+    del images  # with --cache device the copy of the host, which no loader needs
 
     # ---- the run ---------------------------------------------------------------------------------------
     log = open_log(config, trainer, processes, len(source))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from timm.layers import DropPath as FloatDropPath
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -17,6 +18,25 @@ from torch import Tensor, nn
 from models_encoder import fixed_positions
 
 Pool = Literal["avg", "token"]  # mean of the patch tokens, or the cls token
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample: x [B, ...] or, with probability `drop_prob`, 0, and the same in expectation.
+
+    As timm's, but the rate is a tensor. A float is a constant to torch.compile: blocks that differ in it would each be
+    compiled, up to a limit, and those behind it run uncompiled.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.register_buffer("drop_prob", torch.tensor(drop_prob), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the same shape."""
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.drop_prob
+        return x * (kept / (1 - self.drop_prob)).to(x.dtype)
 
 
 class Classifier(VisionTransformer):
@@ -58,6 +78,10 @@ class Classifier(VisionTransformer):
             drop_path_rate=drop_path,
             **vit,
         )
+        for block in self.blocks:
+            for name, child in list(block.named_children()):
+                if isinstance(child, FloatDropPath):
+                    setattr(block, name, DropPath(child.drop_prob))
         with torch.no_grad():
             self.pos_embed.copy_(fixed_positions(self.embed_dim, self.patch_embed.grid_size))
         if num_classes:

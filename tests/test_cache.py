@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -183,6 +186,17 @@ def test_classifiers_from_memory(finetune, class_folders, tmp_path, capsys):
     with pytest.raises(SystemExit):
         finetune("--data_path", class_folders, "--cache device")
     assert "--cache device: is for pre-training, use ram" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python's default stays")
+def test_loader_processes_are_forked_whatever_python_starts_by_default(finetune, class_folders):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        log = finetune("--data_path", class_folders, "--cache ram --num_workers 2 --max_steps 1")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert sum("loss" in line for line in log) == 1
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from util.distributed import (
-    CPUSyncBatchNorm,
+    SyncBatchNorm,
     broadcast_module,
     check_in_sync,
     choose_device,
@@ -34,9 +34,9 @@ def batch_norm(affine: bool = True) -> nn.BatchNorm1d:
     return norm
 
 
-def synced(affine: bool = True) -> CPUSyncBatchNorm:
+def synced(affine: bool = True) -> SyncBatchNorm:
     """The same, with the class under test."""
-    norm = CPUSyncBatchNorm(WIDTH, momentum=0.3, affine=affine).double()
+    norm = SyncBatchNorm(WIDTH, momentum=0.3, affine=affine).double()
     norm.load_state_dict(batch_norm(affine).state_dict())
     return norm
 
@@ -124,9 +124,9 @@ def one_of_two(rank: int, folder: str) -> None:
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, 2.0] if rank else [2.0, 1.0]])
     found["swapped"] = complaint(check_in_sync, layer, "student")
-    found["bfloat16"] = complaint(under_autocast, CPUSyncBatchNorm(WIDTH))
+    found["bfloat16"] = complaint(under_autocast, SyncBatchNorm(WIDTH))
     for form in FORMS:
-        norm, x = maps_norm(CPUSyncBatchNorm), maps(form)[rank].requires_grad_()
+        norm, x = maps_norm(SyncBatchNorm), maps(form)[rank].requires_grad_()
         y = norm(x)
         y.backward(maps_gradient(form)[rank])
         found[f"maps {form}"] = dict(output=y.detach(), gradient=x.grad) | dict(norm.named_buffers())
@@ -202,18 +202,19 @@ def test_batch_norm_of_two_processes_under_autocast(ranks):
 # ---- one process -------------------------------------------------------------------------------------------
 
 
-def test_synchronised_batch_norm_keeps_names_and_numbers(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_synchronised_batch_norm_keeps_names_and_numbers(monkeypatch, device):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     inner = nn.Sequential(batch_norm(affine=False), nn.LayerNorm(WIDTH))
     model = nn.Sequential(nn.Linear(3, WIDTH), batch_norm(), inner).float()
     model[2][0].running_mean += 2
     plain = copy.deepcopy(model)
-    assert synchronise_batch_norm(model, torch.device("cpu")) is model
-    assert not any(isinstance(module, CPUSyncBatchNorm) for module in model.modules())  # one process
+    assert synchronise_batch_norm(model, torch.device(device)) is model
+    assert not any(isinstance(module, SyncBatchNorm) for module in model.modules())  # one process
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found = synchronise_batch_norm(model, torch.device("cpu"))
-    assert [type(m) for m in (found[1], found[2][0], found[2][1])] == [*2 * [CPUSyncBatchNorm], nn.LayerNorm]
+    found = synchronise_batch_norm(model, torch.device(device))
+    assert [type(m) for m in (found[1], found[2][0], found[2][1])] == [*2 * [SyncBatchNorm], nn.LayerNorm]
     assert (found[1].momentum, found[1].eps) == (0.3, 1e-5)
     assert list(found.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(x, plain.state_dict()[name]) for name, x in found.state_dict().items())
@@ -259,6 +260,15 @@ def test_the_launcher_s_numbers(monkeypatch):
 def test_device(monkeypatch, gpus, name, local_rank, device):
     pretend(monkeypatch, gpus, local_rank)
     assert choose_device(name) == torch.device(device)
+
+
+def test_a_task_of_slurm_that_sees_its_own_gpu_alone(monkeypatch):
+    pretend(monkeypatch, 1, local_rank=3)
+    monkeypatch.setenv("SLURM_LOCALID", "0")  # of torchrun, whose processes all see what it sees
+    with pytest.raises(UserError, match="process 3 has no GPU, this machine has 1"):
+        choose_device("auto")
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert choose_device("auto") == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(

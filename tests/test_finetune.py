@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 
 import main_finetune
 import main_linprobe
@@ -56,6 +57,22 @@ def test_another_normalisation_than_the_pre_training_s_is_said(pretrain, linprob
     assert "normalised by other numbers" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--checkpoint_activations"])
+def test_blocks_that_differ_in_stochastic_depth_are_compiled_once(finetune, class_folders, monkeypatch, flags):
+    graphs, update = [], ClassifierTrainer.update
+
+    def counted(trainer: ClassifierTrainer, batches: list[LabelledBatch]) -> None:
+        update(trainer, batches)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(ClassifierTrainer, "update", counted)
+    torch._dynamo.reset()
+    counters.clear()
+    finetune("--data_path", class_folders, "--compile block --drop_path 0.3", flags)
+    assert set(graphs) == {2}  # without any in the first block, and with it
+
+
 def test_a_run_from_pre_trained_weights_to_a_result(pretrain, finetune, class_folders, tmp_path, capsys):
     pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
     checkpoint = tmp_path / "pre" / "checkpoint-0-step1.pth"
@@ -87,7 +104,7 @@ def test_a_run_from_pre_trained_weights_to_a_result(pretrain, finetune, class_fo
 def test_a_classifier_learns_digits(finetune, linprobe, which):
     digits = "--dataset digits --in_chans 1 --hflip 0 --batch_size 64 --epochs 4"
     if which == "finetune":
-        log = finetune(digits, "--aa none --reprob 0 --lr 4e-3 --layer_decay 1")
+        log = finetune(digits, "--aa none --reprob 0 --lr 1e-3 --layer_decay 1 --drop_path 0")
     else:  # of a random encoder
         log = linprobe(digits, "--global_pool --lr 10")
     assert values(log, "top1")[-1] > (20 if which == "finetune" else 15)  # chance is 10

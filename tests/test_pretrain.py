@@ -15,7 +15,9 @@ from torch._dynamo.utils import counters
 from conftest import TINY
 from engine_pretrain import PretrainTrainer
 from models_lut import LUT, MomentumEncoder
+from ranks import Ranks
 from test_data import Numbers
+from test_faults import command
 from util.amp import computes_in_bf16, grad_scaler
 from util.checkpoint import load_checkpoint
 from util.command_line import parse_config
@@ -315,6 +317,19 @@ def test_compiled_as_eager_and_nothing_compiled_twice(pretrain, flat_folder, tmp
     assert set(graphs) == {graphs[0]}
     names = [load_checkpoint(tmp_path / run / "checkpoint-12.pth")["model"].keys() for run in ("eager", "compiled")]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_with_synchronised_batch_norm_compiled_as_eager(flat_folder, tmp_path):
+    curves = []
+    for how in ("none", "whole"):
+        flags = f"--batch_size 4 --epochs 3 --head_norm_layer BN --compile {how}"
+        with Ranks(command(flat_folder, tmp_path / how, *flags.split()), 2) as ranks:
+            assert {status for status, _ in ranks.finish()} == {0}
+        log = [json.loads(line) for line in (tmp_path / how / "log.jsonl").read_text().splitlines()]
+        curves.append([line["loss"] for line in log if "loss" in line])
+    assert len(curves[0]) == 12
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("flags", ["", "--model mae_vit_nano_patch4"])

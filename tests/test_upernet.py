@@ -13,7 +13,7 @@ from torch import nn
 from models_encoder import fixed_positions
 from models_lut import ARCHITECTURES
 from models_upernet import POOLS, UperNet, feature_blocks, rescaled
-from util.distributed import synchronise_batch_norm
+from util.distributed import SyncBatchNorm, synchronise_batch_norm
 from util.errors import UserError
 from util.interop import load_weights
 from util.optim import parameter_groups
@@ -188,8 +188,8 @@ def test_an_image_of_another_size_sees_resampled_positions():
     torch.testing.assert_close(model.predict(images), same, rtol=1e-4, atol=1e-5)
 
 
-def test_all_batch_norms_are_synchronised(monkeypatch):
+@pytest.mark.parametrize(("device", "kind"), [("cpu", SyncBatchNorm), ("cuda", torch.nn.SyncBatchNorm)])
+def test_all_batch_norms_are_synchronised(monkeypatch, device, kind):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    model = synchronise_batch_norm(upernet(), torch.device("cpu"))
-    kinds = {type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__}
-    assert kinds == {"CPUSyncBatchNorm"}
+    model = synchronise_batch_norm(upernet(), torch.device(device))
+    assert {type(m) for m in model.modules() if "BatchNorm" in type(m).__name__} == {kind}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from models_lut import ARCHITECTURES, MODELS, fixed_positions, patchify
-from models_vit import Classifier, LinearProbe
+from models_vit import Classifier, DropPath, LinearProbe
 from test_reference import tiny_student
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
@@ -52,8 +53,24 @@ def test_stochastic_depth_rises_linearly_to_the_last_block():
     model = Classifier(
         ARCHITECTURES["vit_nano_patch4"], img_size=(32, 32), patch_size=8, in_chans=3, num_classes=5, drop_path=0.3
     )
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
-    assert rates == pytest.approx([0.3 * i / 5 for i in range(6)])
+    for name in ("drop_path1", "drop_path2"):
+        rates = [float(getattr(getattr(block, name), "drop_prob", 0.0)) for block in model.blocks]
+        assert rates == pytest.approx([0.3 * i / 5 for i in range(6)])
+    assert not any("drop" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stochastic_depth_leaves_out_samples_and_keeps_the_mean(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3, 2).to(dtype)
+    layer = DropPath(0.3)
+    y = layer(x)
+    kept = (y != 0).any(dim=(1, 2))
+    assert y.dtype == dtype
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=4 * math.sqrt(0.3 * 0.7 / 4000))
+    torch.testing.assert_close(y[kept], (x[kept].float() / 0.7).to(dtype))
+    assert not y[~kept].any()
+    assert torch.equal(layer.eval()(x), x)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

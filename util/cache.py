@@ -98,14 +98,15 @@ class _Decoded(Dataset):
 
     source: ImageSource
     in_chans: int
-    fit: Callable[[Tensor], Tensor]
+    fit: Callable[[Tensor], Tensor] | None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            return self.fit(decode(self.source.read(index), self.in_chans)).contiguous()
+            image = decode(self.source.read(index), self.in_chans)
+            return (self.fit(image) if self.fit else image).contiguous()
         except (BadImage, OSError) as error:
             return str(error)
 
@@ -115,14 +116,14 @@ def cache_images(
     in_chans: int,
     num_workers: int,
     skip_bad: bool,
-    fit: Callable[[Tensor], Tensor] = lambda image: image,
+    fit: Callable[[Tensor], Tensor] | None = None,
 ) -> CachedImages:
     """Decode all images, once per machine; a collective of all ranks.
 
     Args:
         num_workers: processes that decode.
         skip_bad: keep a note of unreadable images instead of raising.
-        fit: what is kept of an image [C, h, w].
+        fit: what is kept of an image [C, h, w]; None: all of it.
 
     Raises:
         UserError: an image cannot be read, or they do not fit into memory.

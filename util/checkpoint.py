@@ -86,7 +86,7 @@ class CheckpointStore:
         """
         self.wait()
         self._copy = copy_to_cpu(state, self._copy)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # copies into page-locked memory are only queued
         self._writing = self._writer.submit(self.save, self._copy, **about)
 

@@ -85,7 +85,7 @@ def features_flops(encoder: Encoder, shape: tuple[int, int, int]) -> int:
 def classifier_flops(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Matrix products of a classifier, of images or of pixels, per image [C, H, W], forward and backward, 2 per
     multiply-add."""
-    model = copy.deepcopy(model).to("meta").eval()  # SyncBatchNorm trains on a GPU only; the products are the same
+    model = copy.deepcopy(model).to("meta").eval()  # synchronised BatchNorm would ask the other ranks
     images = torch.empty(_BATCH, *shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         outputs = model(images)

@@ -13,6 +13,7 @@ import io
 import pickle
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -333,6 +334,9 @@ class Loader(DataLoader):
     """
 
     def __init__(self, dataset, *, patience: float = 600.0, **settings: Any):
+        if settings.get("num_workers") and sys.platform == "linux":
+            # others get copies of the names and cannot map cached images; from 3.14 on they are Python's default
+            settings["multiprocessing_context"] = "fork"
         super().__init__(dataset, worker_init_fn=ignore_sigterm, **settings)
         self.patience = patience
 

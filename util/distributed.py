@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from util.errors import UserError
 from util.stop import end_with_launcher
 
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.14
+
 
 def world_size() -> int:
     """Number of processes, known from the launcher before the process group exists."""
@@ -49,6 +51,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: this machine has {gpus} GPUs, counted from 0")
     if device.type == "cuda" and device.index is None:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if gpus == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank):
+            local_rank = 0  # a site that binds each task to a GPU of its own shows it no other
         if local_rank >= gpus:
             raise UserError(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {gpus}")
         device = torch.device("cuda", local_rank)
@@ -103,7 +107,7 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     if not dist.is_initialized():
         return x.detach(), 0
     rows = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(rows, x.detach().contiguous())
+    _gather(rows, x.detach().contiguous())
     return rows, dist.get_rank() * len(x)
 
 
@@ -171,24 +175,27 @@ def check_in_sync(module: nn.Module, name: str) -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduce of the gradients."""
+class _OfAllRanks(torch.autograd.Function):
+    """x [N, D] of each rank as [W*N, D], whose gradient is the sum of what all ranks ask of this one's rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+        rows = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
+        _gather(rows, x.contiguous())
+        return rows
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-class CPUSyncBatchNorm(_BatchNorm):
-    """BatchNorm over the batches of all ranks, for CPU: torch.nn.SyncBatchNorm refuses CPU tensors."""
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm over the batches of all ranks, on any device; one collective forward and one backward.
+
+    torch.nn.SyncBatchNorm refuses CPU tensors, and on GPUs it makes the host wait for the device in each forward pass.
+    """
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Vectors and feature maps alike."""
@@ -197,7 +204,7 @@ class CPUSyncBatchNorm(_BatchNorm):
         """[B, D] or [B, D, H, W] to the same shape; the same shape on every rank."""
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return self.normalise(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -208,8 +215,10 @@ class CPUSyncBatchNorm(_BatchNorm):
         def spread(of_features: Tensor) -> Tensor:
             return of_features.view(-1, *[1] * (x.ndim - 2))
 
-        mean = _SumOverRanks.apply(x.sum(rows)) / count
-        var = _SumOverRanks.apply((x - spread(mean)).square().sum(rows)) / count
+        own = torch.var_mean(x, rows, correction=0)
+        variances, means = _OfAllRanks.apply(torch.stack(own)).view(-1, 2, x.shape[1]).unbind(1)  # [W, D] each
+        mean = means.mean(0)
+        var = variances.mean(0) + (means - mean).square().mean(0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -219,15 +228,18 @@ class CPUSyncBatchNorm(_BatchNorm):
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let every BatchNorm see the batches of all ranks; a single process keeps plain BatchNorm."""
+    """Let every BatchNorm see the batches of all ranks; a single process keeps plain BatchNorm.
+
+    Feature maps on GPUs get torch's: for those its fused kernels save more than its waiting costs.
+    """
     if world_size() == 1:
         return model
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    of_maps = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
+    kinds = {nn.BatchNorm1d: SyncBatchNorm, nn.BatchNorm2d: of_maps}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-                synced = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            if type(child) in kinds:
+                synced = kinds[type(child)](child.num_features, child.eps, child.momentum, child.affine)
                 synced.load_state_dict(child.state_dict())
                 setattr(parent, name, synced)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,9 +53,7 @@ def writable_folder(path: str | Path, flag: str) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()  # of a name that no process of another machine takes
     except OSError as error:
         raise UserError(f"--{flag} {path}: cannot be written ({error.strerror}), choose another") from error
     return path
