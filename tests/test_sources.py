@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -96,15 +96,27 @@ def test_images_at_any_depth_have_the_class_of_the_folder_that_holds_them(tmp_pa
     check_source(source, [("d.png", 3, ""), ("x/a.png", 0, "x"), ("y/b.png", 1, "y"), ("x/c.png", 2, "x")])
 
 
-@pytest.mark.parametrize("prefix", ["", "./"])
+@pytest.mark.parametrize("prefix", ["", "./", "mine/", "./of/mine/"])
 def test_tar_of_each_layout(tmp_path, prefix):
     def tar(files):
         return str(write_tar(tmp_path / "x.tar", files, prefix))
 
     check_source(open_images(tar(CLASSES), "", "train"), [(f"x.tar:{prefix}{n}", *rest) for n, *rest in TRAIN])
-    check_source(open_images(tar(FLAT), "", "train"), [("a.png", 0, ""), ("b.png", 1, ""), ("c.png", 2, "")])
+    holds = PurePosixPath(prefix).name
+    check_source(open_images(tar(FLAT), "", "train"), [(f"{n}.png", i, holds) for i, n in enumerate("abc")])
     check_source(open_images(tar(SPLITS), "", "train"), TRAIN)  # and not the images of val/
     check_source(open_images(tar(SPLITS), "", "val"), VAL)
+    check_source(find_validation(str(tmp_path / "x.tar"), "", ""), VAL)
+
+
+@pytest.mark.parametrize("val", ["val", "test"])
+@pytest.mark.parametrize("tar", [False, True])
+def test_training_and_validation_images_further_down_are_not_mixed(tmp_path, tar, val):
+    files = {f"{top}/{split}/cat/{top}.png": 1 for top in ("mine", "yours") for split in ("train", val)}
+    path = write_tar(tmp_path / "x.tar", files) if tar else write_folder(tmp_path / "x", files)
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=rf"x(\.tar)?: holds (mine|yours)/train and (mine|yours)/{val}, give .*x"):
+            open_images(str(path), "", split)
 
 
 def test_folder_with_train_tar_and_val_tar(tmp_path):
@@ -217,6 +229,13 @@ def test_validation_tar_beside_train_tar(tmp_path):
     write_tar(tmp_path / "val.tar", {"cat/3.png": 3, "dog/4.png": 4})
     check_source(find_validation(str(tmp_path / "train.tar"), "", ""), VAL)
     check_source(find_validation(str(tmp_path), "", ""), VAL)
+
+
+def test_validation_images_in_a_folder_of_tars(tmp_path):
+    write_tar(tmp_path / "0.tar", {name: n for name, n in SPLITS.items() if n % 2})
+    write_tar(tmp_path / "1.tar", {name: n for name, n in SPLITS.items() if not n % 2})
+    assert len(open_images(str(tmp_path), "", "train")) == len(TRAIN)
+    check_source(find_validation(str(tmp_path), "", ""), sorted(VAL, key=lambda image: image[1] % 2 == 0))
 
 
 def test_val_path_comes_first_and_its_errors_name_it(tmp_path):

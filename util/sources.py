@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -341,7 +342,7 @@ def fingerprint(source: ImageSource | IterableDataset) -> str:
 
 
 def find_validation(data_path: str, dataset: str, val_path: str) -> ImageSource | None:
-    """The labelled images for the monitors: --val_path, or what lies beside the training images, or None."""
+    """The labelled images to judge by: --val_path, or what lies beside the training images, or None."""
     if val_path:
         return labelled_or_none(open_images(val_path, "", "val", "--val_path"))
     if dataset in published_names():  # it has a validation split: that it cannot be read is an error
@@ -353,7 +354,13 @@ def find_validation(data_path: str, dataset: str, val_path: str) -> ImageSource 
             return None
     path = Path(data_path)
     beside = split_path(path.parent if path.stem in SPLIT_NAMES["train"] else path, "val")
-    return labelled_or_none(open_images(str(beside), "", "val")) if beside else None
+    if beside:
+        return labelled_or_none(open_images(str(beside), "", "val"))
+    tars = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
+    members, classes = tar_contents(tars, "--data_path")
+    if classes is None and "val" in splits_of([name for _, name, _, _ in members]):
+        return labelled_or_none(open_tars(path, tars, "val", "--data_path"))
+    return None
 
 
 def labelled_or_none(source: ImageSource | IterableDataset) -> ImageSource | None:
@@ -376,6 +383,7 @@ def open_folder(path: Path, flag: str) -> FileSource:
         published = "; one in its published form is named by --dataset" * (flag == "--data_path")
         raise UserError(f"{flag} {path}: holds no images ({' '.join(IMAGE_EXTENSIONS)}) at any depth{published}")
     paths, folders = zip(*sorted(found), strict=True)
+    check_one_split(flag, path, {os.path.dirname(os.path.relpath(name, path)) for name in paths})
     return FileSource(list(paths), *number_classes(folders))
 
 
@@ -403,17 +411,14 @@ def image_paths(path: Path, flag: str) -> Iterator[tuple[str, str]]:
 
 def open_tars(root: Path, tars: list[Path], split: str, flag: str) -> TarSource:
     """Image files in .tar files, below train/ (or val/) where there is one; classes are folders, as on disk."""
-    shards = [read_shard(tar) for tar in tars]  # None where the .tar is not one of scripts/prepare_data.py
-    members = [shard.members if shard else tar_members(tar, flag) for tar, shard in zip(tars, shards, strict=True)]
-    found = [(str(tar), *member) for tar, inside in zip(tars, members, strict=True) for member in inside]
-    classes = next((shard.classes for shard in shards if shard), None)
-    tops = [PurePosixPath(name).parts[0] for _, name, _, _ in found]
+    found, classes = tar_contents(tars, flag)
     if classes is None:  # in a shard they are classes of these names
-        there = {split: next((name for name in names if name in tops), None) for split, names in SPLIT_NAMES.items()}
-        if split == "train" and there["val"] and not there["train"]:
-            raise without_training_images(flag, root, there["val"])
-        if there[split]:
-            found = [member for member, top in zip(found, tops, strict=True) if top == there[split]]
+        splits = splits_of([name for _, name, _, _ in found])
+        if split == "train" and "val" in splits and "train" not in splits:
+            raise without_training_images(flag, root, splits["val"].rsplit("/")[-1])
+        if split in splits:
+            found = [member for member in found if in_folder(member[1], splits[split])]
+        check_one_split(flag, root, {os.path.dirname(name) for _, name, _, _ in found})
     if not found:
         raise UserError(f"{flag} {root}: holds no images ({' '.join(IMAGE_EXTENSIONS)})")
     found.sort()
@@ -422,6 +427,43 @@ def open_tars(root: Path, tars: list[Path], split: str, flag: str) -> TarSource:
     if unlisted:
         raise UserError(f"{flag} {root}: holds shards of several data sets, only one has a class {min(unlisted)!r}")
     return TarSource(found, *number_classes(folders, classes))
+
+
+def tar_contents(tars: Sequence[Path], flag: str) -> tuple[list[tuple[str, str, int, int]], list[str] | None]:
+    """File, name, offset and bytes of each image; the classes where scripts/prepare_data.py wrote them down."""
+    shards = [read_shard(tar) for tar in tars]  # None where the .tar is not one of scripts/prepare_data.py
+    members = [shard.members if shard else tar_members(tar, flag) for tar, shard in zip(tars, shards, strict=True)]
+    found = [(str(tar), *member) for tar, inside in zip(tars, members, strict=True) for member in inside]
+    return found, next((shard.classes for shard in shards if shard), None)
+
+
+def splits_of(names: Sequence[str]) -> dict[str, str]:
+    """The folders that hold `train` and `val` among members of a .tar: at its top, or in a folder around all of it."""
+    folders = {PurePosixPath(name).parts[:-1] for name in names}
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    around = [names[0] for names in shared]
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    level = next((i for i, folder in enumerate(around) if folder in known), len(around))
+    there = {folder[level]: "/".join(folder[: level + 1]) for folder in folders if len(folder) > level}
+    return {split: there[name] for split, names in SPLIT_NAMES.items() for name in reversed(names) if name in there}
+
+
+def in_folder(name: str, folder: str) -> bool:
+    """Whether a member of a .tar lies there, at any depth."""
+    return str(PurePosixPath(name)).startswith(f"{folder}/")
+
+
+def check_one_split(flag: str, root: Path, folders: Iterable[str]) -> None:
+    """UserError where training and validation images lie side by side further down, and would both count."""
+    inside: dict[PurePosixPath, set[str]] = {}
+    for folder in map(PurePosixPath, folders):
+        for each in (folder, *folder.parents)[:-1]:
+            inside.setdefault(each.parent, set()).add(each.name)
+    for parent, names in inside.items():
+        both = [next((name for name in SPLIT_NAMES[split] if name in names), None) for split in SPLIT_NAMES]
+        if all(both):
+            held = " and ".join(str(parent / name) for name in both)
+            raise UserError(f"{flag} {root}: holds {held}, give {root / parent}, or one of the two")
 
 
 def tar_members(tar: Path, flag: str) -> list[tuple[str, int, int]]:
