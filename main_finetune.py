@@ -20,11 +20,11 @@ from timm.data import Mixup
 
 from engine_finetune import ClassifierTrainer
 from models_vit import Classifier
-from util.classification import prepare, start_from, train_classifier
+from util.classification import prepare, train_classifier
 from util.classifier_config import FinetuneConfig
 from util.distributed import stop_processes
 from util.errors import run_main
-from util.evaluation import fresh_state, parse_downstream
+from util.evaluation import fresh_state, parse_downstream, start_from
 from util.run import parallel
 
 

@@ -17,15 +17,13 @@ import torch
 
 from engine_finetune import ClassifierTrainer
 from models_vit import LinearProbe
-from util.amp import choose_attention, grad_scaler
-from util.classification import prepare, start_from, train_classifier
+from util.classification import prepare, train_classifier
 from util.classifier_config import LinprobeConfig
 from util.distributed import stop_processes, synchronise_batch_norm
 from util.errors import run_main
-from util.evaluation import parse_downstream
+from util.evaluation import fresh_state, parse_downstream, start_from
 from util.optim import build_lars
-from util.run import parallel, transform_blocks
-from util.training import TrainState
+from util.run import parallel
 
 
 def main() -> None:
@@ -38,11 +36,7 @@ def main() -> None:
     model = LinearProbe(**config.model_arguments(run.data.num_classes))
     said = start_from(model, config)
     model = synchronise_batch_norm(model, device).to(device)
-    choose_attention(model, run.dtype, device)
-    transform_blocks(model, config)
-    optimizer = build_lars(model, config.peak_lr, config.weight_decay)
-    state = TrainState(model, None, optimizer, grad_scaler(run.dtype, device))
-    state.updates = config.start_epoch * run.order.updates_per_epoch
+    state = fresh_state(model, run, build=lars)
 
     # ---- the run ---------------------------------------------------------------------------------------
     trainer = ClassifierTrainer(
@@ -50,6 +44,11 @@ def main() -> None:
     )
     train_classifier(trainer, run, "linprobe", said)
     stop_processes()
+
+
+def lars(model: LinearProbe, config: LinprobeConfig) -> torch.optim.Optimizer:
+    """For the head alone; MAE's choice."""
+    return build_lars(model, config.peak_lr, config.weight_decay)
 
 
 if __name__ == "__main__":

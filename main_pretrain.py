@@ -63,8 +63,6 @@ def main() -> None:
     config = fit_to_processes(config)
     order = BatchOrder(len(source), config.batch_size, config.accum_iter, processes.rank, world_size, config.seed)
     check_batch(config, order)
-    if config.has_momentum_encoder and config.head_norm_layer == "BN" and config.batch_size * world_size < 2:
-        raise UserError("--batch_size 1: BatchNorm of the heads needs two images, or --head_norm_layer LN")
     if config.dry_run:
         show_plan(config, source, order, dtype)
         return
@@ -129,7 +127,8 @@ def cached(config: PretrainConfig, source: ImageSource) -> ImageSource:
     if isinstance(source, IterableDataset):
         raise UserError(f"--cache {config.cache}: a stream has no images by number, leave it out")
     skip_bad = config.on_bad_image == "skip"
-    return cache_images(source, config.in_chans, config.loader_workers, skip_bad, two_views(config).fit)
+    about = (config.in_chans, config.loader_workers, config.loader_timeout)
+    return cache_images(source, *about, skip_bad, two_views(config).fit)
 
 
 def build_loader(config: PretrainConfig, source: ImageSource, order: BatchOrder, device: torch.device) -> DataLoader:
@@ -194,6 +193,7 @@ def make_monitor(config: PretrainConfig, source: ImageSource, trainer: PretrainT
         Path(config.output_dir),
         trainer.device,
         config.loader_workers,
+        config.loader_timeout,
         config.on_bad_image == "skip",
     )
 
@@ -223,7 +223,8 @@ def show_plan(config: PretrainConfig, source: ImageSource, order: BatchOrder, dt
     print(f"memory           about {memory / 2**30:.1f} GiB per process, before workspace")
     if isinstance(source, IterableDataset):
         return
-    dataset = PretrainDataset(source, two_views(config), config.num_patches, config.in_chans, config.seed, False)
+    skip_bad = config.on_bad_image == "skip"
+    dataset = PretrainDataset(source, two_views(config), config.num_patches, config.in_chans, config.seed, skip_bad)
     begin = time.perf_counter()
     batch = next(iter(training_loader(dataset, order, 0, False, 0)))
     seconds = time.perf_counter() - begin

@@ -18,11 +18,10 @@ import torch
 
 from engine_segment import SegmenterTrainer
 from models_upernet import UperNet
-from util.classification import start_from
 from util.data import Normalise
 from util.distributed import stop_processes, synchronise_batch_norm
 from util.errors import run_main
-from util.evaluation import fresh_state, parse_downstream
+from util.evaluation import fresh_state, parse_downstream, start_from
 from util.run import parallel
 from util.segment_config import SegmentConfig
 from util.segmentation import prepare, train_segmenter

@@ -26,6 +26,12 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)  # [B, L, P]
 
 
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [..., 1] of each patch vector [..., P], by which --norm_pix_loss changes targets."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # the unbiased variance
+    return mean, (var + 1e-6).sqrt()
+
+
 def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
     """The inverse of `patchify`: patch vectors [B, L, P] to images [B, C, H, W]."""
     B, _, P = patches.shape

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from models_encoder import Encoder, fixed_positions, init_weights, patchify, take, vit_block
+from models_encoder import Encoder, fixed_positions, init_weights, patch_statistics, patchify, take, vit_block
 from util.losses import DISTANCES
 from util.sharding import local
 
@@ -257,8 +257,8 @@ class Student(Encoder):
         """
         target = take(patches, masking.hidden_ids)  # [B, L - V, P]
         if self.norm_pix_loss:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # the unbiased variance
-            target = (target - mean) / (var + 1e-6).sqrt()
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
         return self.pixel_loss(self.to_pixels(hidden).float(), target.float())
 
     def bc_loss(self, latents: Tensor, hidden: Tensor | None, targets: Targets, masking: Masking) -> Tensor:
@@ -389,8 +389,8 @@ class LUT(Student):
 class MomentumEncoder(Encoder):
     """The context encoder g and its projector: a moving average of the student, never trained itself.
 
-    Always in eval mode and in fp32, without gradients, on the student's device. Holds no decoder, no mask token and no
-    predictor.
+    Always in eval mode, without gradients, on the student's device; its weights are fp32, its products as the autocast
+    around it says. Holds no decoder, no mask token and no predictor.
     """
 
     def __init__(self, student: Student):

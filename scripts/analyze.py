@@ -27,7 +27,7 @@ from tyro.conf import arg
 
 from models_vit import Pool
 from util.command_line import parse_config
-from util.config import as_dict, check, nearest
+from util.config import as_dict, check, check_image_size, nearest
 from util.distributed import choose_device
 from util.errors import UserError, run_main
 from util.figures import save_figure
@@ -94,8 +94,7 @@ class AnalyzeConfig:
         check(len(self.label) in (0, count), "label", self.label, f"give one for each of {count} checkpoints, or none")
         fix = f"give one for all, or one for each of {count} checkpoints"
         check(len(self.weights) in (0, 1, count), "weights", self.weights, fix)
-        check(len(self.input_size) <= 2, "input_size", self.input_size, "give one number, or height and width")
-        check(all(n >= 1 for n in self.input_size), "input_size", self.input_size, "must be 1 or more")
+        check_image_size(self.input_size)
         check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
         for flag in ("most_images", "show", "batch_size"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")

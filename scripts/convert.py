@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tyro.conf import Positional, arg
 
 from util.command_line import parse_config
-from util.config import DataConfig, check
+from util.config import DataConfig, check, check_image_size
 from util.errors import UserError, run_main
 from util.export import shape_of, write_hub_folder, write_mae, write_onnx, write_timm
 from util.interop import Weights, is_linear_probe, read_weights
@@ -56,6 +56,7 @@ class ConvertConfig:
         check(output.suffix == suffix or not suffix, "output", self.output, f"--to {self.to} writes a {suffix} file")
         check(not (suffix and output.is_dir()), "output", self.output, "is a folder, give a file")
         check(not (self.to == "hf" and output.is_file()), "output", self.output, "is a file, give a folder")
+        check_image_size(self.input_size)
         check(output.resolve() != Path(self.input).resolve(), "output", self.output, "would overwrite IN")
 
 

@@ -42,7 +42,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from util.checkpoint import LOCK, TEMPORARY, fsync_folder, lock_folder, write_durably
 from util.command_line import parse_config
-from util.config import check
+from util.config import check, processors
 from util.data import Loader
 from util.errors import RunError, UserError, run_main
 from util.logs import ERASE_TO_END_OF_LINE, format_duration
@@ -115,9 +115,7 @@ class PrepareConfig:
     @property
     def workers(self) -> int:
         """Processes that decode and encode, the default filled in."""
-        if self.num_workers is not None:
-            return self.num_workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return processors() if self.num_workers is None else self.num_workers
 
 
 def main() -> None:

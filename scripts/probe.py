@@ -56,7 +56,8 @@ def main() -> None:
     normalise = Normalise(run.pixel_mean, run.pixel_std, device)
     most = config.most_images
     loaders = [
-        labelled_loader(source, most, run.image_size, run.in_chans, config.num_workers) for source in (train, val)
+        labelled_loader(source, most, run.image_size, run.in_chans, config.num_workers, config.loader_timeout)
+        for source in (train, val)
     ]
 
     seen = [f"{min(len(s), most)} of {len(s)}" if len(s) > most else f"{len(s)}" for s in (train, val)]

@@ -28,7 +28,7 @@ from util.amp import autocast_dtype, choose_attention
 from util.checkpoint import sha256_of
 from util.classifiers import NamedClassifier, open_classifier
 from util.command_line import parse_config
-from util.config import DataConfig, check, check_choice
+from util.config import DataConfig, check, check_choice, check_image_size
 from util.distributed import Processes, is_main, start_processes, stop_processes
 from util.errors import RunError, UserError, run_main
 from util.imagenet import NUM_CLASSES
@@ -136,8 +136,7 @@ class RobustnessConfig:
     def __post_init__(self) -> None:
         for key in self.columns:
             check_choice("columns", key, list(COLUMNS))
-        check(len(self.input_size) <= 2, "input_size", self.input_size, "give one number, or height and width")
-        check(all(n >= 1 for n in self.input_size), "input_size", self.input_size, "must be 1 or more")
+        check_image_size(self.input_size)
         check(0 < self.occlusion <= 1, "occlusion", self.occlusion, "must lie in (0, 1]")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
         check(self.examples >= 0, "examples", self.examples, "must be 0 or more")

@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tyro.conf import Positional, arg
 
-from util.checkpoint import CheckpointStore
+from util.checkpoint import complete_checkpoints
 from util.command_line import parse_config
-from util.config import as_dict, check
+from util.config import as_dict, check, check_image_size
 from util.distributed import choose_device
 from util.errors import UserError, run_main
 from util.figures import save_figure
@@ -86,8 +86,7 @@ class VisualizeConfig:
         check(bool(self.checkpoint) != bool(self.animate), "animate", self.animate, "give CHECKPOINT or --animate RUN")
         check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
         check(self.show >= 1, "show", self.show, "must be 1 or more")
-        check(len(self.input_size) <= 2, "input_size", self.input_size, "give one number, or height and width")
-        check(all(n >= 1 for n in self.input_size), "input_size", self.input_size, "must be 1 or more")
+        check_image_size(self.input_size)
         for flag in ("mask_ratio", "seed"):
             check(bool(getattr(self, flag)), flag, "", "give at least one")
         for ratio in self.mask_ratio:
@@ -142,7 +141,7 @@ def draw(config: VisualizeConfig, images: Images) -> list[dict]:
 def animate(config: VisualizeConfig, images: Images) -> list[dict]:
     """A frame for each checkpoint of a run, oldest first; the errors of all."""
     folder = Path(config.animate)
-    checkpoints = CheckpointStore(folder, 1, None, keep_best=False).list()
+    checkpoints = complete_checkpoints(folder)
     if len(checkpoints) < 2:
         raise UserError(
             f"--animate {folder}: holds {len(checkpoints)} complete checkpoints, two are needed;"

@@ -106,7 +106,7 @@ def test_what_is_read_is_what_was_decoded(tmp_path):
     write_images(tmp_path, 5)
     (tmp_path / "image-002.png").write_bytes(b"")
     source = open_images(str(tmp_path), "", "train")
-    cached = cache_images(source, 3, 0, skip_bad=True)
+    cached = cache_images(source, 3, 0, 60, skip_bad=True)
     for index in (0, 1, 3, 4):
         assert torch.equal(cached.read(index), decode(source.read(index), 3))
     with pytest.raises(BadImage, match="empty"):
@@ -119,7 +119,8 @@ def test_what_is_read_is_what_was_decoded(tmp_path):
 def test_the_last_bad_image_is_followed_by_the_first(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "image-002.png").write_bytes(b"")
-    assert readable(cache_images(open_images(str(tmp_path), "", "train"), 3, 0, skip_bad=True)).tolist() == [0, 1, 0]
+    cached = cache_images(open_images(str(tmp_path), "", "train"), 3, 0, 60, skip_bad=True)
+    assert readable(cached).tolist() == [0, 1, 0]
 
 
 def test_nothing_but_bad_images_is_an_error(tmp_path):
@@ -127,7 +128,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(b"x")
     with pytest.raises(UserError, match="none of the 2 images can be read"):
-        cache_images(open_images(str(tmp_path), "", "train"), 3, 0, skip_bad=True)
+        cache_images(open_images(str(tmp_path), "", "train"), 3, 0, 60, skip_bad=True)
 
 
 def test_too_little_memory_is_said_before_it_is_taken(tmp_path, monkeypatch):
@@ -137,7 +138,7 @@ def test_too_little_memory_is_said_before_it_is_taken(tmp_path, monkeypatch):
     before = set(cache._SHARED_MEMORY.glob("lut-cache-*"))
     said = "--cache: the decoded images take 0.0 GiB, 0.0 GiB are free; use --cache none"
     with pytest.raises(UserError, match=said):
-        cache_images(open_images(str(tmp_path / "images"), "", "train"), 3, 0, skip_bad=False)
+        cache_images(open_images(str(tmp_path / "images"), "", "train"), 3, 0, 60, skip_bad=False)
     assert set(cache._SHARED_MEMORY.glob("lut-cache-*")) == before
 
 
@@ -152,7 +153,7 @@ def test_a_small_shared_memory_is_left_for_the_temporary_folder(tmp_path, monkey
         cache.shutil, "disk_usage", lambda path: usage(path)._replace(free=0) if path == small else usage(path)
     )
     source = open_images(str(tmp_path / "images"), "", "train")
-    cached = cache_images(source, 3, 0, skip_bad=False)
+    cached = cache_images(source, 3, 0, 60, skip_bad=False)
     assert torch.equal(cached.read(39), decode(source.read(39), 3))
     assert "is too small" in capsys.readouterr().err
     assert not list(small.iterdir())
@@ -161,7 +162,7 @@ def test_a_small_shared_memory_is_left_for_the_temporary_folder(tmp_path, monkey
 def test_nothing_is_left_behind(tmp_path):
     write_images(tmp_path, 4)
     before = set(cache._SHARED_MEMORY.glob("lut-cache-*"))
-    cached = cache_images(open_images(str(tmp_path), "", "train"), 3, 0, skip_bad=False)
+    cached = cache_images(open_images(str(tmp_path), "", "train"), 3, 0, 60, skip_bad=False)
     assert set(cache._SHARED_MEMORY.glob("lut-cache-*")) == before
     assert cached.read(0).sum() > 0
 

@@ -320,16 +320,16 @@ BAD = {  # flag: values of which each alone is refused
 @pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in BAD.items() for value in values])
 def test_a_bad_value_is_refused_by_flag_and_value(flag, value):
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    with pytest.raises(UserError, match=re.escape(f"--{flag} {shown}: ")) as error:
+    with pytest.raises(UserError) as error:
         PretrainConfig(**{flag: value})
-    assert one_line(error).startswith(f"--{flag} {shown}: ")
+    assert one_line(error).startswith(f"--{flag} {shown}".rstrip() + ": ")
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         (dict(alpha=0.0, w_mim=0.0), "--w_mim 0.0: nothing to learn"),
-        (dict(model_ema=False), "--no_model_ema : add --alpha 0"),
+        (dict(model_ema=False), "--no_model_ema: add --alpha 0"),
         (dict(in_chans=4), "--in_chans 4: colours of RGBA are not augmented: --no_photometric"),
         (dict(resume="a.pth", auto_resume=True), "--resume a.pth: leave out --auto_resume"),
         (dict(epochs=3, warmup_epochs=0.0, start_epoch=3), "--start_epoch 3: must lie in 0..2"),

@@ -105,9 +105,10 @@ def test_data_that_no_classifier_can_use_is_one_line(request, class_folders, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags", ["", "--compile block --checkpoint_activations"])
 @pytest.mark.parametrize("which", ["finetune", "linprobe"])
-def test_dry_run_trains_nothing(request, class_folders, tmp_path, capsys, which):
-    request.getfixturevalue(which)("--data_path", class_folders, "--dry_run")
+def test_dry_run_trains_nothing(request, class_folders, tmp_path, capsys, which, flags):
+    request.getfixturevalue(which)("--data_path", class_folders, "--dry_run", flags)
     printed = capsys.readouterr().out
     assert "GFLOP" in printed
     assert "one batch        (8, 3, 32, 32)" in printed

@@ -70,6 +70,15 @@ def test_resume_removes_the_lines_of_a_dead_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_a_fresh_start_keeps_no_line_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    for _ in range(2):
+        log = RunLog(tmp_path, None, enabled=True, resume_step=0)
+        for step in (0, 10):
+            log.scalars(step, {"loss": step})
+        log.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [0, 10]
+
+
 def test_seconds_go_on_from_the_last_line_that_a_resume_keeps(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])

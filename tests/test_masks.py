@@ -17,7 +17,7 @@ from conftest import TINY_SEGMENTER, one_line, write_images, write_masked
 from util.command_line import parse_config
 from util.errors import UserError
 from util.joint_views import Distortion, JointView, distort, draw_distortion, resized_image, resized_mask, scaled_size
-from util.masked_data import load_pair, open_masked, train_dataset
+from util.masked_data import WholeImages, count_pixels, load_pair, open_masked, train_dataset
 from util.masks import IGNORED, UNKNOWN, find_classes, in_words, make_classes, read_classes
 from util.segment_config import SegmentConfig
 from util.views import sample_generator
@@ -219,7 +219,7 @@ def test_numbers_in_words():
 
 
 def test_no_data_set_is_one_line(scenes, tmp_path):
-    assert "--data_path : give a folder with images/ and masks/" in _refused_flags("")
+    assert "--data_path: give a folder with images/ and masks/" in _refused_flags("")
     assert "there is no such folder" in refused("--data_path", tmp_path / "absent")
     assert "is a file" in refused("--data_path", scenes / "classes.json")
     for split in ("train", "val"):
@@ -310,6 +310,18 @@ def test_a_mask_that_is_none_is_one_line(scenes, how):
     else:
         with pytest.raises(UserError, match="scene-003"):
             load_pair(data.train, 3, 3, skip_bad=True)
+
+
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_a_validation_image_is_not_to_be_skipped(scenes, folder):
+    path = next(iter(sorted((scenes / folder / "val").iterdir())))
+    path.write_text("no image")
+    config = config_of("--data_path", scenes, "--on_bad_image skip --num_workers 0")
+    val = open_masked(config).val
+    whole = WholeImages(val, range(len(val)), config.image_size, 3)
+    for look in (lambda: whole[0], lambda: count_pixels(val, config, "validation", range(len(val)))):
+        with pytest.raises(UserError, match=rf"{path.name}: cannot be read .*; mend it or take it out"):
+            look()
 
 
 # ---- augmentation ------------------------------------------------------------------------------------------

@@ -373,8 +373,8 @@ def test_places_where_nothing_is_written(prepare, class_folders, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--output_dir x", "--data_path : say where the images are"),
-        ("--dataset digits", "--output_dir : say where to write"),
+        ("--output_dir x", "--data_path: say where the images are"),
+        ("--dataset digits", "--output_dir: say where to write"),
         ("--dataset digits --output_dir x --short_side 4", "--short_side 4: must be 8 or more"),
         ("--dataset digits --output_dir x --quality 0", "--quality 0: must lie in 1 to 100"),
         ("--dataset digits --output_dir x --in_chans 4", "--in_chans 4: JPEG has no transparency"),

@@ -450,3 +450,10 @@ def test_dry_run_says_what_would_happen_and_leaves_nothing(pretrain, flat_folder
     ):
         assert word in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_skips_bad_images_where_the_run_does(pretrain, flat_folder, capsys):
+    for path in flat_folder.rglob("image-*0.png"):
+        path.write_bytes(b"no picture")
+    pretrain("--data_path", flat_folder, "--dry_run --on_bad_image skip --batch_size 32")
+    assert "one batch        (32, 2, 3, 32, 32)" in capsys.readouterr().out

@@ -94,6 +94,10 @@ def test_rankme_equals_the_formula_on_an_svd(seed, n, dim, rank, scale):
     assert rankme(features) == pytest.approx(math.exp(entropy), rel=1e-4)
 
 
+def test_features_that_are_not_finite_have_no_rank():
+    assert math.isnan(rankme(torch.full((4, 3), math.nan)))
+
+
 def test_rankme_of_known_spectra():
     assert rankme(torch.eye(8)) == pytest.approx(8, rel=1e-4)
     assert rankme(torch.ones(50, 8)) == pytest.approx(1, rel=1e-4)  # collapsed: not centred

@@ -43,7 +43,7 @@ def test_a_fine_tuned_run_stands_in_the_row_of_its_pre_training(tmp_path):
     assert (cells["lin, paper"], cells["lin, ours"], cells["lin, pooled, ours"]) == ("67.9", "60.0", "–")
     assert first.marked == [2]
     assert "tuned, finetune with other settings than finetune_vit_base: epochs 50 (planned: 100)" in first.remarks
-    assert any("was measured on digits" in remark for remark in first.remarks)
+    assert any("was measured on unknown data" in remark for remark in first.remarks)
 
 
 def test_transfer_learning_is_not_the_number_on_imagenet(tmp_path):

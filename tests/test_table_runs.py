@@ -137,6 +137,16 @@ def test_curves_of_a_table(call, tmp_path):
                 if run.title == f"{name}, seed {seed}, pretrain"
             )
             write_run(run.folder, pretraining_lines(more, 11), as_dict(run.config))
+    (first,) = (  # of an array, which has not ended an epoch yet
+        run
+        for run in plan_runs([TABLES["study"]], options("tiny", folder))
+        if run.title == "ablation_mae, seed 0, pretrain"
+    )
+    saved = (first.folder / "log.jsonl").read_text()
+    write_run(first.folder, pretraining_lines(1, 11)[:4], as_dict(first.config))
+    assert row_curves(TABLES["study"], options("tiny", folder))[0].over_epochs("knn")[0].tolist() == [0, 1, 2]
+    (first.folder / "log.jsonl").write_text(saved)
+
     rows = row_curves(TABLES["study"], options("tiny", folder))
     assert [(row.name, len(row.logs)) for row in rows] == [("MAE", 2), ("LUT", 2)]
     epochs, values = rows[0].over_epochs("knn")

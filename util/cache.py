@@ -115,6 +115,7 @@ def cache_images(
     source: ImageSource,
     in_chans: int,
     num_workers: int,
+    patience: float,
     skip_bad: bool,
     fit: Callable[[Tensor], Tensor] | None = None,
 ) -> CachedImages:
@@ -122,6 +123,7 @@ def cache_images(
 
     Args:
         num_workers: processes that decode.
+        patience: seconds to wait for some of them, 0: for ever.
         skip_bad: keep a note of unreadable images instead of raising.
         fit: what is kept of an image [C, h, w]; None: all of it.
 
@@ -132,7 +134,7 @@ def cache_images(
     if "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "0":
         written = None
     else:
-        written = write_pixels(_Decoded(source, in_chans, fit), num_workers, skip_bad)
+        written = write_pixels(_Decoded(source, in_chans, fit), num_workers, patience, skip_bad)
     path, sizes, bad = of_this_machine(written, waiting)
     lengths = sizes.prod(dim=1) * in_chans
     starts = lengths.cumsum(0) - lengths
@@ -152,9 +154,9 @@ def of_this_machine(written: Written | None, group: dist.ProcessGroup | None) ->
     return from_all_ranks(written, group)[rank() - int(os.environ.get("LOCAL_RANK", 0))]
 
 
-def write_pixels(images: _Decoded, num_workers: int, skip_bad: bool) -> Written:
+def write_pixels(images: _Decoded, num_workers: int, patience: float, skip_bad: bool) -> Written:
     """Decode into a file in memory."""
-    loader = Loader(images, batch_size=32, num_workers=num_workers, collate_fn=list, patience=600.0)
+    loader = Loader(images, batch_size=32, num_workers=num_workers, collate_fn=list, patience=patience)
     sizes = torch.zeros(len(images), 2, dtype=torch.int64)
     bad: dict[int, str] = {}
     begin = time.monotonic()

@@ -168,11 +168,7 @@ class CheckpointStore:
 
     def list(self, with_best: bool = False) -> list[tuple[Path, Manifest]]:
         """Complete checkpoints, oldest first; the best one's second name if asked for, or if it alone is left."""
-        paths = checkpoints_in(self.folder)
-        if with_best and (self.folder / BEST).exists() and self.folder / BEST not in paths:
-            paths.append(self.folder / BEST)
-        found = [(path, read_manifest(path)) for path in paths]
-        return sorted(((p, m) for p, m in found if m is not None), key=lambda item: (item[1].step, item[1].time))
+        return complete_checkpoints(self.folder, with_best)
 
     def delete_old(self, newest: Path) -> None:
         """Apply the policy; the newest, which has just been written, always stays."""
@@ -376,6 +372,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
     named = [path for path in folder.glob("checkpoint-*.pth") if path.name != BEST]
     alone = [folder / BEST] if not named and (folder / BEST).exists() else []
     return sorted(named, key=place_by_name) or alone
+
+
+def complete_checkpoints(folder: Path, with_best: bool = False) -> list[tuple[Path, Manifest]]:
+    """See `CheckpointStore.list`."""
+    paths = checkpoints_in(folder)
+    if with_best and (folder / BEST).exists() and folder / BEST not in paths:
+        paths.append(folder / BEST)
+    found = [(path, read_manifest(path)) for path in paths]
+    return sorted(((p, m) for p, m in found if m is not None), key=lambda item: (item[1].step, item[1].time))
 
 
 def place_by_name(path: Path) -> tuple[int, int, int]:

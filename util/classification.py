@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.auto_augment import NAME_TO_OP
@@ -18,8 +16,7 @@ from engine_finetune import ClassifierTrainer, Scores, evaluate
 from util import evaluation
 from util.cache import cache_images
 from util.classifier_config import ClassifierConfig
-from util.command_line import as_flags
-from util.config import PixelConfig, check
+from util.config import check
 from util.data import ClassifierDataset, LabelledDataset, Normalise
 from util.distributed import Processes
 from util.errors import UserError
@@ -32,8 +29,6 @@ from util.evaluation import (
     train_and_evaluate,
     write_per_class,
 )
-from util.interop import load_weights
-from util.run import resumes
 from util.sources import ImageSource, find_validation, hold_out, open_images
 
 
@@ -94,32 +89,6 @@ def difference(train: list[str], val: list[str]) -> str:
     return "; ".join(said) + "; make the class folders the same"
 
 
-def start_from(model: torch.nn.Module, config: ClassifierConfig) -> str:
-    """Load --finetune, or with --eval the whole classifier of --finetune or --resume; what to say of it."""
-    if config.eval:
-        flag, path = ("--resume", config.resume) if config.resume else ("--finetune", config.finetune)
-        return f"{flag} {path}: {load_weights(model, Path(path), config.weights, flag, whole=True)}"
-    if not config.finetune:
-        check(config.weights == "student", "weights", config.weights, "is of --finetune, which is not given")
-        return "no --finetune: from scratch"
-    if resumes(config):
-        return f"--finetune {config.finetune}: not read, a checkpoint of this run takes its place"
-    report = load_weights(model, Path(config.finetune), config.weights, "--finetune")
-    return f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}"
-
-
-def other_normalisation(run: Mapping[str, Any], config: PixelConfig) -> str:
-    """What to add where the run that wrote the weights normalised pixels otherwise than this one does."""
-    if run.get("in_chans") != config.in_chans:
-        return ""  # no run of ours, or the first layer was resampled, which is said already
-    given = {name: tuple(run.get(name) or ()) for name in ("mean", "std")}
-    before = PixelConfig(in_chans=config.in_chans, **given)
-    if (before.pixel_mean, before.pixel_std) == (config.pixel_mean, config.pixel_std):
-        return ""
-    flags = as_flags({"mean": list(before.pixel_mean), "std": list(before.pixel_std)})
-    return f"; pixels were normalised by other numbers there, {' '.join(flags)}: give the same here"
-
-
 def prepare(config: ClassifierConfig) -> Prepared:
     """Processes, precision, data and batches of a run; every UserError that they may hold."""
     return evaluation.prepare(config, lambda config, _: open_labelled(config))
@@ -142,7 +111,8 @@ def train_classifier(trainer: ClassifierTrainer, prepared: Prepared, stage: str,
     def make_dataset() -> ClassifierDataset:
         images = data.train
         if config.cache == "ram" and not isinstance(images, IterableDataset):
-            images = cache_images(images, config.in_chans, config.loader_workers, config.on_bad_image == "skip")
+            about = (config.in_chans, config.loader_workers, config.loader_timeout)
+            images = cache_images(images, *about, config.on_bad_image == "skip")
         return train_dataset(config, images)
 
     def make_evaluation() -> ClassifierEvaluation:

@@ -141,9 +141,9 @@ def last_value(flag: str, arguments: Sequence[str]) -> str:
     """What the last `--flag value` or `--flag=value` among the arguments says, or the empty string."""
     found = ""
     for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
         if name == f"--{flag}":
-            found = value or "".join(arguments[place + 1 : place + 2])
+            found = value if equals else "".join(arguments[place + 1 : place + 2])
     return found
 
 

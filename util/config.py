@@ -33,8 +33,19 @@ Config = TypeVar("Config")
 def check(holds: bool, flag: str, value: object, fix: str) -> None:
     """UserError `--flag value: fix` unless `holds` (a comparison with nan never does)."""
     if not holds:
-        shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
-        raise UserError(f"--{flag} {shown}: {fix}")
+        shown = " ".join(map(str, value if isinstance(value, tuple | list) else [value]))
+        raise UserError(f"--{flag} {shown}".rstrip() + f": {fix}")
+
+
+def check_image_size(size: Sequence[int], least: int = 1) -> None:
+    """UserError unless it is one number of pixels, height and width, or nothing."""
+    check(len(size) <= 2, "input_size", size, "give one number, or height and width")
+    check(all(n >= least for n in size), "input_size", size, f"must be {least} pixels or more")
+
+
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_batch_norm(config: Any) -> None:
@@ -118,8 +129,7 @@ class PixelConfig:
 
     def __post_init__(self) -> None:
         check(self.in_chans in (1, 3, 4), "in_chans", self.in_chans, "images have 1, 3 or 4 channels")
-        check(len(self.input_size) <= 2, "input_size", self.input_size, "give one number, or height and width")
-        check(all(n >= 8 for n in self.input_size), "input_size", self.input_size, "must be at least 8 pixels")
+        check_image_size(self.input_size, least=8)
         for flag, values in (("mean", self.mean), ("std", self.std)):
             fits = not values or len(values) == self.in_chans
             check(fits, flag, values, f"give one number per channel (--in_chans {self.in_chans})")
@@ -143,7 +153,7 @@ class PixelConfig:
     @property
     def loader_workers(self) -> int:
         """Loader processes of this rank, the default filled in."""
-        return min(10, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
+        return min(10, processors()) if self.num_workers is None else self.num_workers
 
     def pins(self, device: torch.device) -> bool:
         """Whether batches for this device come in page-locked memory."""
@@ -161,7 +171,8 @@ class DataConfig(PixelConfig):
     create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..); or `digits`: 1,797 handwritten digits that come
     with scikit-learn"""
     val_path: str = ""
-    """labelled images for the kNN monitor; default: val/ or val.tar beside the training images, if there"""
+    """labelled images that the run is judged by (pre-training: by kNN); default: val/ or val.tar beside the training
+    images, if there"""
     cache: Literal["none", "ram", "device"] = "none"
     """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
     pre-training) on the device"""
@@ -283,9 +294,10 @@ class RunConfig:
     start_epoch: int = 0
     """first epoch of a fresh run (a resumed one knows its own)"""
     save_periods: tuple[str, ...] = ("last", "best")
-    """checkpoints to keep: last, best (by kNN, top-1 or mIoU), every_N_epochs"""
+    """checkpoints to keep beside the newest (--keep_last; `last` adds nothing): best (by kNN, top-1 or mIoU),
+    every_N_epochs"""
     save_freq: int = 1
-    """epochs between two saves of `last`"""
+    """epochs between two saves"""
     keep_last: int = 2
     """how many of the newest checkpoints stay"""
     print_freq: int = 20
@@ -311,7 +323,8 @@ class RunConfig:
         for flag in ("save_freq", "keep_last", "print_freq"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         start, epochs = self.start_epoch, getattr(self, "epochs", math.inf)
-        check(0 <= start < epochs, "start_epoch", start, f"must lie in 0..{epochs - 1}, below --epochs")
+        check(start >= 0, "start_epoch", start, "must be 0 or more")
+        check(start < epochs, "start_epoch", start, f"must lie in 0..{epochs - 1}, below --epochs")
         minutes = self.max_minutes
         check(minutes is None or 0 < minutes < math.inf, "max_minutes", minutes, "must be above 0, and finite")
         check(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "must be 1 or more")

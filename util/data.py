@@ -129,10 +129,11 @@ class DrawnBatch(NamedTuple):
 
 
 MOST_BAD_IN_A_ROW = 100
+MAY_BE_SKIPPED, MUST_BE_READ = "mend it or add --on_bad_image skip", "mend it or take it out"  # what to do about one
 
 
 def load_image(
-    source: ImageSource, index: int, in_chans: int, skip_bad: bool, fix: str = "mend it or add --on_bad_image skip"
+    source: ImageSource, index: int, in_chans: int, skip_bad: bool, fix: str = MAY_BE_SKIPPED
 ) -> tuple[Tensor, int]:
     """Pixels of sample `index`, or with `skip_bad` of the next readable one, and the index of what was read.
 
@@ -483,7 +484,7 @@ class LabelledDataset(Dataset):
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
         asked = self.indices[place]
-        image, index = load_image(self.source, asked, self.in_chans, self.skip_bad, fix="mend it or take it out")
+        image, index = load_image(self.source, asked, self.in_chans, self.skip_bad, fix=MUST_BE_READ)
         label = -1 if self.source.labels is None else self.source.labels[index]
         return centre_view(image, self.size), label
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,16 +19,26 @@ from torch.utils.data import Dataset
 from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.checkpoint import load_checkpoint
 from util.command_line import as_flags, last_value, parse_config
-from util.config import KIND, NAMES, as_dict, check_same_run, kind_of
+from util.config import KIND, NAMES, DownstreamConfig, PixelConfig, as_dict, check, check_same_run, kind_of
 from util.cost import classifier_flops, count_parameters
 from util.data import BatchOrder, Loader, training_loader
 from util.distributed import Processes, is_main, start_processes
 from util.errors import UserError
+from util.interop import load_weights
 from util.logs import RunLog
 from util.optim import build_optimizer
 from util.pictures import confusion_picture
 from util.results import append_result, made_on
-from util.run import check_batch, checkpoint_to_resume, fit_to_processes, open_log, open_store, train, transform_blocks
+from util.run import (
+    check_batch,
+    checkpoint_to_resume,
+    fit_to_processes,
+    open_log,
+    open_store,
+    resumes,
+    train,
+    transform_blocks,
+)
 from util.sharding import check_sharding, shard
 from util.sources import fingerprint
 from util.training import Trainer, TrainState
@@ -202,21 +212,58 @@ def training_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
     return order
 
 
-def fresh_state(model: nn.Module, prepared: Prepared, average: nn.Module | None = None) -> TrainState:
-    """A model that is trained as a whole as its run begins: sharded and compiled where asked, with AdamW.
+def start_from(model: torch.nn.Module, config: DownstreamConfig) -> str:
+    """Load --finetune, or with --eval the whole model of --finetune or --resume; what to say of it."""
+    if config.eval:
+        flag, path = ("--resume", config.resume) if config.resume else ("--finetune", config.finetune)
+        return f"{flag} {path}: {load_weights(model, Path(path), config.weights, flag, whole=True)}"
+    if not config.finetune:
+        check(config.weights == "student", "weights", config.weights, "is of --finetune, which is not given")
+        return "no --finetune: from scratch"
+    if resumes(config):
+        return f"--finetune {config.finetune}: not read, a checkpoint of this run takes its place"
+    report = load_weights(model, Path(config.finetune), config.weights, "--finetune")
+    return f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}"
+
+
+def other_normalisation(run: Mapping[str, Any], config: PixelConfig) -> str:
+    """What to add where the run that wrote the weights normalised pixels otherwise than this one does."""
+    if run.get("in_chans") != config.in_chans:
+        return ""  # no run of ours, or the first layer was resampled, which is said already
+    given = {name: tuple(run.get(name) or ()) for name in ("mean", "std")}
+    before = PixelConfig(in_chans=config.in_chans, **given)
+    if (before.pixel_mean, before.pixel_std) == (config.pixel_mean, config.pixel_std):
+        return ""
+    flags = as_flags({"mean": list(before.pixel_mean), "std": list(before.pixel_std)})
+    return f"; pixels were normalised by other numbers there, {' '.join(flags)}: give the same here"
+
+
+def adamw(model: nn.Module, config: DownstreamConfig) -> torch.optim.Optimizer:
+    """For a model that is trained as a whole."""
+    return build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
+
+
+def fresh_state(
+    model: nn.Module,
+    prepared: Prepared,
+    average: nn.Module | None = None,
+    build: Callable[[nn.Module, DownstreamConfig], torch.optim.Optimizer] = adamw,
+) -> TrainState:
+    """A model as its run begins: sharded and compiled where asked, with its optimiser.
 
     Args:
         model: on the device already.
         average: a copy that will follow it.
+        build: makes the optimiser.
     """
     config, device = prepared.config, prepared.processes.device
     for each in filter(None, (model, average)):
         choose_attention(each, prepared.dtype, device)
     shards = config.parallel == "fsdp" and not (config.eval or config.dry_run)
     skeleton = shard(model, average, device) if shards else None
-    transform_blocks(model, config)
-    optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
-    state = TrainState(model, average, optimizer, grad_scaler(prepared.dtype, device), skeleton=skeleton)
+    if not config.dry_run:
+        transform_blocks(model, config)
+    state = TrainState(model, average, build(model, config), grad_scaler(prepared.dtype, device), skeleton=skeleton)
     state.updates = config.start_epoch * prepared.order.updates_per_epoch
     return state
 

@@ -61,8 +61,10 @@ def shape_of(file: WeightsFile, num_heads: int | None, img_size: tuple[int, ...]
         name = str(config.get("model", "")).removeprefix("lut_").removeprefix("mae_")
         known = {shape["embed_dim"]: shape["num_heads"] for shape in ARCHITECTURES.values()}
         num_heads = ARCHITECTURES[name]["num_heads"] if name in ARCHITECTURES else known.get(embed_dim)
-    if num_heads is None or embed_dim % num_heads:
-        raise UserError(f"--num_heads {num_heads}: no known model is {embed_dim} wide, give its number of heads")
+    if num_heads is None:
+        raise UserError(f"--num_heads: no known model is {embed_dim} wide, give its number of heads")
+    if num_heads < 1 or embed_dim % num_heads:
+        raise UserError(f"--num_heads {num_heads}: does not divide the width {embed_dim}, give its number of heads")
 
     length = state[POSITIONS].shape[1] - 1
     size = tuple(img_size) or tuple(config.get("input_size") or ())

@@ -39,9 +39,9 @@ class RunLog:
         output_dir: made if it is missing.
         log_dir: TensorBoard's folder; None writes no TensorBoard.
         enabled: False on all ranks but the first: every method then does nothing.
-        resume_step: the step at which this run goes on (0 for a fresh start). Lines of later steps, left
-            by a run that died after its last checkpoint, are removed from the file and hidden in
-            TensorBoard, so that no step is there twice. None keeps whatever is there.
+        resume_step: the step at which this run goes on (0 for a fresh start, which keeps no line). Lines of later
+            steps, left by a run that died after its last checkpoint, are removed from the file and hidden in
+            TensorBoard, so that no update is there twice. None keeps whatever is there.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RunLog:
         path = Path(output_dir) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None and path.exists():
-            self._begin -= _drop_lines_after(path, resume_step)
+            self._begin -= _drop_lines_after(path, resume_step or -1)
         self._file = path.open("a", encoding="utf-8")
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data import MOST_BAD_IN_A_ROW, Loader, decode
+from util.data import MAY_BE_SKIPPED, MOST_BAD_IN_A_ROW, MUST_BE_READ, Loader, decode
 from util.distributed import is_main
 from util.errors import UserError
 from util.joint_views import JointView, resized_image, scaled_size
@@ -74,8 +74,13 @@ class MaskedBatch(NamedTuple):
     read_index: Tensor  # [B] the samples read: other ones where an image was bad
 
 
-def load_pair(source: MaskedSource, index: int, in_chans: int, skip_bad: bool) -> tuple[Tensor, Tensor, int]:
+def load_pair(
+    source: MaskedSource, index: int, in_chans: int, skip_bad: bool, fix: str = MAY_BE_SKIPPED
+) -> tuple[Tensor, Tensor, int]:
     """Image [C, h, w] and mask [h, w] of sample `index`, or with `skip_bad` of the next readable one, and its index.
+
+    Args:
+        fix: what to do about an unreadable one.
 
     Raises:
         UserError: one cannot be read (with `skip_bad` none of the next hundred), or the mask is none for the image.
@@ -91,14 +96,14 @@ def load_pair(source: MaskedSource, index: int, in_chans: int, skip_bad: bool) -
             return image, source.read_mask(place, tuple(image.shape[-2:])), place
         except BadImage as error:
             if not skip_bad:
-                raise unreadable(error) from error
+                raise unreadable(error, fix) from error
     raise UserError(f"--on_bad_image skip: {most} unreadable images in a row from {source.name(index)} on")
 
 
-def unreadable(error: BadImage) -> UserError:
+def unreadable(error: BadImage, fix: str) -> UserError:
     """For an image or mask whose name is in the error."""
     name, _, why = str(error).partition(": ")
-    return UserError(f"{name}: cannot be read ({why}); mend it or add --on_bad_image skip")
+    return UserError(f"{name}: cannot be read ({why}); {fix}")
 
 
 @dataclass
@@ -144,7 +149,7 @@ class WholeImages(Dataset):
         return len(self.indices)
 
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        image, mask, _ = load_pair(self.source, self.indices[place], self.in_chans, skip_bad=False)
+        image, mask, _ = load_pair(self.source, self.indices[place], self.in_chans, skip_bad=False, fix=MUST_BE_READ)
         return resized_image(image, scaled_size(tuple(mask.shape), self.size)), mask
 
 
@@ -160,6 +165,7 @@ class PixelCount(Dataset):
     source: MaskedSource
     indices: Sequence[int]
     skip_bad: bool
+    fix: str  # of one that is not skipped
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -170,7 +176,7 @@ class PixelCount(Dataset):
         except (BadImage, OSError) as error:
             if self.skip_bad:
                 return np.zeros(256, dtype=np.int64)
-            raise unreadable(error) from error
+            raise unreadable(error, self.fix) from error
 
 
 def count_pixels(source: MaskedSource, config: SegmentConfig, split: str, indices: Sequence[int]) -> np.ndarray:
@@ -179,7 +185,9 @@ def count_pixels(source: MaskedSource, config: SegmentConfig, split: str, indice
     Raises:
         UserError: a mask cannot be read, has another size than its image, or holds a number that is no class.
     """
-    dataset = PixelCount(source, indices, skip_bad=config.on_bad_image == "skip" and split == "training")
+    trained = split == "training"
+    skip_bad, fix = config.on_bad_image == "skip" and trained, MAY_BE_SKIPPED if trained else MUST_BE_READ
+    dataset = PixelCount(source, indices, skip_bad, fix)
     loader = Loader(dataset, batch_size=None, num_workers=config.loader_workers, patience=config.loader_timeout)
     counts = progress(loader, len(indices), f"looking at {split} masks", "masks") if is_main() else loader
     return sum((np.asarray(count) for count in counts), start=np.zeros(256, dtype=np.int64))

@@ -21,11 +21,17 @@ _BATCH = 256
 
 
 def labelled_loader(
-    source: ImageSource, most: int, size: Size, in_chans: int, num_workers: int, skip_bad: bool = False
+    source: ImageSource,
+    most: int,
+    size: Size,
+    in_chans: int,
+    num_workers: int,
+    patience: float,
+    skip_bad: bool = False,
 ) -> Loader:
     """Centre views and labels of at most `most` images, those that `drawn` names."""
     dataset = LabelledDataset(source, drawn(source, most), size, in_chans, skip_bad)
-    return Loader(dataset, batch_size=_BATCH, num_workers=num_workers)
+    return Loader(dataset, batch_size=_BATCH, num_workers=num_workers, patience=patience)
 
 
 def drawn(source: ImageSource, most: int) -> list[int]:
@@ -46,6 +52,7 @@ class Monitor:
     output_dir: Path
     device: torch.device
     num_workers: int
+    patience: float  # seconds to wait for a batch, 0: for ever
     skip_bad: bool  # as the training
 
     @torch.no_grad()
@@ -75,13 +82,14 @@ class Monitor:
 
     def features(self, student: Student, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled features [N, D] and labels [N] of at most `most_images` images."""
-        shape = (self.size, self.in_chans)
-        loader = labelled_loader(source, self.most_images, *shape, self.num_workers, self.skip_bad)
+        about = (self.size, self.in_chans, self.num_workers, self.patience, self.skip_bad)
+        loader = labelled_loader(source, self.most_images, *about)
         return extract_features(lambda pixels: student.features(self.normalise(pixels.to(self.device))), loader)
 
     def picture(self, student: Student) -> np.ndarray:
         """Reconstructions of the same images with the same masks, each time."""
-        loader = labelled_loader(self.val or self.train, PICTURES, self.size, self.in_chans, 0, self.skip_bad)
+        about = (self.size, self.in_chans, 0, self.patience, self.skip_bad)
+        loader = labelled_loader(self.val or self.train, PICTURES, *about)
         images = self.normalise(next(iter(loader))[0].to(self.device))
         noise = torch.rand(len(images), student.num_patches, generator=torch.Generator().manual_seed(0))
         mask, prediction = student.reconstruct(images, noise.to(self.device))

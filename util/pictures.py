@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models_encoder import patchify, unpatchify
+from models_encoder import patch_statistics, patchify, unpatchify
 
 GAP = 2  # white pixels between cells
 MIN_CELL_SIDE = 128  # smaller images are enlarged until their longer side is about this
@@ -60,8 +60,8 @@ def reconstruction_cells(
     grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     target = patchify(images, patch_size)  # [B, L, p·p·C]
     if norm_pix_loss:
-        variance, patch_mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as the loss has it
-        prediction = prediction * (variance + 1e-6).sqrt() + patch_mean
+        patch_mean, patch_std = patch_statistics(target)
+        prediction = prediction * patch_std + patch_mean
     hidden = unpatchify(mask.bool().cpu()[:, :, None].expand_as(target), patch_size, grid_size)  # [B, C, H, W]
 
     original = colours(images, mean, std)

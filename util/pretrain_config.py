@@ -12,6 +12,7 @@ from tyro.conf import arg
 from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, MODELS, Steering, Student, num_visible_patches
 from models_simmim import METHODS
 from util.config import DataConfig, ModelConfig, OptimConfig, RunConfig, binding_settings, check, check_choice
+from util.distributed import world_size
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         check_choice("head_norm_layer", self.head_norm_layer, list(HEAD_NORMS))
         check_choice("head_act_layer", self.head_act_layer, list(HEAD_ACTIVATIONS))
+        normed = (
+            self.has_momentum_encoder and self.head_norm_layer == "BN" and self.head_depth + self.predictor_depth > 2
+        )
+        fix = "BatchNorm of the heads needs two images, over all processes, or --head_norm_layer LN"
+        check(not normed or self.batch_size * world_size() >= 2, "batch_size", self.batch_size, fix)
         for flag in ("momentum", "momentum_end", "hflip"):
             check(0 <= getattr(self, flag) <= 1, flag, getattr(self, flag), "must lie in [0, 1]")
         photometric = self.photometric and self.has_momentum_encoder

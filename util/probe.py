@@ -95,7 +95,11 @@ def rankme(features: Tensor) -> float:
     for N >> D: one pass over the features, in memory of that side alone, where an SVD holds [N, D] more.
     Squaring costs half the digits: in float64 it blurs singular values below about 1e-8 of the largest,
     which the formula's own 1e-7 hides anyway.
+
+    nan for features that are not finite, of a run that diverges: no reason to end it here.
     """
+    if not features.isfinite().all():
+        return math.nan
     if len(features) < features.shape[1]:
         features = features.T
     gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
@@ -121,7 +125,7 @@ def ridge_probe_accuracy(
         train_labels, test_labels: [N] each, any integers.
     """
     if not (train_features.isfinite().all() and test_features.isfinite().all()):
-        return math.nan  # of a run that diverges: no reason to end it here
+        return math.nan  # as `rankme`
     train_x, test_x = train_features.double().cpu().numpy(), test_features.double().cpu().numpy()
     probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=RIDGE * len(train_x)))
     return 100 * float(probe.fit(train_x, train_labels.cpu().numpy()).score(test_x, test_labels.cpu().numpy()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from tyro.conf import Positional
 
 from models_vit import Pool
-from util.config import check
+from util.config import check, check_image_size
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class ProbeConfig:
     """most images of each split"""
     num_workers: int = 0
     """loader processes"""
+    loader_timeout: float = 600.0
+    """seconds to wait for a batch before a hung or dead loader process ends it; 0: for ever"""
     device: str = "auto"
     """auto: cuda where there is one, else cpu"""
     output_dir: str = ""
@@ -66,6 +69,10 @@ class ProbeConfig:
         check(bool(self.encoders), "encoders", "", "give at least one")
         for flag in ("repeats", "most_images", "knn_k", "sweep_epochs"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
+        check(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
+        timeout = self.loader_timeout
+        check(0 <= timeout < math.inf, "loader_timeout", timeout, "must be 0 (never) or more, and finite")
+        check_image_size(self.input_size)
         check(self.labels_per_class >= 0, "labels_per_class", self.labels_per_class, "must be 0 or more")
         check(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")
         check(bool(self.sweep_lr), "sweep_lr", "", "give at least one")

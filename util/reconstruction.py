@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from models_encoder import patch_statistics
 from models_lut import ARCHITECTURES, LUT, Student, num_visible_patches, patchify
 from models_simmim import SimMIM
 from util.config import DataConfig, check, config_from_dict
@@ -159,8 +160,8 @@ def hidden_error(model: Student, inputs: Tensor, mask: Tensor, prediction: Tenso
     """L_MIM of each image [n]."""
     target = patchify(inputs, model.patch_size)  # [n, L, P]
     if model.norm_pix_loss:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (var + 1e-6).sqrt()
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
     errors = model.pixel_loss(prediction, target, reduction="none").mean(dim=-1)  # [n, L]
     return ((errors * mask).sum(dim=1) / mask.sum(dim=1)).tolist()
 

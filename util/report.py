@@ -142,7 +142,7 @@ def open_newest(runs: Sequence[RunFolder], device: torch.device) -> tuple[list[N
             said.append(f"{run.label} has no complete checkpoint.")
             continue
         try:
-            vits.append(open_vit(str(path), "student", f"{run.label}, {path.name}", (), None, device, "checkpoint"))
+            vits.append(open_vit(str(path), None, f"{run.label}, {path.name}", (), None, device, "checkpoint"))
         except (UserError, OSError) as error:  # a run under way may delete it meanwhile
             said.append(f"{run.label}: {error}.")
     return vits, said

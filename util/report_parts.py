@@ -99,7 +99,7 @@ def data_of(run: RunFolder) -> str:
     named = [str(run.config.get(key) or "") for key in ("dataset", "data_path")]
     if run.stage == "segment" and not any(named):
         named = [str(run.config.get("train_images") or run.config.get("val_images") or "")]
-    return " ".join(filter(None, named)) or "digits"
+    return " ".join(filter(None, named)) or "unknown data"
 
 
 def summary_rows(runs: Sequence[RunFolder], metrics: dict[str, Metric]) -> Rows:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from util.checkpoint import CheckpointStore
+from util.checkpoint import complete_checkpoints
 from util.errors import UserError
 from util.logs import LOG_FILE
 from util.results import read_results
@@ -144,7 +144,7 @@ class RunFolder:
     @property
     def newest_checkpoint(self) -> Path | None:
         """The last complete one."""
-        found = CheckpointStore(self.path, 1, None, keep_best=False).list()
+        found = complete_checkpoints(self.path)
         return found[-1][0] if found else None
 
 

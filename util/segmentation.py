@@ -11,7 +11,7 @@ import torch
 from engine_segment import SegmenterTrainer, SegmentScores, evaluate, predicted_classes
 from models_upernet import UperNet
 from util import evaluation
-from util.checkpoint import CheckpointStore
+from util.data import MUST_BE_READ
 from util.distributed import Processes, is_main, sum_over_ranks
 from util.errors import UserError
 from util.evaluation import (
@@ -30,6 +30,7 @@ from util.masked_data import MaskedImages, WholeImages, count_pixels, load_pair,
 from util.masks import IGNORED, MaskedSource
 from util.pictures import drawable
 from util.progress import progress
+from util.run import resumes
 from util.segment_config import SegmentConfig
 from util.segment_pictures import Predicted, as_array, segmentation_figure
 
@@ -42,16 +43,10 @@ def prepare(config: SegmentConfig) -> Prepared:
 def open_checked(config: SegmentConfig, processes: Processes) -> MaskedImages:
     """The images and masks of the settings, looked at where the run is a fresh one and --check_data asks for it."""
     data = open_masked(config)
-    if config.check_data and not config.eval and not goes_on(config):
+    if config.check_data and not config.eval and not resumes(config):  # an earlier run has looked at the data
         for split, source in (("training", data.train), ("validation", data.val)):
             look_at(source, split, config, processes)
     return data
-
-
-def goes_on(config: SegmentConfig) -> bool:
-    """Whether an earlier run, which has looked at the data, is resumed."""
-    store = CheckpointStore(Path(config.output_dir), config.keep_last, config.keep_every, keep_best=False)
-    return bool(config.resume or (config.auto_resume and store.list()))
 
 
 def look_at(source: MaskedSource, split: str, config: SegmentConfig, processes: Processes) -> None:
@@ -124,7 +119,7 @@ class SegmentEvaluation(Evaluation):
     def predicted(self, model: UperNet, index: int) -> Predicted:
         """A validation image with truth and prediction."""
         trainer, val = self.trainer, self.data.val
-        image, mask, _ = load_pair(val, index, trainer.config.in_chans, skip_bad=False)
+        image, mask, _ = load_pair(val, index, trainer.config.in_chans, skip_bad=False, fix=MUST_BE_READ)
         seen = resized_image(image, scaled_size(tuple(mask.shape), trainer.config.image_size))
         how = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
         said = predicted_classes(model, seen, tuple(mask.shape), *how).cpu().to(torch.uint8)

@@ -29,21 +29,26 @@ class RowCurves:
     plans: Sequence[Run]
     logs: Sequence[RunFolder]
 
+    @property
+    def begun(self) -> list[RunFolder]:
+        """The logs that say by now how many updates an epoch has."""
+        return [log for log in self.logs if log.updates_per_epoch]
+
     def over_epochs(self, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Epochs [n] and values [seeds, n], at the updates that all seeds have; None: not in their logs."""
-        curves = [log.curves[metric] for log in self.logs if metric in log.curves and log.updates_per_epoch]
+        curves = [log.curves[metric] for log in self.begun if metric in log.curves]
         if not curves:
             return None
         steps = curves[0].steps
         for curve in curves[1:]:
             steps = np.intersect1d(steps, curve.steps)
         values = np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])
-        return steps / self.logs[0].updates_per_epoch, values * METRICS[metric].scale
+        return steps / self.begun[0].updates_per_epoch, values * METRICS[metric].scale
 
     def flops_per_epoch(self) -> float:
         """Matrix products, forward and backward."""
-        config, log = self.plans[0].config, self.logs[0]
-        images = config.batch_size * config.accum_iter * self.plans[0].processes * log.updates_per_epoch
+        config, per_epoch = self.plans[0].config, self.begun[0].updates_per_epoch
+        images = config.batch_size * config.accum_iter * self.plans[0].processes * per_epoch
         return images * flops_per_image(self.plans[0])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from models_vit import Classifier, LinearProbe
-from util.checkpoint import CheckpointStore
+from util.checkpoint import complete_checkpoints
 from util.command_line import as_flags, parse_config, recipe_chain
 from util.config import MAY_CHANGE, as_dict, check_choice
 from util.cost import classifier_flops, features_flops, pretrain_cost
@@ -312,7 +312,7 @@ def share_done(run: Run) -> float:
     """Of the epochs of a run, by its newest checkpoint or its result."""
     if outcome_in(run.folder, run.stage) is not None:
         return 1.0
-    found = CheckpointStore(run.folder, 1, None, keep_best=False).list()
+    found = complete_checkpoints(run.folder)
     if not found:
         return 0.0
     path, manifest = found[-1]
