@@ -158,7 +158,7 @@ def scores(
         subsets = [few_labels(train_y, config.labels_per_class, seed) for seed in range(config.repeats)]
         few = torch.tensor([logistic_probe_accuracy(train_x[i], train_y[i], val_x, val_y, seed=0) for i in subsets])
         title = f"logistic, {config.labels_per_class} labels/class"
-        row[title] = (few.mean().item(), f"{few.mean():.1f} ± {few.std(correction=0):.1f}")
+        row[title] = (few.mean().item(), f"{few.mean():.1f} ± {few.std(correction=min(1, len(few) - 1)):.1f}")
     if config.logistic:
         full = logistic_probe_accuracy(*splits, seed=0)
         row["logistic, all labels"] = (full, f"{full:.1f}")

@@ -12,6 +12,7 @@ missing, and several models in one folder become rows of one table.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from tyro.conf import Positional, arg
 
 from util.amp import autocast_dtype, choose_attention
@@ -29,6 +31,7 @@ from util.checkpoint import sha256_of
 from util.classifiers import NamedClassifier, open_classifier
 from util.command_line import parse_config
 from util.config import DataConfig, check, check_choice, check_image_size
+from util.data import Normalise
 from util.distributed import Processes, is_main, start_processes, stop_processes
 from util.errors import RunError, UserError, run_main
 from util.imagenet import NUM_CLASSES
@@ -69,6 +72,10 @@ class RobustnessConfig:
     """attention heads; default: of the run's settings, or of the known model of that width"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
     """pixels, one number or height and width; default: the model's own"""
+    mean: tuple[float, ...] = ()
+    """per channel, by which pixels are normalised; default: the run's, timm's for `timm:NAME`, else ImageNet's"""
+    std: tuple[float, ...] = ()
+    """per channel, likewise"""
 
     # images
     data_root: str = ""
@@ -137,6 +144,7 @@ class RobustnessConfig:
         for key in self.columns:
             check_choice("columns", key, list(COLUMNS))
         check_image_size(self.input_size)
+        check(all(std > 0 for std in self.std), "std", self.std, "must be above 0")
         check(0 < self.occlusion <= 1, "occlusion", self.occlusion, "must lie in (0, 1]")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
         check(self.examples >= 0, "examples", self.examples, "must be 0 or more")
@@ -191,6 +199,7 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> tuple[dict[s
         config.checkpoint, config.weights, config.label, config.input_size, config.num_heads, processes.device,
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
+    classifier = with_given_pixels(classifier, config, processes.device)
     choose_attention(classifier.model, dtype, processes.device)
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given
     absent = "is not given" + (f", nor in {config.data_root} by a usual name" if config.data_root else "")
@@ -213,6 +222,15 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> tuple[dict[s
     return missing, list(settings.values())
 
 
+def with_given_pixels(classifier: NamedClassifier, config: RobustnessConfig, device: torch.device) -> NamedClassifier:
+    """Normalised by --mean and --std where they are given."""
+    for flag in ("mean", "std"):
+        given, chans = getattr(config, flag), classifier.in_chans
+        check(len(given) in (0, chans), flag, given, f"give one number for each of {chans} channels")
+    mean, std = config.mean or classifier.normalise.mean, config.std or classifier.normalise.std
+    return dataclasses.replace(classifier, normalise=Normalise(mean, std, device))
+
+
 def identity_of(config: RobustnessConfig, classifier: NamedClassifier) -> dict[str, Any]:
     """What tells the model from others; of a file the content, since runs write to the same name again.
 
@@ -231,6 +249,7 @@ def identity_of(config: RobustnessConfig, classifier: NamedClassifier) -> dict[s
         "weights": classifier.weights,
         "num_heads": config.num_heads,
         "input_size": list(classifier.size),
+        **{flag: list(given) for flag in ("mean", "std") if (given := getattr(config, flag))},
     }
 
 
@@ -253,7 +272,9 @@ def announce(
 ) -> None:
     """What is going to happen."""
     titles = column_titles()
+    mean, std = classifier.normalise.mean, classifier.normalise.std
     print(f"{classifier.label}: {classifier.said}; {classifier.size[0]} x {classifier.size[1]} pixels")
+    print(f"pixels normalised by mean {' '.join(map(str, mean))} and std {' '.join(map(str, std))}")
     for tasks in passes:
         lacking = f" ({tasks[0].lacking})" if tasks[0].lacking else ""
         print(f"to do: {', '.join(titles[task.key] for task in tasks)}: {len(places_of(tasks))} images{lacking}")
@@ -318,6 +339,8 @@ def show(config: RobustnessConfig, missing: dict[str, str], settings: Sequence[d
         raise UserError(f"--output_dir {config.output_dir}: holds no results yet, give a CHECKPOINT")
     titles = column_titles()
     lines = ["top-1 accuracy in %, of IN-O AUPR in %; –: not evaluated", *remarks_on(ours)]
+    if auroc := [f"{each.label} {each.lines['o']['metrics']['auroc']:.1f}" for each in ours if "o" in each.lines]:
+        lines.append(f"AUROC of IN-O, which the paper's numbers look like: {', '.join(auroc)}")
     if missing:
         lines.append(f"missing in this run: {', '.join(titles[key] for key in missing)}")
     print("\n" + render_with(ours, config.format) + "\n")

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data import resolve_data_config
 
 import scripts.convert as convert
 from models_lut import LUT, MODELS, MomentumEncoder
@@ -17,6 +18,7 @@ from models_vit import Classifier
 from test_reference import tiny_student
 from util.checkpoint import load_checkpoint
 from util.errors import run_main
+from util.export import overlay_beside
 from util.interop import load_weights, part_of, read_weights
 
 DATA = Path(__file__).parent / "data"
@@ -106,7 +108,15 @@ def test_logits_are_those_of_our_classifier(tmp_path, run_convert, pool, to, in_
     images = torch.randn(5, in_chans, *img_size)
     with torch.no_grad():
         torch.testing.assert_close(model(images), classifier(images), rtol=1e-5, atol=1e-5)
-    if to == "hf":
+    seen = resolve_data_config(model=model)
+    assert (tuple(seen["mean"]), seen["crop_pct"], tuple(seen["input_size"])) == (
+        (0.4,) * in_chans,
+        1.0,
+        (in_chans, *img_size),
+    )
+    if to == "timm":
+        assert overlay_beside(output)["mean"] == (0.4,) * in_chans
+    else:
         saved = json.loads((output / "config.json").read_text())
         assert saved["pretrained_cfg"]["mean"] == [0.4] * in_chans
         assert saved["num_classes"] == 7

@@ -397,7 +397,10 @@ def test_scores_against_loops(batch_size):
     labels = torch.from_numpy(rng.integers(0, 6, 103))  # there is no image of the last class
     normalise = Normalise((0.5,), (0.25,), CPU)
     loader = list(zip(pixels.split(batch_size), labels.split(batch_size), strict=True))
-    scores = evaluate(Fixed(), loader, normalise, 7, CPU, torch.autocast("cpu", enabled=False))
+    about = (Fixed(), loader, normalise, 7, CPU, torch.autocast("cpu", enabled=False))
+    scores = evaluate(*about, per_class=True)
+    assert evaluate(*about)[:4] == scores[:4]
+    assert evaluate(*about).confusion is None
 
     loss = top1 = top5 = 0
     confusion = np.zeros((7, 7), dtype=int)

@@ -135,6 +135,19 @@ def test_accuracies_of_any_answers(images):
     assert found == pytest.approx({"top1": 100 * np.mean(first), "top5": 100 * np.mean(five)})
 
 
+def test_another_normalisation_is_another_measurement(made, call):
+    flags = f"{made.checkpoint} {everything(made)} --columns si_size"
+    assert call(f"{flags} --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5")[0] == 0
+    status, out, _ = call(f"{flags} --mean 0 0.5 1")
+    assert status == 0
+    assert "pixels normalised by mean 0.0 0.5 1.0 and std 0.229 0.224 0.225" in out
+    first, second = (line["config"] for line in read_results("output/robustness"))
+    assert (first["mean"], first["std"], second["mean"]) == ([0.5] * 3, [0.5] * 3, [0, 0.5, 1])
+    status, _, said = call(f"{flags} --std 0.5")
+    assert status == 2
+    assert "--std 0.5: give one number for each of 3 channels" in said
+
+
 def test_another_occlusion(made, call):
     status, _, said = call(
         f"{made.checkpoint} {everything(made)} --columns cocc --occlusion 0.25 --occlusion_fill black"

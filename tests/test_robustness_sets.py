@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from util.pretrain_config import PretrainConfig
 from util.results import read_results
 from util.robustness_sets import find_below, open_set
 from util.sources import FileSource, JoinedSource
+from util.vit import open_vit
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,20 @@ def test_timms_models_take_another_size():
     assert found.model(torch.zeros(1, 3, 96, 64)).shape == (1, 1000)
     assert found.view(torch.zeros(3, 50, 50, dtype=torch.uint8)).shape == (3, 96, 64)
     assert found.said == "timm:test_vit: random weights"
+
+
+def test_an_exported_file_is_seen_as_it_was_trained(tmp_path):
+    state = timm.create_model("test_vit").state_dict()
+    torch.save(state, tmp_path / "vit.pth")
+    overlay = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "crop_pct": 1.0, "classifier": "no business of it"}
+    (tmp_path / "vit.json").write_text(json.dumps({"model_args": {"pretrained_cfg_overlay": overlay}}))
+    name = f"timm:test_vit={tmp_path}/vit.pth"
+    found = open_classifier(name, None, "", (), None, CPU, 1000, "CHECKPOINT")
+    assert found.normalise.mean == open_vit(name, None, "", (), None, CPU).normalise.mean == (0.1, 0.2, 0.3)
+    (tmp_path / "vit.json").write_text("no json")
+    assert (
+        open_vit(name, None, "", (), None, CPU).normalise.mean == timm.create_model("test_vit").pretrained_cfg["mean"]
+    )
 
 
 def test_the_moving_average_of_a_run(made, tmp_path):

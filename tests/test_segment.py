@@ -51,7 +51,7 @@ def test_a_run_from_pre_trained_weights_to_a_result(pretrain, segment, scenes, t
     assert "training: 10 masks, 3 of 3 classes; " in printed
     assert "LUT, student, 76 tensors loaded" in printed
     assert "not used: norm.weight, norm.bias" in printed
-    assert "resampled: pos_embed: 4 x 4 to 6 x 6 patches, sines computed for the new grid" in printed
+    assert "resampled: pos_embed: 4 x 4 to 6 x 6 patches, interpolated" in printed
     assert len(values(log, "loss")) == 5  # the run ends in the middle of its third epoch
     assert [line["epoch"] for line in log if "miou" in line] == [1, 2, 3]
 

@@ -133,8 +133,11 @@ def test_published_encoders_load_whole_and_positions_are_resampled(name, weights
     assert report.layout == layout
     encoder = {n for n in before if n.startswith(("cls_token", "pos_embed", "patch_embed", "blocks"))}
     assert set(report.loaded) == encoder
-    assert torch.equal(model.pos_embed, fixed_positions(24, (8, 12)))
-    assert report.resampled == ("pos_embed: 4 x 4 to 8 x 12 patches, sines computed for the new grid",)
+    sines = fixed_positions(24, (4, 4))
+    of_patches = sines[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    larger = F.interpolate(of_patches, (8, 12), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(model.pos_embed, torch.cat([sines[:, :1], larger], dim=1))
+    assert report.resampled == ("pos_embed: 4 x 4 to 8 x 12 patches, interpolated",)
     assert set(report.missing) == set(before) - encoder
     said = str(report)
     assert "neck (" in said

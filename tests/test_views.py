@@ -473,6 +473,13 @@ def test_centre_view_of_224_pixels_is_the_usual_256_and_224():
     assert torch.equal(centre_view(image, (224, 224)), usual)
 
 
+@pytest.mark.parametrize("side", [256, 384])
+def test_centre_view_above_224_pixels_is_all_of_the_shorter_side(side):
+    """As in MAE's evaluation."""
+    image = torch.randint(0, 256, (3, side, side + 20), dtype=torch.uint8)
+    assert torch.equal(centre_view(image, (side, side)), image[..., 10 : side + 10])
+
+
 def test_centre_view_of_a_small_image_is_all_of_it():
     image = picture(32, 32)
     assert torch.equal(centre_view(image, (32, 32)), image)

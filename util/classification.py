@@ -174,7 +174,8 @@ class ClassifierEvaluation(Evaluation):
         state, autocast = trainer.state, trainer.autocast()
         # ranks may have different numbers of batches: none may wait for the others' weights
         model = state.unsharded(state.model if state.model_ema is None else state.model_ema, trainer.device)
-        return evaluate(model, self.loader, self.normalise, self.data.num_classes, trainer.device, autocast)
+        about = (self.data.num_classes, trainer.device, autocast, trainer.config.per_class)
+        return evaluate(model, self.loader, self.normalise, *about)
 
     def describe(self, scores: Scores) -> str:
         """The scores in one line."""

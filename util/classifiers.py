@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from util.data import Normalise
 from util.errors import UserError
+from util.export import overlay_beside
 from util.interop import Weights, read_weights
 from util.views import Size, centre_view
 from util.vit import TIMM, default_label, image_size, is_classifier, open_vit, random_timm, timm_name
@@ -92,6 +93,7 @@ def open_timm_classifier(
     said = f"{name}: random weights"
     if path:
         model = fill_timm(model, architecture, read_weights(Path(path), flag=flag).state, f"{flag} {name}")
+        model.pretrained_cfg.update(overlay_beside(Path(path)))
         said = f"{path} as timm's {architecture}"
     config = resolve_data_config(model=model, use_test_size=not size)
     config["input_size"] = (config["input_size"][0], *fit_to_size(model, size or config["input_size"][1:]))

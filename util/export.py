@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models_lut import ARCHITECTURES
 from util.errors import UserError
 from util.interop import PATCH_KERNEL, POSITIONS, WeightsFile, is_square, part_of
+from util.views import crop_share
 
 # timm's own name of a shape: width, depth, heads, patch
 TIMM_NAMES = {
@@ -134,10 +135,17 @@ def timm_model(file: WeightsFile, shape: ViTShape, pool: str, mean: Any, std: An
         model.load_state_dict(encoder_state(file.state))
     except RuntimeError as error:
         raise UserError(f"IN: its tensors are not those of timm's {name} ({' '.join(str(error).split())})") from error
-    size = [shape.in_chans, *shape.img_size]
-    model.pretrained_cfg.update(mean=list(mean), std=list(std), input_size=size, num_classes=model.num_classes)
-    model.pretrained_cfg.update(interpolation="bicubic", crop_pct=0.875 if min(shape.img_size) >= 96 else 1.0)
+    model.pretrained_cfg.update(evaluated(shape, mean, std), num_classes=model.num_classes)
     return model.eval()
+
+
+SEEN = ("input_size", "interpolation", "crop_pct", "mean", "std")  # timm's pretrained_cfg, as far as it is of images
+
+
+def evaluated(shape: ViTShape, mean: Any, std: Any) -> dict[str, Any]:
+    """How images reach the model, in the words of timm's pretrained_cfg."""
+    values = ((shape.in_chans, *shape.img_size), "bicubic", crop_share(shape.img_size), tuple(mean), tuple(std))
+    return dict(zip(SEEN, values, strict=True))
 
 
 def write_timm(file: WeightsFile, shape: ViTShape, pool: str, mean: Any, std: Any, output: Path) -> str:
@@ -145,10 +153,21 @@ def write_timm(file: WeightsFile, shape: ViTShape, pool: str, mean: Any, std: An
     timm_model(file, shape, pool, mean, std)  # loads strictly, or is refused
     name, arguments = timm_arguments(file, shape, pool)
     save_file(encoder_state(file.state), output, metadata={"format": "pt"})
-    config = {"architecture": name, "model_args": arguments, "mean": list(mean), "std": list(std)}
+    arguments["pretrained_cfg_overlay"] = evaluated(shape, mean, std)
+    config = {"architecture": name, "model_args": arguments}
     output.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
     return f'timm.create_model("{name}"{said}, checkpoint_path="{output}")'
+
+
+def overlay_beside(path: Path) -> dict[str, Any]:
+    """What `write_timm` wrote beside its file about the images; nothing for other files."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        overlay = dict(found["model_args"]["pretrained_cfg_overlay"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in overlay.items() if key in SEEN}
 
 
 def write_hub_folder(file: WeightsFile, shape: ViTShape, pool: str, mean: Any, std: Any, output: Path) -> str:

@@ -15,6 +15,7 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from models_encoder import fixed_positions
+from models_lut import Student
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
@@ -173,7 +174,7 @@ def load_weights(
     """
     state, layout, config, _ = read_weights(path, weights, flag)
     own = model.state_dict()
-    state, resampled = fit(state, own, model.patch_embed.grid_size, config)
+    state, resampled = fit(state, own, model.patch_embed.grid_size, config, sines=isinstance(model, Student))
     wrong = {
         name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in own.items()
@@ -210,12 +211,13 @@ def load_weights(
 
 
 def fit(
-    state: dict[str, Tensor], own: dict[str, Tensor], grid_size: Grid, config: dict[str, Any] | None
+    state: dict[str, Tensor], own: dict[str, Tensor], grid_size: Grid, config: dict[str, Any] | None, sines: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Resample what depends on image size, patch size and channels; the rest as it is. Also: name -> how.
 
     Args:
         config: settings of the run that wrote the state, if known.
+        sines: see `resample_positions`.
     """
     state, resampled = dict(state), {}
     kernel, wanted = state.get(PATCH_KERNEL), own[PATCH_KERNEL]
@@ -237,7 +239,7 @@ def fit(
             continue
         grid = grid_of(positions, patch, (config or {}).get("input_size"), positions.shape == own[name].shape)
         if grid is not None and grid != tuple(grid_size):
-            state[name], how = resample_positions(positions, grid, grid_size)
+            state[name], how = resample_positions(positions, grid, grid_size, sines)
             resampled[name] = f"{' x '.join(map(str, grid))} to {' x '.join(map(str, grid_size))} patches, {how}"
     return state, resampled
 
@@ -283,13 +285,16 @@ def are_sines(positions: Tensor, grid: Grid) -> bool:
     return torch.allclose(positions.float(), fixed_positions(positions.shape[2], grid), atol=1e-4)
 
 
-def resample_positions(positions: Tensor, grid: Grid, wanted: Grid) -> tuple[Tensor, str]:
+def resample_positions(positions: Tensor, grid: Grid, wanted: Grid, sines: bool) -> tuple[Tensor, str]:
     """Positions [1, 1 + L', D] of a grid for another one [1, 1 + L, D], and how they were made.
 
-    MAE's positions are fixed sines and are computed for any grid exactly. Learned ones (timm, and those of a
-    classifier) are interpolated as timm does, which would take two grids of as many patches for one.
+    They are interpolated, as timm does: on a larger image the encoder then meets none beyond those that it was
+    trained with. (timm's own would take two grids of as many patches for one.)
+
+    Args:
+        sines: of a model that is pre-trained, whose positions are MAE's fixed ones: compute them for the new grid.
     """
-    if are_sines(positions, grid):
+    if sines and are_sines(positions, grid):
         return fixed_positions(positions.shape[2], wanted), "sines computed for the new grid"
     of_patches = positions[:, 1:].float().unflatten(1, grid).permute(0, 3, 1, 2)
     resized = F.interpolate(of_patches, tuple(wanted), mode="bicubic", antialias=True)

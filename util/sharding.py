@@ -126,4 +126,8 @@ def gathered(module: nn.Module, skeleton: nn.Module | None, device: torch.device
         return None
     built = copy.deepcopy(skeleton)
     built.load_state_dict(weights, assign=True)
+    for name, buffer in module.named_buffers():
+        if name not in weights:  # no part of the state, as rates of stochastic depth
+            parent, _, leaf = name.rpartition(".")
+            setattr(built.get_submodule(parent), leaf, buffer)
     return built.to(device)

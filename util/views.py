@@ -231,12 +231,17 @@ class TwoViews:
         return resize(image, cover_size(tuple(image.shape[-2:]), self.size)) if self.crop == "src" else image
 
 
+def crop_share(size: Size) -> float:
+    """Of the shorter side of an image, what an evaluation at `size` sees of it (timm's crop_pct)."""
+    return 7 / 8 if 96 <= min(size) <= 224 else 1.0
+
+
 def centre_view(image: Tensor, size: Size) -> Tensor:
     """For evaluation, uint8 [C, h, w] to [C, H, W]: cover `size` and cut its centre.
 
-    From 96 pixels on the image is first made 8/7 larger (256 for 224), as is usual; smaller images are seen
-    whole, since their borders carry the object.
+    From 96 to 224 pixels the image is first made 8/7 larger (256 for 224), as is usual. Smaller images are seen whole,
+    since their borders carry the object, and larger ones as MAE does.
     """
-    larger = tuple(round(n * 8 / 7) for n in size) if min(size) >= 96 else size
+    larger = tuple(round(n / crop_share(size)) for n in size)
     image = resize(image, cover_size(tuple(image.shape[-2:]), larger))
     return TF.center_crop_image(image, list(size))

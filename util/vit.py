@@ -20,7 +20,7 @@ from models_vit import Classifier, LinearProbe, Pool
 from util.config import DataConfig, nearest
 from util.data import Normalise
 from util.errors import UserError
-from util.export import ViTShape, shape_of
+from util.export import ViTShape, overlay_beside, shape_of
 from util.interop import Weights, WeightsFile, is_linear_probe, load_weights, read_weights, shortened
 from util.views import Size
 
@@ -162,7 +162,8 @@ def open_file(file: WeightsFile, path: Path, size: Sequence[int], num_heads: int
     model = empty_model(file, shape, image_size(size, shape.img_size, shape.patch_size))
     report = load_weights(model, path, file.weights, flag, whole=isinstance(model, Classifier))
     run = file.config or {}
-    return model, tuple(run.get("mean") or ()), tuple(run.get("std") or ()), f"{path}: {report}"
+    unsaid = "" if run else "; pixels normalised as ImageNet's are, of which the file says nothing"
+    return model, tuple(run.get("mean") or ()), tuple(run.get("std") or ()), f"{path}: {report}{unsaid}"
 
 
 def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
@@ -189,12 +190,16 @@ def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
         raise UserError(
             f"{flag} {name}: is no plain ViT with softmax attention in every block, as timm:vit_base_patch16_224 is"
         )
-    said = load_timm(model, Path(path), architecture, flag) if path else f"{name}: random weights"
+    said = f"{name}: random weights"
+    if path:
+        said = load_timm(model, Path(path), architecture, flag)
+        model.pretrained_cfg.update(overlay_beside(Path(path)))
     patch = model.patch_embed.patch_size[0]
     own = tuple(model.patch_embed.img_size)
     if image_size(size, own, patch) != own:
         model.set_input_size(img_size=image_size(size, own, patch))
-    return model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]), said
+    mean, std = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+    return model, mean, std, f"{said}; pixels normalised as timm has it, by mean {mean} and std {std}"
 
 
 def timm_name(name: str, flag: str) -> tuple[str, str]:
