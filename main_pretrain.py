@@ -22,7 +22,7 @@ from models_lut import MomentumEncoder
 from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.cache import cache_images, readable
 from util.command_line import parse_config
-from util.config import NAMES, as_dict, check_same_run
+from util.config import as_dict
 from util.cost import Cost, pretrain_cost
 from util.data import BatchOrder, DrawnDataset, PretrainDataset, PretrainStream, training_loader
 from util.distributed import broadcast_module, is_main, start_processes, stop_processes, synchronise_batch_norm
@@ -34,6 +34,7 @@ from util.optim import build_optimizer
 from util.pretrain_config import PretrainConfig
 from util.results import append_result, made_on, read_results
 from util.run import (
+    begin_or_go_on,
     check_batch,
     checkpoint_to_resume,
     fit_to_processes,
@@ -45,7 +46,7 @@ from util.run import (
     transform_blocks,
 )
 from util.sharding import check_sharding, shard
-from util.sources import ImageSource, find_validation, fingerprint, open_images, same_classes
+from util.sources import ImageSource, find_validation, open_images, same_classes
 from util.training import TrainState
 from util.views import TwoViews
 
@@ -76,13 +77,8 @@ def main() -> None:
     # ---- models: views -> losses -----------------------------------------------------------------------
     state, report = build_state(config, dtype, device)
     state.updates = config.start_epoch * order.updates_per_epoch
-    binding = config.binding_settings(len(source)) | {NAMES: fingerprint(source)}
-    if isinstance(source, IterableDataset):  # its parts are dealt to them
-        binding["num_workers"] = config.loader_workers
-    if resumed is not None:
-        check_same_run(binding, resumed, config.elastic)
-        state.load_state_dict(resumed)
-        del resumed  # as large as the run's state, and nobody's any more
+    binding = begin_or_go_on(state, config, source, resumed)
+    del resumed  # as large as the run's state, and nobody's any more
     trainer = build_trainer(config, state, dtype, device, order.updates_per_epoch)
     if config.cache == "device":
         trainer.images = images.to(device)

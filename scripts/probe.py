@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from models_encoder import Encoder, patchify
 from models_vit import Pool
+from util.checkpoint import load_checkpoint
 from util.command_line import parse_config
 from util.config import config_from_dict
 from util.data import Normalise
 from util.distributed import choose_device
 from util.errors import UserError, run_main
-from util.interop import PATCH_KERNEL, load_weights, read_weights
+from util.interop import PATCH_KERNEL, load_weights, weights_in
 from util.monitor import drawn, labelled_loader
 from util.pretrain_config import PretrainConfig
 from util.probe import extract_features, few_labels, hold_out, knn_accuracy, linear_sweep, logistic_probe_accuracy
@@ -46,7 +48,8 @@ def main() -> None:
     config = parse_config(ProbeConfig, sys.argv[1:], Path(__file__).name)
     begin = time.monotonic()
     device = choose_device(config.device)
-    run = settings_of(config)
+    checkpoint = load_checkpoint(Path(config.checkpoint), "checkpoint")
+    run = settings_of(checkpoint, config)
     train = open_images(run.data_path, run.dataset, "train")
     val = find_validation(run.data_path, run.dataset, run.val_path)
     if not same_classes(train, val):
@@ -65,7 +68,7 @@ def main() -> None:
     if max(len(train), len(val)) > most:
         print(f"--most_images {most}: the others are not looked at; numbers of the whole set differ")
     results: dict[str, float] = {}
-    for name, encoder, said in encoders(run, config):
+    for name, encoder, said in encoders(run, checkpoint, config):
         print(f"{name}: {said}", file=sys.stderr)
         encoder = encoder.to(device).eval()
 
@@ -98,9 +101,9 @@ def check_labels(config: ProbeConfig, train: ImageSource) -> None:
         raise UserError(f"{error}{more}") from error
 
 
-def settings_of(config: ProbeConfig) -> PretrainConfig:
+def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConfig:
     """The run's settings, or those that the flags give for a file of another program; its patches tell themselves."""
-    file = read_weights(Path(config.checkpoint), flag="checkpoint")
+    file = weights_in(checkpoint, "student", f"checkpoint {config.checkpoint}")
     saved, kernel = file.config, file.state.get(PATCH_KERNEL)
     flags = ("model", "data_path", "dataset", "val_path", "input_size", "mean", "std")
     given = {name: value for name in flags if (value := getattr(config, name))}
@@ -120,26 +123,21 @@ def settings_of(config: ProbeConfig) -> PretrainConfig:
     return config_from_dict(PretrainConfig, given)
 
 
-def encoders(run: PretrainConfig, config: ProbeConfig) -> Iterator[tuple[str, Encoder, str]]:
+def encoders(
+    run: PretrainConfig, checkpoint: dict[str, Any], config: ProbeConfig
+) -> Iterator[tuple[str, Encoder, str]]:
     """Name and encoder of each row, and where it came from; the random one is as a run with these settings begins."""
     torch.manual_seed(run.seed)
     random = run.student_type(**run.model_arguments)
     if "random" in config.encoders:
         yield ROWS["random"], random, f"weights of seed {run.seed}"
-    for weights in ("student", "momentum"):
-        if weights in config.encoders and (weights == "student" or has_momentum_encoder(config.checkpoint)):
-            encoder = Encoder(**random.shape)
-            report = load_weights(encoder, Path(config.checkpoint), weights, flag="checkpoint")
+    there = ["student"] + ["momentum"] * isinstance(checkpoint.get("model_ema"), dict)  # MAE has none
+    for weights in there:
+        if weights in config.encoders:
+            encoder, path = Encoder(**random.shape), Path(config.checkpoint)
+            file = weights_in(checkpoint, weights, f"checkpoint {path}")
+            report = load_weights(encoder, path, flag="checkpoint", file=file)
             yield ROWS[weights], encoder, f"{config.checkpoint}: {report}"
-
-
-def has_momentum_encoder(path: str) -> bool:
-    """Whether the file holds one: MAE has none."""
-    try:
-        read_weights(Path(path), "momentum", flag="checkpoint")
-    except UserError:
-        return False
-    return True
 
 
 def features(encoder: Encoder, images: Tensor, pool: Pool) -> Tensor:

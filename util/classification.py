@@ -110,7 +110,7 @@ def train_classifier(trainer: ClassifierTrainer, prepared: Prepared, stage: str,
 
     def make_dataset() -> ClassifierDataset:
         images = data.train
-        if config.cache == "ram" and not isinstance(images, IterableDataset):
+        if config.cache == "ram":
             about = (config.in_chans, config.loader_workers, config.loader_timeout)
             images = cache_images(images, *about, config.on_bad_image == "skip")
         return train_dataset(config, images)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from util.amp import autocast_dtype, choose_attention, grad_scaler
 from util.checkpoint import load_checkpoint
 from util.command_line import as_flags, last_value, parse_config
-from util.config import KIND, NAMES, DownstreamConfig, PixelConfig, as_dict, check, check_same_run, kind_of
+from util.config import KIND, DownstreamConfig, PixelConfig, as_dict, check, kind_of
 from util.cost import classifier_flops, count_parameters
 from util.data import BatchOrder, Loader, training_loader
 from util.distributed import Processes, is_main, start_processes
@@ -30,6 +30,7 @@ from util.optim import build_optimizer
 from util.pictures import confusion_picture
 from util.results import append_result, made_on
 from util.run import (
+    begin_or_go_on,
     check_batch,
     checkpoint_to_resume,
     fit_to_processes,
@@ -40,7 +41,6 @@ from util.run import (
     transform_blocks,
 )
 from util.sharding import check_sharding, shard
-from util.sources import fingerprint
 from util.training import Trainer, TrainState
 
 Config = TypeVar("Config")
@@ -289,12 +289,9 @@ def train_and_evaluate(
     evaluation = make_evaluation()
     if config.eval:
         return evaluation.alone(stage, said)
-    binding = config.binding_settings(len(source)) | {NAMES: fingerprint(source)}
     resumed = checkpoint_to_resume(config, store)
     begins = resumed is None
-    if not begins:
-        check_same_run(binding, resumed, config.elastic)
-        trainer.state.load_state_dict(resumed)
+    binding = begin_or_go_on(trainer.state, config, source, resumed)
     del resumed  # as large as the run's state, and nobody's any more
     loader = training_loader(
         make_dataset(),

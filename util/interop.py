@@ -89,7 +89,11 @@ def read_weights(path: Path, weights: Weights | None = "student", flag: str = "-
     Raises:
         UserError: unreadable, no state dict in it, or no momentum encoder where that is asked for.
     """
-    checkpoint = load_checkpoint(path, flag)
+    return weights_in(load_checkpoint(path, flag), weights, f"{flag} {path}")
+
+
+def weights_in(checkpoint: dict[str, Any], weights: Weights | None, where: str) -> WeightsFile:
+    """`read_weights` of a file that is loaded already."""
     config = checkpoint.get("config")
     config = config if isinstance(config, dict) else None
     state = tensors_of(next((checkpoint[key] for key in STATES if key in checkpoint), checkpoint))
@@ -99,13 +103,13 @@ def read_weights(path: Path, weights: Weights | None = "student", flag: str = "-
         weights = "momentum" if averaged else "student"
     if weights == "momentum":
         if not isinstance(checkpoint.get("model_ema"), dict):
-            raise UserError(f"{flag} {path}: holds no momentum encoder (model_ema), ask for the student's weights")
+            raise UserError(f"{where}: holds no momentum encoder (model_ema), ask for the student's weights")
         followed = tensors_of(checkpoint["model_ema"])
         state = {name.removeprefix("ema."): tensor for name, tensor in followed.items()}
         moving_average = "head.weight" in state or "fc_norm.weight" in state
         layout = "ViT, moving average" if moving_average else "LUT, momentum encoder"
     elif not state:
-        raise UserError(f"{flag} {path}: holds no tensors, is it a checkpoint?")
+        raise UserError(f"{where}: holds no tensors, is it a checkpoint?")
     return WeightsFile(state, layout, config, weights)
 
 
@@ -158,7 +162,12 @@ def part_of(name: str) -> str:
 
 
 def load_weights(
-    model: nn.Module, path: Path, weights: Weights = "student", flag: str = "--init_from", whole: bool = False
+    model: nn.Module,
+    path: Path,
+    weights: Weights = "student",
+    flag: str = "--init_from",
+    whole: bool = False,
+    file: WeightsFile | None = None,
 ) -> LoadReport:
     """Load a file into LUT, MomentumEncoder, Classifier, LinearProbe or UperNet.
 
@@ -168,11 +177,12 @@ def load_weights(
 
     Args:
         whole: every tensor of the model must match, not those of the encoder alone.
+        file: what `read_weights` made of the path, so that it is not read again.
 
     Raises:
         UserError: a tensor that must match is missing, has a shape that cannot be resampled, or has no counterpart.
     """
-    state, layout, config, _ = read_weights(path, weights, flag)
+    state, layout, config, _ = file or read_weights(path, weights, flag)
     own = model.state_dict()
     state, resampled = fit(state, own, model.patch_embed.grid_size, config, sines=isinstance(model, Student))
     wrong = {

@@ -75,7 +75,7 @@ def open_autoencoder(
     unit = model.mask_unit * model.patch_size
     if any(side % unit for side in model.shape["img_size"]):
         raise UserError(f"--input_size {' '.join(map(str, size))}: patches are hidden in squares of {unit} pixels")
-    report = load_weights(model, path, flag="CHECKPOINT", whole=True)
+    report = load_weights(model, path, flag="CHECKPOINT", whole=True, file=file)
     pixels = DataConfig(in_chans=shape.in_chans, mean=tuple(run.get("mean") or ()), std=tuple(run.get("std") or ()))
     normalise = Normalise(pixels.pixel_mean, pixels.pixel_std, device)
     model = model.requires_grad_(False).eval().to(device)

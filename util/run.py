@@ -19,15 +19,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from util.amp import name_of
 from util.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
-from util.config import as_dict
+from util.config import NAMES, as_dict, check_same_run
 from util.cost import count_parameters
 from util.data import BatchOrder
 from util.distributed import Processes, barrier, check_in_sync, from_all_ranks, is_main, main_says, world_size
 from util.errors import Requeue, UserError
 from util.logs import RunLog, format_duration, write_run_info
 from util.sharding import is_sharded
-from util.sources import ImageSource
-from util.training import Trainer, train_one_epoch
+from util.sources import ImageSource, fingerprint
+from util.training import Trainer, TrainState, train_one_epoch
 
 # `look(epochs, last)` after each epoch, on all ranks: the value by which the best checkpoint is chosen, or None
 Look = Callable[[int, bool], float | None]
@@ -57,6 +57,23 @@ def writable_folder(path: str | Path, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"--{flag} {path}: cannot be written ({error.strerror}), choose another") from error
     return path
+
+
+def begin_or_go_on(
+    state: TrainState, config: Any, source: ImageSource, resumed: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Give the state what a checkpoint holds, if there is one; the settings that it must share with the run.
+
+    Raises:
+        UserError: they differ.
+    """
+    binding = config.binding_settings(len(source)) | {NAMES: fingerprint(source)}
+    if isinstance(source, IterableDataset):  # its parts are dealt to them
+        binding["num_workers"] = config.loader_workers
+    if resumed is not None:
+        check_same_run(binding, resumed, config.elastic)
+        state.load_state_dict(resumed)
+    return binding
 
 
 def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] | None:

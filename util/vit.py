@@ -160,7 +160,7 @@ def open_file(file: WeightsFile, path: Path, size: Sequence[int], num_heads: int
     """A checkpoint whose tensors say what it is."""
     shape = shape_of(file, num_heads, (), f"{flag} {path}")
     model = empty_model(file, shape, image_size(size, shape.img_size, shape.patch_size))
-    report = load_weights(model, path, file.weights, flag, whole=isinstance(model, Classifier))
+    report = load_weights(model, path, flag=flag, whole=isinstance(model, Classifier), file=file)
     run = file.config or {}
     unsaid = "" if run else "; pixels normalised as ImageNet's are, of which the file says nothing"
     return model, tuple(run.get("mean") or ()), tuple(run.get("std") or ()), f"{path}: {report}{unsaid}"
