@@ -16,10 +16,10 @@ from torch import Tensor
 from models_upernet import UperNet, resized
 from util.data import Normalise, seed_generators
 from util.distributed import rank, sum_over_ranks
-from util.masked_data import MaskedBatch
-from util.masks import IGNORED
 from util.schedules import polynomial_rate
 from util.segment_config import SegmentConfig
+from util.segment_data import MaskedBatch
+from util.segment_masks import IGNORED
 from util.training import Trainer
 from util.views import Size
 

@@ -25,10 +25,10 @@ from util.classifier_config import FinetuneConfig, LinprobeConfig
 from util.command_line import parse_config
 from util.data import Batch, DrawnBatch, LabelledBatch, Normalise
 from util.device_views import apply_photometry_rows, photometry_row
-from util.masked_data import MaskedBatch
 from util.optim import build_lars, build_optimizer
 from util.pretrain_config import PretrainConfig
 from util.segment_config import SegmentConfig
+from util.segment_data import MaskedBatch
 from util.training import Trainer, TrainState
 from util.views import TwoViews
 

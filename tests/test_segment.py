@@ -17,16 +17,16 @@ from conftest import TINY_SEGMENTER
 from engine_segment import SegmenterTrainer, pixel_loss
 from models_upernet import UperNet
 from ranks import Ranks
-from test_masks import DAMAGES, config_of, damage
+from test_segment_masks import DAMAGES, config_of, damage
 from util.amp import grad_scaler
 from util.checkpoint import load_checkpoint
 from util.command_line import parse_config
 from util.data import Normalise
-from util.masked_data import MaskedBatch
-from util.masks import IGNORED
 from util.optim import build_optimizer
 from util.results import read_results
 from util.segment_config import SegmentConfig
+from util.segment_data import MaskedBatch
+from util.segment_masks import IGNORED
 from util.training import TrainState
 
 CPU = torch.device("cpu")

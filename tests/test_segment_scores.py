@@ -21,9 +21,9 @@ from engine_segment import (
     slide,
     window_starts,
 )
-from test_masks import config_of
+from test_segment_masks import config_of
 from util.data import Normalise
-from util.masks import IGNORED
+from util.segment_masks import IGNORED
 from util.segment_pictures import Predicted, as_array, oklab, overlay, palette, segmentation_figure
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.tv_tensors import Image, Mask
 
-from util.masks import IGNORED
+from util.segment_masks import IGNORED
 from util.views import Size, shift_hue
 
 MOST_CROPS = 10  # drawn for one sample

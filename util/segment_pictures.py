@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from util.figures import Cell, picture_grid
-from util.masks import IGNORED
+from util.segment_masks import IGNORED
 
 OPACITY = 0.65  # of a mask over its image
 MOST_IN_LEGEND = 40

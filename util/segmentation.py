@@ -26,12 +26,12 @@ from util.evaluation import (
 from util.figures import save_figure
 from util.joint_views import resized_image, scaled_size
 from util.logs import RunLog
-from util.masked_data import MaskedImages, WholeImages, count_pixels, load_pair, open_masked, train_dataset
-from util.masks import IGNORED, MaskedSource
 from util.pictures import drawable
 from util.progress import progress
 from util.run import resumes
 from util.segment_config import SegmentConfig
+from util.segment_data import MaskedImages, WholeImages, count_pixels, load_pair, open_masked, train_dataset
+from util.segment_masks import IGNORED, MaskedSource
 from util.segment_pictures import Predicted, as_array, segmentation_figure
 
 

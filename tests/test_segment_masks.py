@@ -17,9 +17,9 @@ from conftest import TINY_SEGMENTER, one_line, write_images, write_masked
 from util.command_line import parse_config
 from util.errors import UserError
 from util.joint_views import Distortion, JointView, distort, draw_distortion, resized_image, resized_mask, scaled_size
-from util.masked_data import WholeImages, count_pixels, load_pair, open_masked, train_dataset
-from util.masks import IGNORED, UNKNOWN, find_classes, in_words, make_classes, read_classes
 from util.segment_config import SegmentConfig
+from util.segment_data import WholeImages, count_pixels, load_pair, open_masked, train_dataset
+from util.segment_masks import IGNORED, UNKNOWN, find_classes, in_words, make_classes, read_classes
 from util.views import sample_generator
 
 quick = settings(max_examples=60, deadline=None)

@@ -16,9 +16,9 @@ from util.data import MAY_BE_SKIPPED, MOST_BAD_IN_A_ROW, MUST_BE_READ, Loader, d
 from util.distributed import is_main
 from util.errors import UserError
 from util.joint_views import JointView, resized_image, scaled_size
-from util.masks import MaskedSource, find_classes, find_layout, pair_up
 from util.progress import progress
 from util.segment_config import SegmentConfig
+from util.segment_masks import MaskedSource, find_classes, find_layout, pair_up
 from util.sources import BadImage
 from util.views import Size, sample_generator
 
