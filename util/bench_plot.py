@@ -18,13 +18,11 @@ def plot_sweep(flag: str, found: Mapping[str, Sequence[Mapping[str, Any]]], path
     Args:
         found: value of the flag -> rows of `util.bench_step.measure`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     numeric = all(value.replace(".", "", 1).isdecimal() for value in found)
     places = [float(value) for value in found] if numeric else list(range(len(found)))
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     for name in dict.fromkeys(row["name"] for rows in found.values() for row in rows):
         rows = [next(row for row in rows if row["name"] == name) for rows in found.values()]

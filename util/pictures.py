@@ -95,14 +95,12 @@ MOST_NAMED_CLASSES = 40  # more names than that cannot be read
 
 def confusion_picture(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix [K, K] (row: true class, column: said) as shares of each row, into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     named = len(names) <= MOST_NAMED_CLASSES
     side = min(4 + 0.28 * len(names), 14)
     figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("said")

@@ -72,12 +72,10 @@ def row_curves(table: Table, options: Options) -> list[RowCurves]:
 
 def draw_curves(table: Table, options: Options, path: Path) -> None:
     """A line per row, the mean of its seeds in a band from the lowest to the highest of them, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = row_curves(table, options)
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2).flatten()
     for number, row in enumerate(rows):
         look = dict(color=ROW_COLOURS[number % len(ROW_COLOURS)], linestyle=("-", "--")[number // len(ROW_COLOURS) % 2])

@@ -208,7 +208,6 @@ def draw(filled: Filled, against: Against, path: Path) -> None:
 
     `against` the baseline: their distances from the first row of ours.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     table, columns = filled.table, filled.table.columns
@@ -216,7 +215,6 @@ def draw(filled: Filled, against: Against, path: Path) -> None:
     down = math.ceil(len(columns) / across)
     size = (2 + 3 * across, 0.5 + down * (1 + 0.4 * len(table.rows)))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
     for panel in panels[len(columns) :]:
         panel.set_axis_off()
