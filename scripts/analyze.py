@@ -43,6 +43,7 @@ from util.studies import (
     gradcam_study,
     spectrum_study,
 )
+from util.table_view import aligned
 from util.vit import NamedViT, open_vit
 
 # --------------------------------------------------------------------------------------------------------
@@ -270,16 +271,9 @@ def write(study: Study, folder: Path, name: str, config: AnalyzeConfig, vits: li
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror or error})") from error
-    print(aligned(study.table), end="")
+    print(aligned(study.table))
     print(f"{study.title}: {', '.join(map(str, pictures))}, {name}.json", flush=True)
     return pictures
-
-
-def aligned(table: list[list[str]]) -> str:
-    """The table's lines, its first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
-    return "".join("  ".join(row) + "\n" for row in rows)
 
 
 def plain(value: Any) -> Any:

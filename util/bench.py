@@ -21,6 +21,7 @@ import torch
 from util.errors import UserError
 from util.logs import machine, run_info
 from util.progress import progress
+from util.table_view import aligned
 
 Result = TypeVar("Result")
 
@@ -163,12 +164,8 @@ def run_alone(function: Callable[..., Result], *arguments: Any) -> Result:
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows with the same keys as aligned text, the first column to the left."""
-    columns = []
-    for title in rows[0]:
-        cells = [title, *(row[title] for row in rows)]
-        width = max(map(len, cells))
-        columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    titles = list(rows[0])
+    return aligned([titles, *([row[title] for title in titles] for row in rows)])
 
 
 def write_report(path: str, kind: str, device: torch.device, settings: Mapping[str, Any], **found: Any) -> None:

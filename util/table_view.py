@@ -148,16 +148,16 @@ def seeds(cells: dict[str, Cell], table: Table) -> str:
 
 def as_text(titles: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
     """Columns under each other, numbers flush right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    rule = ["-" * max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return aligned([titles, rule, *rows], labels)
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(n) if i < labels else cell.rjust(n)
-            for i, (cell, n) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
 
-    return "\n".join([line(titles), line(["-" * n for n in widths]), *map(line, rows)])
+def aligned(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """Cells under each other, those of the first columns to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if i < labels else str.rjust for i in range(len(widths))]
+    lines = [[side(cell, n) for side, cell, n in zip(sides, cells, widths, strict=True)] for cells in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def as_markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
