@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from ranks import PATIENCE, Ranks, children, newest_step, same_end, send, update
 from util.checkpoint import CheckpointStore, load_checkpoint
 from util.errors import REQUEUE_STATUS, run_main
 from util.logs import RunLog
+from util.run import writable_folder
 from util.stop import StopRequest
 from util.training import TrainState
 
@@ -405,6 +407,14 @@ def test_a_dead_or_hung_loader_process_ends_the_run(flat_folder, tmp_path, fault
     assert time.monotonic() - begin < PATIENCE / 4
     assert status == 1
     assert "a loader process died or hung" in said.splitlines()[-1]
+
+
+def test_processes_of_several_nodes_may_have_equal_ids(tmp_path):
+    """Each looks whether the shared folder can be written: threads have one process id, as those of containers may."""
+    folder = tmp_path / "run"
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: writable_folder(folder, "output_dir"), range(1000))) == {folder}
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.slow
