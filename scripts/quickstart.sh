@@ -17,7 +17,7 @@ for i in "${!arguments[@]}"; do
 done
 
 $python main_pretrain.py --recipe quickstart --auto_resume "$@"
-newest=$(ls -t "$output"/checkpoint-*.pth | grep -v best | head -1)
+newest=$(ls -t "$output"/checkpoint-*.pth | grep -v '/checkpoint-best\.pth$' | head -1)
 echo
 $python scripts/probe.py "$newest"
 echo

@@ -484,3 +484,11 @@ def test_stream_without_a_part_for_each_process_does_not_hang(capsys):
         run_main("x", lambda: run_stream(2, parts=1))
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("x: error: --dataset: the stream holds no samples")
+
+
+def test_names_that_no_encoding_knows_are_printed_with_escapes():
+    code = "from util.errors import run_main; run_main('x', lambda: print('a\\udcff'))"
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    root = Path(__file__).resolve().parent.parent
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=root, check=True)
+    assert found.stdout == b"a\\udcff\n"

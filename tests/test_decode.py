@@ -188,6 +188,12 @@ def test_files_with_zeros_at_their_end_are_bad(name, in_chans):
             decode(raw[:length] + bytes(len(raw) - length), in_chans)
 
 
+def test_integers_of_32_bits_are_refused_and_not_shifted_to_black():
+    image = Image.fromarray(np.arange(12, dtype=np.int32).reshape(3, 4))
+    with pytest.raises(BadImage, match="its pixels are integers of 32 bits"):
+        decode(encode(image, "TIFF"), 3)
+
+
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 def test_floats_are_refused_and_not_cut_to_black(in_chans):
     image = Image.fromarray(np.random.default_rng(0).random((30, 40), dtype=np.float32))

@@ -231,6 +231,26 @@ def test_validation_tar_beside_train_tar(tmp_path):
     check_source(find_validation(str(tmp_path), "", ""), VAL)
 
 
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_classes_may_be_called_as_splits(tmp_path, name):
+    files = {f"{split}/{kind}/{split}.png": 1 for split in ("train", "val") for kind in ("bus", name)}
+    write_folder(tmp_path, files)
+    for path in (tmp_path, tmp_path / "train"):
+        assert open_images(str(path), "", "train").class_names == sorted(["bus", name])
+        assert find_validation(str(path), "", "").class_names == sorted(["bus", name])
+
+
+def test_train_beside_other_classes_is_not_taken_for_a_split(tmp_path):
+    write_folder(tmp_path, {f"{kind}/1.png": 1 for kind in ("bus", "car", "train")})
+    with pytest.raises(
+        UserError, match=r"holds train and bus, car, if .* give .*/train; if it is a class"
+    ):
+        open_images(str(tmp_path), "", "train")
+    assert len(open_images(str(tmp_path / "train"), "", "train")) == 1
+    write_folder(tmp_path, {"val/2.png": 1})  # then nobody can mean it
+    assert len(open_images(str(tmp_path), "", "train")) == 1
+
+
 def test_validation_images_in_a_folder_of_tars(tmp_path):
     write_tar(tmp_path / "0.tar", {name: n for name, n in SPLITS.items() if n % 2})
     write_tar(tmp_path / "1.tar", {name: n for name, n in SPLITS.items() if not n % 2})

@@ -31,7 +31,7 @@ from util.progress import progress
 from util.sources import BadImage, ImageSource
 
 _SHARED_MEMORY = Path("/dev/shm")
-_FIRST_LOOK = 512  # images after which the size of all is estimated
+_LOOKS = (32, 512)  # images after which the size of all is estimated; the first ones fit into any memory
 
 
 @dataclass
@@ -174,7 +174,7 @@ def write_pixels(images: _Decoded, num_workers: int, patience: float, skip_bad: 
                     sizes[done] = torch.tensor(image.shape[-2:])
                     file.write(memoryview(image.numpy()).cast("B"))
                 done += 1
-            if done >= _FIRST_LOOK > done - len(batch) or done == len(images):
+            if done == len(images) or any(done - len(batch) < look <= done for look in _LOOKS):
                 file = with_room(file, file.tell() * len(images) // done)
         file.flush()
     except OSError as error:

@@ -91,11 +91,14 @@ def pil_pixels(image: Image.Image, in_chans: int) -> Tensor:
     """Pixels uint8 [in_chans, h, w]; 16-bit greys are scaled, not clipped as Pillow's `convert` does.
 
     Raises:
-        BadImage: it is too large, or of floats, which Pillow would cut to 0 ... 255: mostly they lie in 0 ... 1.
+        BadImage: it is too large, or of floats, which Pillow would cut to 0 ... 255: mostly they lie in 0 ... 1; or of
+            integers of 32 bits.
     """
     check_size(*image.size)
-    if image.mode == "F":
-        raise BadImage("its pixels are floats, whose range it does not tell; save it with 8 or 16 bits")
+    long = image.mode == "I" and image.format != "PNG"  # older Pillows read 16-bit PNGs so
+    if image.mode == "F" or long:
+        kind = "integers of 32 bits" if long else "floats"
+        raise BadImage(f"its pixels are {kind}, whose range it does not tell; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P":

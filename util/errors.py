@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import re
 import signal
@@ -61,8 +62,11 @@ def kill_loaders() -> None:
 def run_main(program: str, main: Callable[[], None]) -> None:
     """Run a script's main; UserError, RunError and Requeue become one line on stderr, with status 2, 1 and 75.
 
-    So do a full disk and the death of a loader process, wherever they are met (1).
+    So do a full disk and the death of a loader process, wherever they are met (1). Names that no encoding knows are
+    printed with escapes: a file may have one.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -295,10 +295,13 @@ def open_images(data_path: str, dataset: str, split: str, flag: str = "--data_pa
     path = Path(data_path)
     if not os.path.exists(path):
         raise UserError(f"{flag} {path}: there is no such file or folder")
-    found = split_path(path, split)
-    if split == "train" and found is None and (val := split_path(path, "val")):
-        raise without_training_images(flag, path, val.name)
-    path = found or path
+    train, val = (split_path(path, name) for name in SPLIT_NAMES)
+    if not names_a_split(path) or (train and val):  # else what it holds are classes, whatever they are called
+        if split == "train" and val and not train:
+            raise without_training_images(flag, path, val.name)
+        if train and not val and (beside := classes_beside(train)):
+            raise train_is_a_class(flag, path, train.name, beside)
+        path = {"train": train, "val": val}[split] or path
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         raise UserError(f"{flag} {path}: may not be read, check its permissions")
     if path.is_file():
@@ -318,6 +321,31 @@ def without_training_images(flag: str, path: Path, val: str) -> UserError:
     """Training on validation images, which is what is left there, is never meant."""
     fix = "name the training images train, or give their own folder or .tar, and the others to --val_path"
     return UserError(f"{flag} {path}: holds {val} but no train, {fix}")
+
+
+def names_a_split(path: Path) -> bool:
+    """Whether a folder is called as one."""
+    return any(path.name in names for names in SPLIT_NAMES.values())
+
+
+def classes_beside(train: Path) -> list[str]:
+    """The folders beside `train` that hold images themselves."""
+    if not train.is_dir():
+        return []
+    folders = sorted(path for path in train.parent.iterdir() if path.is_dir() and path != train)
+    return [folder.name for folder in folders if any(map(is_image, os.listdir(folder)))]
+
+
+def train_is_a_class(flag: str, path: Path, train: str, beside: Sequence[str]) -> UserError:
+    """For a folder of which one cannot know whether `train` is a split or a class."""
+    others = ", ".join(beside[:3]) + ", ..." * (len(beside) > 3)
+    fix = f"give {path / train}; if it is a class, put all of them into a folder {train}"
+    return UserError(f"{flag} {path}: holds {train} and {others}, if these are not to be trained on, {fix}")
+
+
+def is_image(name: str) -> bool:
+    """By its ending."""
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def split_path(root: Path, split: str) -> Path | None:
@@ -405,7 +433,7 @@ def image_paths(path: Path, flag: str) -> Iterator[tuple[str, str]]:
             raise UserError(f"{flag} {folder}: a link leads back to a folder around it, remove the link")
         above |= {os.path.join(folder, name): (*way, this) for name in inside}
         for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+            if is_image(name):
                 yield folder, name
 
 
@@ -457,7 +485,7 @@ def check_one_split(flag: str, root: Path, folders: Iterable[str]) -> None:
     """UserError where training and validation images lie side by side further down, and would both count."""
     inside: dict[PurePosixPath, set[str]] = {}
     for folder in map(PurePosixPath, folders):
-        for each in (folder, *folder.parents)[:-1]:
+        for each in (folder, *folder.parents)[:-2]:  # at the top they are split already, or classes
             inside.setdefault(each.parent, set()).add(each.name)
     for parent, names in inside.items():
         both = [next((name for name in SPLIT_NAMES[split] if name in names), None) for split in SPLIT_NAMES]
@@ -475,7 +503,7 @@ def tar_members(tar: Path, flag: str) -> list[tuple[str, int, int]]:
             found = [
                 (member.name, member.offset_data, member.size)
                 for member in file
-                if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_EXTENSIONS
+                if member.isfile() and is_image(member.name)
             ]
             file.fileobj.seek(file.offset)  # tarfile takes a damaged header for the end
             if file.fileobj.read(512) != bytes(512):
