@@ -242,9 +242,7 @@ def test_classes_may_be_called_as_splits(tmp_path, name):
 
 def test_train_beside_other_classes_is_not_taken_for_a_split(tmp_path):
     write_folder(tmp_path, {f"{kind}/1.png": 1 for kind in ("bus", "car", "train")})
-    with pytest.raises(
-        UserError, match=r"holds train and bus, car, if .* give .*/train; if it is a class"
-    ):
+    with pytest.raises(UserError, match=r"holds train and bus, car, if .* give .*/train; if it is a class"):
         open_images(str(tmp_path), "", "train")
     assert len(open_images(str(tmp_path / "train"), "", "train")) == 1
     write_folder(tmp_path, {"val/2.png": 1})  # then nobody can mean it
