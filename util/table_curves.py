@@ -92,7 +92,7 @@ def draw_curves(table: Table, options: Options, path: Path) -> None:
     panels[1].set_yscale("log")  # distances of different kinds: InfoNCE is some ten times the cosine's
     number_log_axis(panels[1])
     panels[3].set_xlabel("10¹² FLOP of matrix products")
-    panels[2].legend(fontsize=8)
+    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"{table.name}, --scale {options.scale.name}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
