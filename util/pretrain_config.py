@@ -112,11 +112,6 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         check_choice("head_norm_layer", self.head_norm_layer, list(HEAD_NORMS))
         check_choice("head_act_layer", self.head_act_layer, list(HEAD_ACTIVATIONS))
-        normed = (
-            self.has_momentum_encoder and self.head_norm_layer == "BN" and self.head_depth + self.predictor_depth > 2
-        )
-        fix = "BatchNorm of the heads needs two images, over all processes, or --head_norm_layer LN"
-        check(not normed or self.batch_size * world_size() >= 2, "batch_size", self.batch_size, fix)
         for flag in ("momentum", "momentum_end", "hflip"):
             check(0 <= getattr(self, flag) <= 1, flag, getattr(self, flag), "must lie in [0, 1]")
         photometric = self.photometric and self.has_momentum_encoder
@@ -133,6 +128,14 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         check(self.monitor_images >= 1, "monitor_images", self.monitor_images, "must be 1 or more (see --monitor_freq)")
         self.check_method()
         self.check_steering()
+        self.check_heads()
+
+    def check_heads(self) -> None:
+        """Enough images for BatchNorm of the heads; those of one layer have none."""
+        normed = self.has_momentum_encoder and self.head_norm_layer == "BN"
+        enough = self.batch_size * world_size() >= 2 or self.head_depth + self.predictor_depth == 2
+        fix = "BatchNorm of the heads needs two images, over all processes, or --head_norm_layer LN"
+        check(enough or not normed, "batch_size", self.batch_size, fix)
 
     def check_masks(self) -> None:
         """Masks that leave something to see and something to predict, in both encoders."""
