@@ -339,12 +339,20 @@ def test_a_bad_value_is_refused_by_flag_and_value(flag, value):
         (dict(patch_size=32, mask_ratio=0.99), "--mask_ratio 0.99: leaves 0 of 49 patches visible"),
         (dict(views="symmetric", mask_ratio=0.49), "--mask_ratio 0.49: --views symmetric"),
         (dict(save_periods=("every_00_epochs",)), "--save_periods"),
+        (dict(batch_size=1), "--batch_size 1: BatchNorm of the heads needs two images, over all processes, or --head"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         PretrainConfig(**settings)
     one_line(error)
+
+
+def test_one_image_is_enough_where_the_heads_have_no_batch_norm(monkeypatch):
+    for settings in (dict(head_norm_layer="LN"), dict(head_depth=1, predictor_depth=1), dict(alpha=0.0)):
+        PretrainConfig(batch_size=1, **settings)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    PretrainConfig(batch_size=1)
 
 
 def test_the_edges_of_what_is_allowed():
