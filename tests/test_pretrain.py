@@ -369,6 +369,21 @@ def test_validation_images_without_two_classes_are_said(pretrain, flat_folder, c
     assert f"no kNN accuracy: --val_path {flat_folder / 'deep'} has no labels of two classes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("steps", [4, 6])  # at an epoch's end; in the middle of one
+def test_a_run_that_max_steps_ended_is_only_looked_at_again(pretrain, flat_folder, tmp_path, capsys, steps):
+    flags = ("--data_path", flat_folder, f"--max_steps {steps} --monitor_freq 1 --auto_resume")
+    pretrain(*flags)
+    last = f"after epoch {-(-steps // 4)}"
+    assert capsys.readouterr().out.count(last) == 1
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("checkpoint*")}
+    log = pretrain(*flags)
+    said = capsys.readouterr().out
+    assert last in said
+    assert f"after epoch {-(-steps // 4) + 1}" not in said
+    assert len(losses(log)) == steps
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("checkpoint*")} == times
+
+
 def test_a_finished_folder_is_not_begun_anew(pretrain, flat_folder, tmp_path, capsys):
     pretrain("--data_path", flat_folder, "--max_steps 1")
     with pytest.raises(SystemExit):

@@ -237,8 +237,9 @@ def train(
     state.note_metric(store.best_metric)
     first_epoch, order.start_update = divmod(state.updates, order.updates_per_epoch)
     stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
+    over = trainer.finished  # killed between its last checkpoint and its result, or called again
     try:
-        for epoch in range(first_epoch, trainer.epochs):
+        for epoch in range(first_epoch, first_epoch if over else trainer.epochs):
             order.epoch = epoch
             if stream is not None:
                 stream.epoch = epoch
@@ -272,8 +273,8 @@ def train(
                 save(trainer, store, metric, binding)
             if last:
                 break
-        if first_epoch >= trainer.epochs:  # killed between its last checkpoint and its result
-            state.note_metric(look(trainer.epochs, True))
+        if over:
+            state.note_metric(look(-(-state.updates // order.updates_per_epoch), True))
         settle()
     finally:
         store.unlock()
