@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data import Loader, decode
+from util.data import MAY_BE_SKIPPED, Loader, decode
 from util.device_views import StoredImages
 from util.distributed import barrier, from_all_ranks, is_main, patient_group, rank
 from util.errors import RunError, UserError
@@ -168,7 +168,7 @@ def write_pixels(images: _Decoded, num_workers: int, patience: float, skip_bad: 
                 if isinstance(image, str):
                     if not skip_bad:
                         name = images.source.name(done)
-                        raise UserError(f"{name}: cannot be read ({image}); mend it or add --on_bad_image skip")
+                        raise UserError(f"{name}: cannot be read ({image}); {MAY_BE_SKIPPED}")
                     bad[done] = image
                 else:
                     sizes[done] = torch.tensor(image.shape[-2:])

@@ -275,7 +275,7 @@ class PretrainStream(IterableDataset):
                     if not self.skip_bad or bad_in_a_row == MOST_BAD_IN_A_ROW:
                         raise UserError(
                             f"the stream's sample after {number - begin} good ones cannot be read ({error});"
-                            " mend it or add --on_bad_image skip"
+                            f" {MAY_BE_SKIPPED}"
                         ) from error
                     continue
                 if number >= start:
