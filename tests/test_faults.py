@@ -265,6 +265,47 @@ def test_bad_images_of_all_ranks_are_counted_and_named(flat_folder, tmp_path):
     assert 0 < named < len(bad)
 
 
+FAILING = """
+import os, sys, time, torch
+import torch.distributed as dist
+from util.distributed import start_processes
+from util.errors import UserError, run_main
+
+class Slow:
+    def __del__(self):
+        time.sleep(4)
+
+slow = Slow()  # which Python lets go while it shuts down
+
+def main():
+    rank = start_processes("cpu").rank
+    dist.barrier()
+    time.sleep(2 * rank)  # rank 0's exchange is answered while it ends
+    dist.all_reduce(torch.zeros(1), async_op=True)
+    raise {error}
+
+run_main("main_pretrain.py", main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        ("UserError('--this: is wrong')", 2, "main_pretrain.py: error: --this: is wrong"),
+        ("ValueError('a bug')", 1, "ValueError: a bug"),
+        ("SystemExit('words')", 1, "words"),
+    ],
+)
+def test_a_rank_s_error_is_its_exit_status_whatever_gloo_still_does(error, expected, words):
+    """A thread of gloo that gives back a tensor while Python shuts down would end the process by SIGABRT."""
+    with Ranks(["-c", FAILING.format(error=error)], 2) as ranks:
+        ends = ranks.finish()
+    for status, said in ends:
+        assert status == expected
+        assert said.strip().endswith(words)
+
+
 # ---- resume --------------------------------------------------------------------------------------------------
 
 

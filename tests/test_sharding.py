@@ -27,7 +27,7 @@ from ranks import free_port
 from util.checkpoint import CheckpointStore, load_checkpoint
 from util.command_line import parse_config
 from util.distributed import start_processes, stop_processes
-from util.errors import UserError, run_main
+from util.errors import UserError, call_main, run_main
 from util.nonfinite import NonFiniteWatch
 from util.optim import build_optimizer
 from util.pretrain_config import PretrainConfig
@@ -93,7 +93,7 @@ def call(program: str, root: Path, folder: str, flags: str) -> tuple[int, str]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            run_main(name, main.main)
+            call_main(name, main.main)
     except SystemExit as stop:
         stop_processes()
         return int(stop.code or 0), said.getvalue()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import multiprocessing
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+import torch.distributed as dist
 
 RUN_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2  # what argparse and tyro exit with, so that scripts see one status for bad input
@@ -59,8 +64,37 @@ def kill_loaders() -> None:
         loader.kill()
 
 
+def end_at_once(error: Exception | SystemExit) -> NoReturn:
+    """End this process of several with the status that the error asks for, without Python's shutdown.
+
+    While that goes on, a thread of gloo that gives a tensor back ends the process by SIGABRT: a scheduler or a launcher
+    would then see neither "wrong input" nor "requeue". To leave the process group first would be to wait for ranks
+    that may hang.
+    """
+    status = error.code if isinstance(error, SystemExit) else RUN_ERROR_STATUS
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = RUN_ERROR_STATUS
+    atexit._run_exitfuncs()  # loader processes are ended, files closed
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
+
+
 def run_main(program: str, main: Callable[[], None]) -> None:
-    """Run a script's main; UserError, RunError and Requeue become one line on stderr, with status 2, 1 and 75.
+    """Run a script's main with errors of one line, see `call_main`; one process of several then ends at once."""
+    try:
+        call_main(program, main)
+    except (Exception, SystemExit) as error:
+        if not dist.is_initialized():
+            raise
+        end_at_once(error)
+
+
+def call_main(program: str, main: Callable[[], None]) -> None:
+    """Call a script's main; UserError, RunError and Requeue become one line on stderr, with status 2, 1 and 75.
 
     So do a full disk and the death of a loader process, wherever they are met (1). Names that no encoding knows are
     printed with escapes: a file may have one.
