@@ -66,6 +66,7 @@ def main() -> None:
     check_batch(config, order)
     if config.dry_run:
         show_plan(config, source, order, dtype)
+        stop_processes()
         return
     store = open_store(config)
     resumed = checkpoint_to_resume(config, store)
