@@ -305,7 +305,7 @@ class RunConfig:
     max_steps: int | None = None
     """end the run after this many updates in all; the schedule stays that of the whole run"""
     max_minutes: float | None = None
-    """save, stop and ask for a requeue (exit status 75) after so long; default: never"""
+    """save, stop and ask for a requeue (exit status 75) after so long of training, which --cache precedes"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """a loss that is NaN or infinite stops the run, or its update is left out and counted (looks at each update)"""
     elastic: bool = False
