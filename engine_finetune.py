@@ -5,7 +5,7 @@ Letters: B images, C channels, H x W pixels, K classes, N images of the evaluati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,11 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from util.classifier_config import ClassifierConfig
-from util.data import LabelledBatch, Normalise, seed_generators
-from util.distributed import rank, sum_over_ranks
-from util.sharding import local
-from util.training import Trainer
+from util.config.classifier import ClassifierConfig
+from util.data.cache import cache_images
+from util.data.device_views import Normalise
+from util.data.labelled import ClassifierDataset, LabelledBatch, LabelledDataset, seed_generators
+from util.runtime.distributed import Processes, rank, sum_over_ranks
+from util.runtime.sharding import local
+from util.train.classification import LabelledImages, predict, train_dataset
+from util.train.downstream import Prepared, show_plan, train_and_evaluate
+from util.train.evaluation import Evaluation, evaluation_loader, share_of_images, write_per_class
+from util.train.trainer import Trainer
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels [B] to mixed ones, targets [B, K]
 
@@ -64,11 +69,6 @@ class ClassifierTrainer(Trainer):
             get_ema_multi_avg_fn(self.ema_decay)(mine, theirs, None)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------------------
-
-
 class Scores(NamedTuple):
     """Of all images together, each counted once."""
 
@@ -87,28 +87,6 @@ class Scores(NamedTuple):
     def per_class(self) -> Tensor:
         """[K] accuracy of each class in %, nan where the evaluation has none of it."""
         return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    normalise: Callable[[Tensor], Tensor],
-    device: torch.device,
-    autocast: torch.autocast,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [B, K], float32, of a classifier in eval mode and what the loader yields beside the images, per batch.
-
-    `loader` yields uint8 images and a tensor [B], `normalise` makes the model's input of images on the device.
-    """
-    was_training = model.training
-    model.eval()
-    for pixels, others in loader:
-        images = normalise(pixels.to(device, non_blocking=True))
-        with autocast:
-            logits = model(images)
-        yield logits.float(), others.to(device, non_blocking=True)
-    model.train(was_training)
 
 
 @torch.no_grad()
@@ -142,3 +120,70 @@ def evaluate(
     if confusion is not None:
         confusion = sum_over_ranks(confusion).cpu()
     return Scores(loss / images, 100 * correct / images, 100 * in_five / images, int(images), confusion)
+
+
+def train_classifier(trainer: ClassifierTrainer, prepared: Prepared, stage: str, said: str) -> Scores | None:
+    """The whole run of a classifier that has been built: resume, epochs, evaluations, result; or --eval alone.
+
+    Args:
+        stage: `finetune` or `linprobe`, for results.jsonl.
+        said: where the weights came from, for the log.
+    """
+    config, data, order = prepared.config, prepared.data, prepared.order
+    if config.dry_run:
+        images = f"{order.num_samples} training, {len(data.val)} validation, {data.num_classes} classes"
+        made = None if data.train is None else lambda: train_dataset(config, data.train)
+        show_plan(trainer, images, order, made)
+        return None
+
+    def make_dataset() -> ClassifierDataset:
+        images = data.train
+        if config.cache == "ram":
+            about = (config.in_chans, config.loader_workers, config.loader_timeout)
+            images = cache_images(images, *about, config.on_bad_image == "skip")
+        return train_dataset(config, images)
+
+    def make_evaluation() -> ClassifierEvaluation:
+        return ClassifierEvaluation(trainer, data, prepared.processes)
+
+    return train_and_evaluate(trainer, prepared, make_dataset, make_evaluation, stage, said)
+
+
+class ClassifierEvaluation(Evaluation):
+    """Accuracy on the validation images."""
+
+    metric = "top1"
+
+    def __init__(self, trainer: ClassifierTrainer, data: LabelledImages, processes: Processes):
+        super().__init__(trainer)
+        config: ClassifierConfig = trainer.config
+        self.data = data
+        indices = share_of_images(len(data.val), processes, config.dist_eval)
+        dataset = LabelledDataset(data.val, indices, config.image_size, config.in_chans)
+        self.loader = evaluation_loader(dataset, trainer, config.batch_size)
+        self.normalise = Normalise(config.pixel_mean, config.pixel_std, trainer.device)
+
+    def evaluate(self) -> Scores:
+        """Of the moving average where there is one, else of the classifier; the same on all ranks."""
+        trainer = self.trainer
+        state, autocast = trainer.state, trainer.autocast()
+        # ranks may have different numbers of batches: none may wait for the others' weights
+        model = state.unsharded(state.model if state.model_ema is None else state.model_ema, trainer.device)
+        about = (self.data.num_classes, trainer.device, autocast, trainer.config.per_class)
+        return evaluate(model, self.loader, self.normalise, *about)
+
+    def describe(self, scores: Scores) -> str:
+        """The scores in one line."""
+        accuracies = f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %"
+        return f"{accuracies}, loss {scores.loss:.4f} on {scores.images} images"
+
+    def write_classes(self, scores: Scores) -> str:
+        """The accuracy per class and the confusion matrix."""
+        names = self.data.val.class_names or [str(number) for number in range(len(scores.confusion))]
+        images = scores.confusion.sum(dim=1).tolist()
+        rows = [
+            {"class": name, "images": number, "accuracy": None if number == 0 else round(accuracy, 4)}
+            for name, number, accuracy in zip(names, images, scores.per_class.tolist(), strict=True)
+        ]
+        confusion = scores.confusion.numpy()
+        return write_per_class(self.trainer.config.output_dir, rows, confusion, confusion)

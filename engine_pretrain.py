@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from models_lut import Targets
-from util.cache import CachedImages
-from util.data import Batch, DrawnBatch, Normalise
-from util.device_views import apply_photometry_rows, cut_resized, cut_simple
-from util.pretrain_config import PretrainConfig
-from util.schedules import momentum_decay
-from util.training import Trainer
+from util.config.pretrain import PretrainConfig
+from util.data.cache import CachedImages
+from util.data.device_views import Normalise, apply_photometry_rows, cut_resized, cut_simple
+from util.data.samples import Batch, DrawnBatch
+from util.optim.schedules import momentum_decay
+from util.train.trainer import Trainer
 
 
 @dataclass

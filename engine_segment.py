@@ -7,21 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models_upernet import UperNet, resized
-from util.data import Normalise, seed_generators
-from util.distributed import rank, sum_over_ranks
-from util.schedules import polynomial_rate
-from util.segment_config import SegmentConfig
-from util.segment_data import MaskedBatch
-from util.segment_masks import IGNORED
-from util.training import Trainer
-from util.views import Size
+from util.config.segment import SegmentConfig
+from util.data.decode import MUST_BE_READ
+from util.data.device_views import Normalise
+from util.data.joint_views import resized_image, scaled_size
+from util.data.labelled import seed_generators
+from util.data.masked_samples import MaskedBatch, WholeImages, load_pair
+from util.data.masks import IGNORED
+from util.data.views import Size
+from util.figures.figure import save_figure
+from util.figures.pictures import drawable
+from util.figures.segment_pictures import Predicted, as_array, segmentation_figure
+from util.optim.schedules import polynomial_rate
+from util.runtime.distributed import Processes, is_main, rank, sum_over_ranks
+from util.runtime.logs import RunLog
+from util.runtime.progress import progress
+from util.train.downstream import Prepared, show_plan, train_and_evaluate
+from util.train.evaluation import Evaluation, evaluation_loader, share_of_images, write_per_class
+from util.train.segmentation import MaskedImages, train_dataset
+from util.train.trainer import Trainer
 
 MOST_NUMBERS = 2**26  # of logits at an image's size that are held at a time, 256 MiB
 
@@ -219,3 +233,94 @@ def predicted_classes(
         logits = image_logits(model, image, config)
     model.train(was_training)
     return classes_at(logits, size)
+
+
+def train_segmenter(trainer: SegmenterTrainer, prepared: Prepared, said: str) -> SegmentScores | None:
+    """The whole run of a segmenter that has been built: resume, updates, evaluations, result; or --eval alone.
+
+    Args:
+        said: where the weights came from, for the log.
+    """
+    config, data = prepared.config, prepared.data
+    make_dataset = partial(train_dataset, config, data.train)
+    if config.dry_run:
+        training = 0 if data.train is None else len(data.train)
+        images = f"{training} training, {len(data.val)} validation, {data.num_classes} classes"
+        show_plan(trainer, images, prepared.order, make_dataset if training else None)
+        return None
+    make_evaluation = partial(SegmentEvaluation, trainer, data, prepared.processes)
+    return train_and_evaluate(trainer, prepared, make_dataset, make_evaluation, "segment", said)
+
+
+class SegmentEvaluation(Evaluation):
+    """Mean intersection over union on the validation images, and pictures of some of them."""
+
+    metric = "miou"
+
+    def __init__(self, trainer: SegmenterTrainer, data: MaskedImages, processes: Processes):
+        super().__init__(trainer)
+        config: SegmentConfig = trainer.config
+        self.data = data
+        indices = share_of_images(len(data.val), processes, config.dist_eval)
+        dataset = WholeImages(data.val, indices, config.image_size, config.in_chans)
+        self.loader = evaluation_loader(dataset, trainer, batch_size=None)
+        self.shown: list[Predicted] = []  # of the latest evaluation
+
+    def evaluate(self) -> SegmentScores:
+        """Of the segmenter; the same on all ranks."""
+        trainer = self.trainer
+        # ranks have different numbers of windows: none may wait for the others' weights
+        model = trainer.state.unsharded(trainer.state.model, trainer.device)
+        how = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
+        loader = progress(self.loader, len(self.loader), "evaluating", "images") if is_main() else self.loader
+        scores = evaluate(model, loader, self.data.num_classes, *how)
+        if is_main():
+            self.shown = [self.predicted(model, index) for index in self.chosen]
+        return scores
+
+    @property
+    def chosen(self) -> list[int]:
+        """The validation images that are drawn, spread evenly over all of them."""
+        number = min(self.trainer.config.pictures, len(self.data.val))
+        return np.linspace(0, len(self.data.val) - 1, number).round().astype(int).tolist()
+
+    def predicted(self, model: UperNet, index: int) -> Predicted:
+        """A validation image with truth and prediction."""
+        trainer, val = self.trainer, self.data.val
+        image, mask, _ = load_pair(val, index, trainer.config.in_chans, skip_bad=False, fix=MUST_BE_READ)
+        seen = resized_image(image, scaled_size(tuple(mask.shape), trainer.config.image_size))
+        how = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
+        said = predicted_classes(model, seen, tuple(mask.shape), *how).cpu().to(torch.uint8)
+        return Predicted(Path(val.name(index)).name, drawable(image / 255), mask.numpy(), said.numpy())
+
+    def describe(self, scores: SegmentScores) -> str:
+        """The scores in one line."""
+        miou, aacc, macc = scores.values.values()
+        return f"mIoU {miou:.2f} %, aAcc {aacc:.2f} %, mAcc {macc:.2f} % on {scores.images} images"
+
+    def draw(self, title: str, name: str, log: RunLog | None) -> None:
+        """pictures/segmentation-NAME.png."""
+        if not self.shown:
+            return
+        figure = segmentation_figure(self.shown, self.data.val.classes.names, title)
+        save_figure(figure, Path(self.trainer.config.output_dir) / "pictures" / f"segmentation-{name}.png")
+        if log is not None:
+            log.image(self.trainer.state.updates, "segmentation", as_array(figure))
+
+    def write_classes(self, scores: SegmentScores) -> str:
+        """IoU and accuracy per class and the confusion matrix, drawn in % of the true class."""
+        confusion = scores.confusion.numpy()
+        pixels = confusion.sum(axis=1)
+        rows = [
+            {"class": name, "pixels": int(number), "iou": rounded(iou), "accuracy": rounded(accuracy)}
+            for name, number, iou, accuracy in zip(
+                self.data.val.classes.names, pixels, scores.iou.tolist(), scores.accuracy.tolist(), strict=True
+            )
+        ]
+        percent = (100 * confusion / np.maximum(pixels[:, None], 1)).round().astype(int)
+        return write_per_class(self.trainer.config.output_dir, rows, confusion, percent)
+
+
+def rounded(percent: float) -> float | None:
+    """For JSON, which knows no nan."""
+    return None if percent != percent else round(percent, 4)

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 
-from engine_finetune import ClassifierTrainer
+from engine_finetune import ClassifierTrainer, train_classifier
 from models_vit import Classifier
-from util.classification import prepare, train_classifier
-from util.classifier_config import FinetuneConfig
-from util.distributed import stop_processes
-from util.errors import run_main
-from util.evaluation import fresh_state, parse_downstream, start_from
-from util.run import parallel
+from util.config.classifier import FinetuneConfig
+from util.runtime.distributed import stop_processes
+from util.runtime.errors import run_main
+from util.train.classification import prepare
+from util.train.downstream import fresh_state, parse_downstream, start_from
+from util.train.run import parallel
 
 
 def main() -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from engine_finetune import ClassifierTrainer
+from engine_finetune import ClassifierTrainer, train_classifier
 from models_vit import LinearProbe
-from util.classification import prepare, train_classifier
-from util.classifier_config import LinprobeConfig
-from util.distributed import stop_processes, synchronise_batch_norm
-from util.errors import run_main
-from util.evaluation import fresh_state, parse_downstream, start_from
-from util.optim import build_lars
-from util.run import parallel
+from util.config.classifier import LinprobeConfig
+from util.optim.optimizer import build_lars
+from util.runtime.distributed import stop_processes, synchronise_batch_norm
+from util.runtime.errors import run_main
+from util.train.classification import prepare
+from util.train.downstream import fresh_state, parse_downstream, start_from
+from util.train.run import parallel
 
 
 def main() -> None:

@@ -19,21 +19,25 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from engine_pretrain import PretrainTrainer
 from models_lut import MomentumEncoder
-from util.amp import autocast_dtype, choose_attention, grad_scaler
-from util.cache import cache_images, readable
-from util.command_line import parse_config
-from util.config import as_dict
-from util.cost import Cost, pretrain_cost
-from util.data import BatchOrder, DrawnDataset, PretrainDataset, PretrainStream, training_loader
-from util.distributed import broadcast_module, is_main, start_processes, stop_processes, synchronise_batch_norm
-from util.errors import UserError, run_main
-from util.interop import LoadReport, load_weights
-from util.logs import RunLog
-from util.monitor import Monitor
-from util.optim import build_optimizer
-from util.pretrain_config import PretrainConfig
-from util.results import append_result, made_on, read_results
-from util.run import (
+from util.config.command_line import parse_config
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.data.cache import cache_images, readable
+from util.data.datasets import find_validation, open_images
+from util.data.loader import training_loader
+from util.data.samples import BatchOrder, DrawnDataset, PretrainDataset, PretrainStream
+from util.data.sources import ImageSource, same_classes
+from util.data.views import TwoViews
+from util.optim.optimizer import build_optimizer
+from util.results.results import append_result, made_on, read_results
+from util.runtime.amp import autocast_dtype, choose_attention, grad_scaler
+from util.runtime.distributed import broadcast_module, is_main, start_processes, stop_processes, synchronise_batch_norm
+from util.runtime.errors import UserError, run_main
+from util.runtime.logs import RunLog
+from util.runtime.sharding import check_sharding, shard
+from util.train.cost import Cost, pretrain_cost
+from util.train.monitor import Monitor
+from util.train.run import (
     begin_or_go_on,
     check_batch,
     checkpoint_to_resume,
@@ -45,10 +49,8 @@ from util.run import (
     train,
     transform_blocks,
 )
-from util.sharding import check_sharding, shard
-from util.sources import ImageSource, find_validation, open_images, same_classes
-from util.training import TrainState
-from util.views import TwoViews
+from util.train.trainer import TrainState
+from util.weights.interop import LoadReport, load_weights
 
 
 def main() -> None:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-from engine_segment import SegmenterTrainer
+from engine_segment import SegmenterTrainer, train_segmenter
 from models_upernet import UperNet
-from util.data import Normalise
-from util.distributed import stop_processes, synchronise_batch_norm
-from util.errors import run_main
-from util.evaluation import fresh_state, parse_downstream, start_from
-from util.run import parallel
-from util.segment_config import SegmentConfig
-from util.segmentation import prepare, train_segmenter
+from util.config.segment import SegmentConfig
+from util.data.device_views import Normalise
+from util.runtime.distributed import stop_processes, synchronise_batch_norm
+from util.runtime.errors import run_main
+from util.train.downstream import fresh_state, parse_downstream, start_from
+from util.train.run import parallel
+from util.train.segmentation import prepare
 
 
 def main() -> None:

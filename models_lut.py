@@ -23,8 +23,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from models_encoder import Encoder, fixed_positions, init_weights, patch_statistics, patchify, take, vit_block
-from util.losses import DISTANCES
-from util.sharding import local
+from util.optim.losses import DISTANCES
+from util.runtime.sharding import local
 
 # --------------------------------------------------------------------------------------------------------
 # Masking
@@ -124,7 +124,7 @@ class Steering:
     steered_tokens: Literal["visible", "all"] = "visible"  # 4a; all: also the mean of what the mask tokens become
     context_token: Literal["avg", "cls"] = "avg"  # 4b; of student and context encoder: mean of the patch tokens, or cls
     supervision: Literal["context", "token", "both"] = "context"  # 4c; token: each visible token, at its own place
-    distance: str = "cosine"  # 4d; a key of util.losses.DISTANCES
+    distance: str = "cosine"  # 4d; a key of util.optim.losses.DISTANCES
     infonce_temperature: float = 0.2
     context_mask_ratio: float = 0.0  # 4e; share of patches hidden from the context encoder
 
@@ -316,7 +316,7 @@ class DecoderBlock(Block):
         q = q.transpose(1, 2)
         if self.attn.fused_attn:
             seen = F.scaled_dot_product_attention(q, k, v)
-        else:  # see util.amp.choose_attention
+        else:  # see util.runtime.amp.choose_attention
             seen = (q * self.attn.scale @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         x = x[:, -last:] + self.attn.proj(seen.transpose(1, 2).reshape(B, last, E))
         return x + self.mlp(self.norm2(x))

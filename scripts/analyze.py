@@ -26,15 +26,8 @@ import numpy as np
 from tyro.conf import arg
 
 from models_vit import Pool
-from util.command_line import parse_config
-from util.config import as_dict, check, check_image_size, nearest
-from util.distributed import choose_device
-from util.errors import UserError, run_main
-from util.figures import save_figure
-from util.images import find_images
-from util.interop import Weights
-from util.page import Section, page
-from util.studies import (
+from util.analysis.images import find_images
+from util.analysis.studies import (
     Images,
     Study,
     attention_study,
@@ -43,8 +36,15 @@ from util.studies import (
     gradcam_study,
     spectrum_study,
 )
-from util.table_view import aligned
-from util.vit import NamedViT, open_vit
+from util.config.command_line import parse_config
+from util.config.groups import as_dict, check, check_image_size
+from util.figures.figure import save_figure
+from util.report.page import Section, page
+from util.runtime.distributed import choose_device
+from util.runtime.errors import UserError, nearest, run_main
+from util.runtime.logs import aligned
+from util.weights.interop import Weights
+from util.weights.vit import NamedViT, open_vit
 
 # --------------------------------------------------------------------------------------------------------
 # Settings

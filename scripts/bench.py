@@ -6,11 +6,12 @@
     python scripts/bench.py loader --data_path IMAGES --scale_to 500x375
     python scripts/bench.py epoch --data_path IMAGES --vary num_workers=0,2 --max_steps 100
     python scripts/bench.py limits
+    python scripts/bench.py saving --folder /scratch
 
 step is the bare update on images that are in memory, loader the way from files to views, epoch whole runs of
-main_pretrain.py, limits the machine alone. The first three take the flags of main_pretrain.py (`step --help`), and
---vary compares values of any of them. What is compared takes turns, so that whatever else the machine does meets all
-alike; numbers are medians, with quartiles in brackets.
+main_pretrain.py, limits the machine alone, saving the cost of checkpoints. The first three take the flags of
+main_pretrain.py (`step --help`), and --vary compares values of any of them. What is compared takes turns, so that
+whatever else the machine does meets all alike; numbers are medians, with quartiles in brackets.
 """
 
 from __future__ import annotations
@@ -28,27 +29,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from util.bench import Spread, in_turn, percent, ratios, short, spread, table, write_report
-from util.bench_config import EpochConfig, LimitsConfig, LoaderConfig, StepConfig, titled, vary
-from util.bench_epoch import PARTS, run_variant
-from util.bench_loader import PIL_KNOWS, bench_images, pipeline
-from util.bench_memory import largest_batch
-from util.bench_plot import plot_sweep
-from util.bench_step import StepperProcess, Variant, measure, step_variants
-from util.command_line import parse_config
-from util.config import as_dict, check, nearest
-from util.distributed import choose_device
-from util.errors import UserError, run_main
-from util.limits import DTYPES, decode_rate, disk_write, matrix_peaks, memory_bandwidth, one_thread, sample_photos
-from util.run import writable_folder
-from util.sources import open_images
+from util.bench.config import EpochConfig, LimitsConfig, LoaderConfig, StepConfig, titled, vary
+from util.bench.epoch import PARTS, run_variant
+from util.bench.limits import DTYPES, decode_rate, disk_write, matrix_peaks, memory_bandwidth, one_thread, sample_photos
+from util.bench.loader import PIL_KNOWS, bench_images, pipeline
+from util.bench.memory import largest_batch
+from util.bench.plot import plot_sweep
+from util.bench.saving import SavingConfig, bench_saving
+from util.bench.step import StepperProcess, Variant, measure, step_variants
+from util.bench.timing import Spread, in_turn, percent, ratios, short, spread, table, write_report
+from util.config.command_line import parse_config
+from util.config.groups import as_dict, check
+from util.data.datasets import open_images
+from util.runtime.distributed import choose_device
+from util.runtime.errors import UserError, nearest, run_main
+from util.train.run import writable_folder
 
 PROGRAM = Path(__file__).name
 
 
 def main() -> None:
     """The benchmark that the first argument names."""
-    benchmarks: dict[str, Callable[[list[str]], None]] = dict(step=step, loader=loader, epoch=epoch, limits=limits)
+    benchmarks = {function.__name__: function for function in (step, loader, epoch, limits, saving)}
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(__doc__)
@@ -308,6 +310,16 @@ def files_to_decode(config: LimitsConfig) -> list[bytes]:
         return sample_photos()
     source = open_images(config.data_path, "", "train")
     return [source.read(index) for index in range(0, len(source), max(1, len(source) // 64))]
+
+
+# --------------------------------------------------------------------------------------------------------
+# saving
+# --------------------------------------------------------------------------------------------------------
+
+
+def saving(arguments: list[str]) -> None:
+    """How long a checkpoint keeps the training waiting."""
+    bench_saving(parse_config(SavingConfig, arguments, f"{PROGRAM} saving"))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tyro.conf import Positional, arg
 
-from util.command_line import parse_config
-from util.config import DataConfig, check, check_image_size
-from util.errors import UserError, run_main
-from util.export import shape_of, write_hub_folder, write_mae, write_onnx, write_timm
-from util.interop import Weights, is_linear_probe, read_weights
+from util.config.command_line import parse_config
+from util.config.groups import DataConfig, check, check_image_size
+from util.runtime.errors import UserError, run_main
+from util.weights.export import shape_of, write_hub_folder, write_mae, write_onnx, write_timm
+from util.weights.interop import Weights, is_linear_probe, read_weights
 
 SUFFIXES = {"mae": ".pth", "timm": ".safetensors", "hf": "", "onnx": ".onnx"}
 

@@ -4,9 +4,9 @@
     python main_pretrain.py --data_path IMAGENET256 ...
     python scripts/prepare_data.py --data_path IMAGENET --check     # decodes all images, names the bad, writes nothing
 
-The output is .tar shards below train/ and val/ (see util/shards.py), with the classes and labels of the input. Images
-are reduced by the filter of training until their shorter side has --short_side pixels, and never enlarged; a JPEG that
-is small enough keeps its bytes. EXIF orientation is left alone, as in training.
+The output is .tar shards below train/ and val/ (see util/data/shards.py), with the classes and labels of the input.
+Images are reduced by the filter of training until their shorter side has --short_side pixels, and never enlarged; a
+JPEG that is small enough keeps its bytes. EXIF orientation is left alone, as in training.
 
 An interrupted call, however it ended, goes on with the same command from its last whole shard. The output is the same
 byte for byte, for any --num_workers. train/ appears when all is done: nobody trains on half of it.
@@ -40,14 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch.utils.data import Dataset, IterableDataset
 
-from util.checkpoint import LOCK, TEMPORARY, fsync_folder, lock_folder, write_durably
-from util.command_line import parse_config
-from util.config import check, processors
-from util.data import Loader
-from util.errors import RunError, UserError, run_main
-from util.logs import ERASE_TO_END_OF_LINE, format_duration
-from util.prepared import Decoded, Encoder, Samples, Split, name_images
-from util.shards import (
+from util.config.command_line import parse_config
+from util.config.groups import check, processors
+from util.data.datasets import find_validation, open_images, published_names
+from util.data.loader import Loader
+from util.data.prepared import Decoded, Encoder, Samples, Split, name_images
+from util.data.shards import (
     Sample,
     Shard,
     bytes_in_tar,
@@ -57,7 +55,11 @@ from util.shards import (
     shard_path,
     write_shard,
 )
-from util.sources import TarSource, find_validation, open_images, published_names
+from util.data.sources import TarSource
+from util.runtime.errors import RunError, UserError, run_main
+from util.runtime.files import TEMPORARY, fsync_folder, write_durably
+from util.runtime.logs import ERASE_TO_END_OF_LINE, format_duration
+from util.weights.checkpoint import LOCK, lock_folder
 
 SETTINGS_FILE = "prepare.json"
 BAD_IMAGES_FILE = "bad_images.txt"

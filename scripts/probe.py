@@ -25,20 +25,28 @@ from torch import Tensor
 
 from models_encoder import Encoder, patchify
 from models_vit import Pool
-from util.checkpoint import load_checkpoint
-from util.command_line import parse_config
-from util.config import config_from_dict
-from util.data import Normalise
-from util.distributed import choose_device
-from util.errors import UserError, run_main
-from util.interop import PATCH_KERNEL, load_weights, weights_in
-from util.monitor import drawn, labelled_loader
-from util.pretrain_config import PretrainConfig
-from util.probe import extract_features, few_labels, hold_out, knn_accuracy, linear_sweep, logistic_probe_accuracy
-from util.probe_config import ProbeConfig
-from util.progress import with_progress
-from util.results import append_result, made_on
-from util.sources import ImageSource, find_validation, open_images, same_classes
+from util.analysis.probe import (
+    extract_features,
+    few_labels,
+    hold_out,
+    knn_accuracy,
+    linear_sweep,
+    logistic_probe_accuracy,
+)
+from util.config.command_line import parse_config
+from util.config.groups import config_from_dict
+from util.config.pretrain import PretrainConfig
+from util.config.probe import ProbeConfig
+from util.data.datasets import find_validation, open_images
+from util.data.device_views import Normalise
+from util.data.labelled import drawn, labelled_loader
+from util.data.sources import ImageSource, same_classes
+from util.results.results import append_result, made_on
+from util.runtime.distributed import choose_device
+from util.runtime.errors import UserError, run_main
+from util.runtime.progress import with_progress
+from util.weights.checkpoint import load_checkpoint
+from util.weights.interop import PATCH_KERNEL, load_weights, weights_in
 
 ROWS = {"random": "random", "student": "student", "momentum": "momentum encoder"}
 

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tyro.conf import Positional, arg
 
-from util.command_line import parse_config
-from util.config import check
-from util.distributed import choose_device
-from util.errors import UserError, run_main
-from util.report import attention, report
-from util.run_folder import open_runs
+from util.config.command_line import parse_config
+from util.config.groups import check
+from util.report.report import attention, report
+from util.results.run_folder import open_runs
+from util.runtime.distributed import choose_device
+from util.runtime.errors import UserError, run_main
 
 
 @dataclass(frozen=True)

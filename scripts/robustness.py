@@ -26,21 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tyro.conf import Positional, arg
 
-from util.amp import autocast_dtype, choose_attention
-from util.checkpoint import sha256_of
-from util.classifiers import NamedClassifier, open_classifier
-from util.command_line import parse_config
-from util.config import DataConfig, check, check_choice, check_image_size
-from util.data import Normalise
-from util.distributed import Processes, is_main, start_processes, stop_processes
-from util.errors import RunError, UserError, run_main
-from util.imagenet import NUM_CLASSES
-from util.interop import Weights
-from util.logs import format_duration
-from util.results import append_result, made_on
-from util.robustness import Look, examples, in_passes, places_of, scores_of_pass
-from util.robustness_sets import COLUMNS, IMAGE_SETS, Task, find_below, flags_of, plan_tasks
-from util.robustness_view import (
+from util.config.command_line import parse_config
+from util.config.groups import DataConfig, check, check_choice, check_image_size
+from util.data.device_views import Normalise
+from util.results.results import append_result, made_on
+from util.robustness.imagenet import NUM_CLASSES
+from util.robustness.scores import Look, examples, in_passes, places_of, scores_of_pass
+from util.robustness.sets import COLUMNS, IMAGE_SETS, Task, find_below, flags_of, plan_tasks
+from util.robustness.view import (
     STAGE,
     column_titles,
     draw_examples,
@@ -52,9 +45,16 @@ from util.robustness_view import (
     remarks_on,
     render_with,
 )
-from util.run import writable_folder
-from util.table_view import commented
-from util.vit import TIMM
+from util.runtime.amp import autocast_dtype, choose_attention
+from util.runtime.distributed import Processes, is_main, start_processes, stop_processes
+from util.runtime.errors import RunError, UserError, run_main
+from util.runtime.files import sha256_of
+from util.runtime.logs import format_duration
+from util.tables.formats import commented
+from util.train.run import writable_folder
+from util.weights.classifiers import NamedClassifier, open_classifier
+from util.weights.interop import Weights
+from util.weights.vit import TIMM
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from submitit import Job
 from tyro.conf import Positional, UseAppendAction, arg
 
-from util.cluster import Refused, Resources, batch_script, follow, submit_local, submit_slurm
-from util.command_line import flag_values, parse_config
-from util.config import check, nearest
-from util.errors import UserError, run_main
-from util.launch import StageJob
-from util.logs import git_state
-from util.stages import MAINS
+from util.cluster.jobs import Refused, Resources, batch_script, follow, submit_local, submit_slurm
+from util.cluster.launch import StageJob
+from util.config.command_line import MAINS, flag_values, parse_config
+from util.config.groups import check
+from util.runtime.errors import UserError, nearest, run_main
+from util.runtime.files import ROOT
+from util.runtime.logs import git_state
 
-ROOT = Path(__file__).resolve().parent.parent
 QUEUE_FLAGS = ("partition", "account", "qos", "constraint", "exclude", "comment")
 
 
@@ -335,11 +334,11 @@ def copy_code(target: Path) -> None:
 
 
 def code_files() -> list[Path]:
-    """The Python files, at most one folder deep, and the recipes; what git ignores is left out where git can tell.
+    """The Python files of the top level, of scripts/ and of the wings of util/, and the recipes; what git ignores is left out where git can tell.
 
-    Deeper ones are not ours but copies in the folders of earlier jobs.
+    Others are not ours but copies in the folders of earlier jobs.
     """
-    patterns = ("*.py", "*/*.py", "recipes/*.yaml")
+    patterns = ("*.py", "scripts/*.py", "util/*/*.py", "recipes/*.yaml")
     command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z", "--"]
     command += [f":(glob){pattern}" for pattern in patterns]
     try:

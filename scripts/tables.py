@@ -28,17 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tyro.conf import Positional, arg
 
 from scripts import submit
-from util.command_line import parse_command, words
-from util.config import check
-from util.errors import UserError, run_main
-from util.logs import LOG_FILE
-from util.results import RESULTS_FILE
-from util.sources import open_images
-from util.table_curves import draw_curves
-from util.table_plan import Clock, Options, Run, check_outcomes, plan_runs, read_scale, share_done, work_behind
-from util.table_run import print_plan, run_all
-from util.table_view import commented, draw, fill, render
-from util.tables import PRETRAIN, PROBE, STAGES, TOOLS, Table, find_tables
+from util.config.command_line import parse_command, words
+from util.config.groups import check
+from util.data.datasets import open_images
+from util.results.results import RESULTS_FILE
+from util.runtime.errors import UserError, run_main
+from util.runtime.logs import LOG_FILE
+from util.tables.curves import draw_curves
+from util.tables.formats import commented
+from util.tables.plan import Clock, Options, Run, check_outcomes, plan_runs, read_scale, share_done, work_behind
+from util.tables.runner import print_plan, run_all
+from util.tables.tables import PRETRAIN, PROBE, STAGES, TOOLS, Table, find_tables
+from util.tables.view import draw, fill, render
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from scripts import submit
-from util.checkpoint import check_file, lock_folder
-from util.command_line import parse_command, words
-from util.config import check
-from util.errors import RunError, UserError, run_main
-from util.figures import save_figure
-from util.published import DATASETS, download
-from util.run import writable_folder
-from util.table_plan import Clock, Run, share_done
-from util.table_run import print_plan, run_all
-from util.table_view import commented
-from util.tables import Table, load_tables
-from util.transfer import (
+from util.config.command_line import parse_command, words
+from util.config.groups import check
+from util.data.published import DATASETS, download
+from util.figures.figure import save_figure
+from util.runtime.errors import RunError, UserError, run_main
+from util.tables.formats import commented
+from util.tables.plan import Clock, Run, share_done
+from util.tables.runner import print_plan, run_all
+from util.tables.tables import Table, load_tables
+from util.tables.transfer import (
     LRS,
     STAGE,
     WEIGHT_DECAYS,
@@ -56,7 +54,9 @@ from util.transfer import (
     result_of,
     targets,
 )
-from util.transfer_view import alone, beside_paper, heat_maps
+from util.tables.transfer_view import alone, beside_paper, heat_maps
+from util.train.run import writable_folder
+from util.weights.checkpoint import check_file, lock_folder
 
 TABLES = ("2", "3")
 SCRATCH = "scratch"

@@ -24,22 +24,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tyro.conf import Positional, arg
 
-from util.checkpoint import complete_checkpoints
-from util.command_line import parse_config
-from util.config import as_dict, check, check_image_size
-from util.distributed import choose_device
-from util.errors import UserError, run_main
-from util.figures import save_figure
-from util.images import Images, find_images
-from util.progress import progress
-from util.reconstruction import (
+from util.analysis.images import Images, find_images
+from util.analysis.reconstruction import (
     Target,
     open_autoencoder,
     reconstruction_figure,
     reconstruction_numbers,
     reconstructions,
 )
-from util.vit import NamedViT
+from util.config.command_line import parse_config
+from util.config.groups import as_dict, check, check_image_size
+from util.figures.figure import save_figure
+from util.runtime.distributed import choose_device
+from util.runtime.errors import UserError, run_main
+from util.runtime.progress import progress
+from util.weights.checkpoint import complete_checkpoints
+from util.weights.vit import NamedViT
 
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 500, 2500
 GIF_DPI = 100

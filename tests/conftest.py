@@ -23,8 +23,8 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from scripts import prepare_data
-from util.checkpoint import LOCK
-from util.errors import run_main
+from util.runtime.errors import run_main
+from util.weights.checkpoint import LOCK
 
 settings.register_profile("fixed", derandomize=True)  # a test that passes once passes for ever
 settings.load_profile("fixed")
@@ -168,7 +168,9 @@ def script_caller(monkeypatch, capsys, folder: Path, script):
     """A function that calls a script of scripts/ from the folder: exit status, stdout, stderr."""
     program = Path(script.__file__).name
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("util.progress.SECONDS_BETWEEN_LINES", math.inf)  # lines that come on slow machines only
+    monkeypatch.setattr(
+        "util.runtime.progress.SECONDS_BETWEEN_LINES", math.inf
+    )  # lines that come on slow machines only
 
     def call(flags: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [program, *shlex.split(flags)])

@@ -15,7 +15,7 @@ from models_vit import Classifier
 from scripts import robustness as script
 
 CPU = torch.device("cpu")
-OURS = Path(script.__file__).parent.parent / "util" / "robustness_data"
+OURS = Path(script.__file__).parent.parent / "util" / "robustness" / "data"
 TIMM = resources.files("timm.data") / "_info"
 WNIDS = (TIMM / "imagenet_synsets.txt").read_text().split()
 REAL = json.loads((TIMM / "imagenet_real_labels.json").read_text())

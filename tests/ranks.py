@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from util.checkpoint import CheckpointStore, load_checkpoint
+from util.weights.checkpoint import CheckpointStore, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 400  # seconds that anything may take on a busy machine

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from util.checkpoint import Manifest, sha256_of, write_manifest
-from util.config import as_dict
-from util.logs import write_run_info
-from util.pictures import save_png
-from util.pretrain_config import PretrainConfig
-from util.results import append_result
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.figures.pictures import save_png
+from util.results.results import append_result
+from util.runtime.files import sha256_of
+from util.runtime.logs import write_run_info
+from util.weights.checkpoint import Manifest, write_manifest
 
 
 def pretraining_lines(epochs: int, updates_per_epoch: int, every: int = 1, monitor_freq: int = 1) -> list[dict]:

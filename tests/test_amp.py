@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from models_lut import ARCHITECTURES, LUT
-from util import amp
-from util.amp import autocast_dtype, choose_attention, computes_in_bf16, cpu_flags, grad_scaler
-from util.errors import UserError
+from util.runtime import amp
+from util.runtime.amp import autocast_dtype, choose_attention, computes_in_bf16, cpu_flags, grad_scaler
+from util.runtime.errors import UserError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 BF16, FP16 = torch.bfloat16, torch.float16

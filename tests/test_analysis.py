@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from models_lut import LUT, Encoder, MomentumEncoder, patchify
 from models_vit import Classifier, LinearProbe
-from util.analysis import (
+from util.analysis.attention import (
     DISTANCE_BINS,
     RunningCovariance,
     attention_distance,
@@ -34,9 +34,9 @@ from util.analysis import (
     query_maps,
     watched_attention,
 )
-from util.errors import UserError
-from util.figures import apart
-from util.vit import num_prefix_tokens, tokens_of
+from util.analysis.plots import apart
+from util.runtime.errors import UserError
+from util.weights.vit import num_prefix_tokens, tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(embed_dim=24, depth=2, num_heads=3)
@@ -363,7 +363,7 @@ def test_neighbours_equal_loops_in_any_chunks(monkeypatch):
     x = torch.randn(17, 5, generator=torch.Generator().manual_seed(0))
     cosines = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
     for most in (1, 40, 10**6):
-        monkeypatch.setattr("util.analysis.MAX_SIMILARITIES", most)
+        monkeypatch.setattr("util.analysis.attention.MAX_SIMILARITIES", most)
         found = nearest_neighbours(x, 4)
         for i in range(17):
             others = sorted((j for j in range(17) if j != i), key=lambda j: -cosines[i, j].item())
@@ -422,7 +422,7 @@ STREAMED = """
 import resource, sys
 import torch
 from models_lut import Encoder
-from util.analysis import attention_distance, feature_spectra
+from util.analysis.attention import attention_distance, feature_spectra
 
 torch.set_num_threads(1)
 model = Encoder(embed_dim=24, depth=2, num_heads=3, img_size=(32, 32), patch_size=4, in_chans=3).eval()

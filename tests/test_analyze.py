@@ -20,13 +20,13 @@ from conftest import one_line, write_images
 from models_lut import LUT, Encoder, MomentumEncoder
 from models_vit import Classifier, LinearProbe
 from scripts import analyze
-from util import progress as progress_module
-from util.config import as_dict
-from util.errors import UserError, run_main
-from util.images import broken, find_images
-from util.pretrain_config import PretrainConfig
-from util.progress import progress
-from util.vit import grid_of, is_classifier, logits_of, open_vit, pooled, tokens_of
+from util.analysis.images import broken, find_images
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.runtime import progress as progress_module
+from util.runtime.errors import UserError, run_main
+from util.runtime.progress import progress
+from util.weights.vit import grid_of, is_classifier, logits_of, open_vit, pooled, tokens_of
 
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-import util.baseline
+import util.bench.baseline
 from conftest import one_line
 from main_pretrain import build_state
-from util.baseline import PlainTrainer
-from util.bench_config import StepConfig, vary
-from util.bench_step import Stepper, Variant, check_losses, measure, step_variants
-from util.errors import RunError
+from util.bench.baseline import PlainTrainer
+from util.bench.config import StepConfig, vary
+from util.bench.step import Stepper, Variant, check_losses, measure, step_variants
+from util.runtime.errors import RunError
 
 FORMS = ("mae", "asymmetric", "symmetric")
 TINY = (
@@ -87,8 +87,8 @@ def test_accumulation_in_the_baseline_is_ours():
 
 
 def test_variants_whose_losses_differ_are_not_compared(monkeypatch):
-    right = util.baseline.mim_loss
-    monkeypatch.setattr(util.baseline, "mim_loss", lambda *arguments: 1.001 * right(*arguments))
+    right = util.bench.baseline.mim_loss
+    monkeypatch.setattr(util.bench.baseline, "mim_loss", lambda *arguments: 1.001 * right(*arguments))
     with pytest.raises(RunError) as error:
         measure([Stepper(variant) for variant in variants("--forms mae")], "step")
     message = one_line(error)
@@ -108,8 +108,8 @@ def test_a_wrong_optimiser_is_found_too(monkeypatch):
 
 
 def test_a_loss_that_is_nan_is_never_equal(monkeypatch):
-    right = util.baseline.mim_loss
-    monkeypatch.setattr(util.baseline, "mim_loss", lambda *arguments: math.nan * right(*arguments))
+    right = util.bench.baseline.mim_loss
+    monkeypatch.setattr(util.bench.baseline, "mim_loss", lambda *arguments: math.nan * right(*arguments))
     with pytest.raises(RunError, match="nan"):
         check_losses([Stepper(variant) for variant in variants("--forms mae")], 1)
 

@@ -15,27 +15,28 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-import util.bench_step
-import util.limits
+import util.bench.limits
+import util.bench.step
 from conftest import script_caller, write_images
 from main_pretrain import build_state
 from scripts import bench
 from test_baseline import CPU, FORMS, TINY, variants
-from util.bench import Spread, in_turn, named_spreads, patched, ratios, short, spread, table
-from util.bench_config import EpochConfig, LoaderConfig, StepConfig
-from util.bench_epoch import recipe_of, summary, timed_run
-from util.bench_loader import bench_images
-from util.bench_memory import largest, largest_batch
-from util.bench_plot import number_log_axis, plot_sweep
-from util.bench_step import Stepper, StepperProcess, check_losses, measure
-from util.command_line import parse_config
-from util.cost import pretrain_cost
-from util.counting import count_flops, count_traffic
-from util.data import Normalise
-from util.errors import RunError
-from util.pil_pipeline import PilDataset
-from util.pretrain_config import PretrainConfig
-from util.sources import ArraySource
+from util.bench.config import EpochConfig, LoaderConfig, StepConfig
+from util.bench.counting import count_flops, count_traffic
+from util.bench.epoch import recipe_of, summary, timed_run
+from util.bench.loader import bench_images
+from util.bench.memory import largest, largest_batch
+from util.bench.pil_pipeline import PilDataset
+from util.bench.plot import plot_sweep
+from util.bench.step import Stepper, StepperProcess, check_losses, measure
+from util.bench.timing import Spread, in_turn, named_spreads, patched, ratios, short, spread, table
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.data.device_views import Normalise
+from util.data.sources import ArraySource
+from util.figures.figure import number_log_axis
+from util.runtime.errors import RunError
+from util.train.cost import pretrain_cost
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_plain_stands_once_for_flags_that_it_does_not_know():
 
 def test_every_setting_of_the_work_is_there():
     names = set(StepConfig.__dataclass_fields__)
-    assert set(util.bench_step.PLAIN_KNOWS) <= names
+    assert set(util.bench.step.PLAIN_KNOWS) <= names
 
 
 def test_a_form_says_what_is_trained():
@@ -167,8 +168,8 @@ def test_counting_sees_through_compilation():
 @pytest.fixture
 def small_machine(monkeypatch):
     """Limits are measured on small matrices and arrays."""
-    monkeypatch.setattr(util.limits, "MATRIX_SIDES", dict(cpu=(32, 64)))
-    monkeypatch.setattr(util.bench_step, "BANDWIDTH_BYTES", 2**16)
+    monkeypatch.setattr(util.bench.limits, "MATRIX_SIDES", dict(cpu=(32, 64)))
+    monkeypatch.setattr(util.bench.step, "BANDWIDTH_BYTES", 2**16)
 
 
 def test_a_row_says_all(small_machine):
@@ -389,7 +390,7 @@ def test_limits(call, tmp_path):
 
 def test_the_precision_of_matrix_products_is_left_as_it_was():
     before = torch.get_float32_matmul_precision()
-    with util.limits.tensor_float(True):
+    with util.bench.limits.tensor_float(True):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
 

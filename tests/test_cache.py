@@ -13,15 +13,17 @@ from conftest import write_images
 from main_pretrain import build_state, build_trainer
 from ranks import Ranks
 from test_faults import command
-from util import cache
-from util.cache import cache_images, readable
-from util.checkpoint import load_checkpoint
-from util.data import Batch, decode
-from util.device_views import photometry_row
-from util.errors import UserError
-from util.pretrain_config import PretrainConfig
-from util.sources import BadImage, open_images
-from util.views import draw_photometry
+from util.config.pretrain import PretrainConfig
+from util.data import cache
+from util.data.cache import cache_images, readable
+from util.data.datasets import open_images
+from util.data.decode import decode
+from util.data.device_views import photometry_row
+from util.data.samples import Batch
+from util.data.sources import BadImage
+from util.data.views import draw_photometry
+from util.runtime.errors import UserError
+from util.weights.checkpoint import load_checkpoint
 
 losses = ("loss", "mim", "bc")
 

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ranks import newest_step, same_end
-from util.checkpoint import BEST, TEMPORARY, CheckpointStore, load_checkpoint, manifest_path, read_manifest
-from util.errors import RunError, UserError
+from util.runtime.errors import RunError, UserError
+from util.runtime.files import TEMPORARY, manifest_path
+from util.weights.checkpoint import BEST, CheckpointStore, load_checkpoint, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,7 +141,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
-from util.checkpoint import CheckpointStore
+from util.weights.checkpoint import CheckpointStore
 store = CheckpointStore(Path(sys.argv[1]), 2, None, True)
 print("ready", flush=True)
 for n in range(1, 10_000):

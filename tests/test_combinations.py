@@ -13,12 +13,12 @@ import models_lut
 from main_pretrain import build_state, build_trainer
 from models_lut import LUT
 from ranks import in_two_processes
-from util.command_line import parse_config
-from util.cost import count_parameters, pretrain_cost
-from util.data import Batch
-from util.export import write_mae
-from util.interop import load_weights, part_of, read_weights
-from util.pretrain_config import PretrainConfig
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.data.samples import Batch
+from util.train.cost import count_parameters, pretrain_cost
+from util.weights.export import write_mae
+from util.weights.interop import load_weights, part_of, read_weights
 
 CPU = torch.device("cpu")
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

@@ -13,10 +13,11 @@ import yaml
 
 from conftest import one_line
 from models_lut import MomentumEncoder
-from util.command_line import parse_config
-from util.config import as_dict, check_same_run, config_from_dict
-from util.errors import UserError
-from util.pretrain_config import PretrainConfig
+from util.config.command_line import parse_config
+from util.config.groups import as_dict, config_from_dict
+from util.config.pretrain import PretrainConfig
+from util.config.same_run import check_same_run
+from util.runtime.errors import UserError
 
 ALL_RECIPES = {
     path.stem: path.read_text() for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

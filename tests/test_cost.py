@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from models_lut import LUT, MomentumEncoder
-from util import cost
-from util.cost import Cost, count_parameters, pretrain_cost
-from util.pretrain_config import PretrainConfig
+from util.config.pretrain import PretrainConfig
+from util.train import cost
+from util.train.cost import Cost, count_parameters, pretrain_cost
 
 FORMS = ("mae", "asymmetric", "symmetric")
 GFLOP = {"small": (38.9, 48.2, 64.1), "base": (58.5, 93.7, 155.1)}  # per image, forward and backward, in each form

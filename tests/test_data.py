@@ -21,23 +21,17 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from conftest import colours, encode, one_line
 from main_pretrain import build_loader
 from ranks import ROOT
-from util import data
-from util.data import (
-    BatchOrder,
-    LabelledDataset,
-    Loader,
-    Normalise,
-    PretrainDataset,
-    PretrainStream,
-    decode,
-    training_loader,
-)
-from util.errors import UserError, loaders_death, run_main
-from util.logs import RunLog
-from util.pretrain_config import PretrainConfig
-from util.sources import ArraySource, FileSource
-from util.training import report_bad_images
-from util.views import TwoViews, centre_view, sample_generator
+from util.config.pretrain import PretrainConfig
+from util.data.decode import decode
+from util.data.device_views import Normalise
+from util.data.labelled import LabelledDataset
+from util.data.loader import Loader, training_loader
+from util.data.samples import BatchOrder, PretrainDataset, PretrainStream
+from util.data.sources import ArraySource, FileSource
+from util.data.views import TwoViews, centre_view, sample_generator
+from util.runtime.errors import UserError, loaders_death, run_main
+from util.runtime.logs import RunLog
+from util.train.trainer import report_bad_images
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -97,7 +91,7 @@ def test_skip_takes_the_next_readable_image_every_time(tmp_path):
 
 def test_skip_gives_up(tmp_path, monkeypatch):
     dataset = pretrain_dataset(image_files(tmp_path, {5}, 6), skip_bad=True)
-    monkeypatch.setattr(data, "MOST_BAD_IN_A_ROW", 4)
+    monkeypatch.setattr("util.data.decode.MOST_BAD_IN_A_ROW", 4)
     assert dataset[0, 2].read_index == 5
     with pytest.raises(UserError) as error:
         dataset[0, 1]
@@ -272,7 +266,7 @@ def test_loader_processes_outlive_the_sigterm_of_a_whole_group(tmp_path):
 
 HANGS = """
 import sys, time
-from util.data import Loader
+from util.data.loader import Loader
 class Hangs:
     __len__ = lambda self: 4
     def __getitem__(self, index):
@@ -487,7 +481,7 @@ def test_stream_without_a_part_for_each_process_does_not_hang(capsys):
 
 
 def test_names_that_no_encoding_knows_are_printed_with_escapes():
-    code = "from util.errors import run_main; run_main('x', lambda: print('a\\udcff'))"
+    code = "from util.runtime.errors import run_main; run_main('x', lambda: print('a\\udcff'))"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     root = Path(__file__).resolve().parent.parent
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=root, check=True)

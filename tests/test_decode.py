@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import colours, encode
-from util.data import decode
-from util.sources import BadImage
+from util.data.decode import decode
+from util.data.sources import BadImage
 
 quick = settings(max_examples=60, deadline=None)
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from conftest import TINY
 from engine_pretrain import PretrainTrainer
 from main_pretrain import build_state
-from util.amp import grad_scaler
-from util.command_line import parse_config
-from util.data import Batch
-from util.optim import build_optimizer
-from util.pretrain_config import PretrainConfig
-from util.schedules import momentum_decay
-from util.training import TrainState
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.data.samples import Batch
+from util.optim.optimizer import build_optimizer
+from util.optim.schedules import momentum_decay
+from util.runtime.amp import grad_scaler
+from util.train.trainer import TrainState
 
 CPU = torch.device("cpu")
 UPDATES = 12

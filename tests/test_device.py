@@ -19,18 +19,19 @@ from engine_finetune import ClassifierTrainer
 from engine_segment import SegmenterTrainer
 from models_upernet import UperNet
 from models_vit import Classifier, LinearProbe
-from util import optim
-from util.cache import CachedImages
-from util.classifier_config import FinetuneConfig, LinprobeConfig
-from util.command_line import parse_config
-from util.data import Batch, DrawnBatch, LabelledBatch, Normalise
-from util.device_views import apply_photometry_rows, photometry_row
-from util.optim import build_lars, build_optimizer
-from util.pretrain_config import PretrainConfig
-from util.segment_config import SegmentConfig
-from util.segment_data import MaskedBatch
-from util.training import Trainer, TrainState
-from util.views import TwoViews
+from util.config.classifier import FinetuneConfig, LinprobeConfig
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.config.segment import SegmentConfig
+from util.data.cache import CachedImages
+from util.data.device_views import Normalise, apply_photometry_rows, photometry_row
+from util.data.labelled import LabelledBatch
+from util.data.masked_samples import MaskedBatch
+from util.data.samples import Batch, DrawnBatch
+from util.data.views import TwoViews
+from util.optim import optimizer as optim
+from util.optim.optimizer import build_lars, build_optimizer
+from util.train.trainer import Trainer, TrainState
 
 GPU = torch.device("meta")
 MIXES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from conftest import colours
-from util.device_views import (
+from util.data.device_views import (
     StoredImages,
     apply_photometry_rows,
     blur,
@@ -19,7 +19,7 @@ from util.device_views import (
     cut_simple,
     photometry_row,
 )
-from util.views import Photometry, TwoViews, apply_photometry, draw_photometry
+from util.data.views import Photometry, TwoViews, apply_photometry, draw_photometry
 
 
 def pictures(number: int, channels: int = 3, side: int = 40) -> torch.Tensor:

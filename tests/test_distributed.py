@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from util.distributed import (
+from util.runtime.distributed import (
     SyncBatchNorm,
     broadcast_module,
     check_in_sync,
@@ -21,7 +21,7 @@ from util.distributed import (
     synchronise_batch_norm,
     world_size,
 )
-from util.errors import UserError
+from util.runtime.errors import UserError
 
 ROWS, WIDTH, STEPS = 5, 4, 3  # per rank, of an input, of training
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

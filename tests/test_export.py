@@ -16,10 +16,10 @@ import scripts.convert as convert
 from models_lut import LUT, MODELS, MomentumEncoder
 from models_vit import Classifier
 from test_reference import tiny_student
-from util.checkpoint import load_checkpoint
-from util.errors import run_main
-from util.export import overlay_beside
-from util.interop import load_weights, part_of, read_weights
+from util.runtime.errors import run_main
+from util.weights.checkpoint import load_checkpoint
+from util.weights.export import overlay_beside
+from util.weights.interop import load_weights, part_of, read_weights
 
 DATA = Path(__file__).parent / "data"
 RELEASE = DATA / "release_lut_tiny.pth"

@@ -21,12 +21,12 @@ import torch
 
 from conftest import TINY, write_images
 from ranks import PATIENCE, Ranks, children, newest_step, same_end, send, updates, wait_until, with_preface
-from util.checkpoint import CheckpointStore, load_checkpoint
-from util.errors import REQUEUE_STATUS, run_main
-from util.logs import RunLog
-from util.run import writable_folder
-from util.stop import StopRequest
-from util.training import TrainState
+from util.runtime.errors import REQUEUE_STATUS, run_main
+from util.runtime.logs import RunLog
+from util.runtime.stop import StopRequest
+from util.train.run import writable_folder
+from util.train.trainer import TrainState
+from util.weights.checkpoint import CheckpointStore, load_checkpoint
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -268,8 +268,8 @@ def test_bad_images_of_all_ranks_are_counted_and_named(flat_folder, tmp_path):
 FAILING = """
 import os, sys, time, torch
 import torch.distributed as dist
-from util.distributed import start_processes
-from util.errors import UserError, run_main
+from util.runtime.distributed import start_processes
+from util.runtime.errors import UserError, run_main
 
 class Slow:
     def __del__(self):
@@ -481,7 +481,7 @@ POISONED = """
 import os, sys
 import main_pretrain
 from models_lut import LUT
-from util.errors import run_main
+from util.runtime.errors import run_main
 calls, original, rank, bad = [0], LUT.mim_loss, int(os.environ["RANK"]), {bad}
 def mim_loss(self, *arguments):
     calls[0] += 1

@@ -20,17 +20,18 @@ import main_linprobe
 from conftest import TINY_CLASSIFIER, write_images
 from engine_finetune import ClassifierTrainer, evaluate
 from models_vit import Classifier
-from util.amp import grad_scaler
-from util.checkpoint import load_checkpoint
-from util.classification import train_dataset
-from util.classifier_config import FinetuneConfig
-from util.command_line import parse_config
-from util.data import LabelledBatch, Normalise
-from util.logs import processor_name
-from util.optim import build_optimizer
-from util.results import read_results
-from util.sources import open_images
-from util.training import TrainState
+from util.config.classifier import FinetuneConfig
+from util.config.command_line import parse_config
+from util.data.datasets import open_images
+from util.data.device_views import Normalise
+from util.data.labelled import LabelledBatch
+from util.optim.optimizer import build_optimizer
+from util.results.results import read_results
+from util.runtime.amp import grad_scaler
+from util.runtime.logs import processor_name
+from util.train.classification import train_dataset
+from util.train.trainer import TrainState
+from util.weights.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from timm.data.auto_augment import NAME_TO_OP, RandAugment
 
 from conftest import write_images
 from test_finetune import ROOT, config_of
-from util.classification import posterize, train_dataset
-from util.classifier_config import FinetuneConfig, LinprobeConfig
-from util.command_line import parse_config
-from util.sources import open_images
+from util.config.classifier import FinetuneConfig, LinprobeConfig
+from util.config.command_line import parse_config
+from util.data.datasets import open_images
+from util.train.classification import posterize, train_dataset
 
 # ---- augmentation ------------------------------------------------------------------------------------------
 

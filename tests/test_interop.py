@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from models_lut import LUT, MomentumEncoder, fixed_positions, patchify
 from test_reference import tiny_student
-from util.checkpoint import load_checkpoint
-from util.errors import UserError
-from util.interop import load_weights, part_of
+from util.runtime.errors import UserError
+from util.weights.checkpoint import load_checkpoint
+from util.weights.interop import load_weights, part_of
 
 DATA = Path(__file__).parent / "data"
 FILES = {

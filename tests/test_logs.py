@@ -12,8 +12,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util import logs
-from util.logs import RunLog, format_duration, format_progress, peak_memory_bytes, write_run_info
+from util.runtime import logs
+from util.runtime.logs import RunLog, format_duration, format_progress, peak_memory_bytes, write_run_info
 
 FIELDS = {
     "epoch": 3,

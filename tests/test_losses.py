@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ranks import in_two_processes
-from util.losses import cosine_distance, infonce, smooth_l1_distance
+from util.optim.losses import cosine_distance, infonce, smooth_l1_distance
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 

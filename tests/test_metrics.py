@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from util.metrics import Meter
+from util.optim.metrics import Meter
 
 
 def test_means_since_the_last_drain():

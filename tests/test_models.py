@@ -17,7 +17,7 @@ from torch import nn
 
 from models_encoder import fixed_positions, patchify, take, unpatchify
 from models_lut import LUT, MODELS, MomentumEncoder, Targets, mask_from_noise, mlp_head, num_visible_patches
-from util.losses import cosine_distance
+from util.optim.losses import cosine_distance
 
 quick = settings(max_examples=60, deadline=None)
 TINY = dict(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models_lut import LUT, MODELS
-from util.optim import build_optimizer, set_learning_rate
+from util.optim.optimizer import build_optimizer, set_learning_rate
 
 TINY = dict(
     img_size=(8, 8), patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, decoder_embed_dim=8,

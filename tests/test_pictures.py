@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from util.pictures import GAP, as_grid, reconstruction_cells, save_png
+from util.figures.pictures import GAP, as_grid, reconstruction_cells, save_png
 
 MEANS, STDS = [0.4, 0.5, 0.6, 0.3], [0.2, 0.25, 0.3, 0.1]
 

@@ -16,11 +16,14 @@ from PIL import Image
 
 import scripts.prepare_data as prepare_data
 from conftest import colours, encode, plain, tree, write_images
-from util.data import BatchOrder, PretrainStream, decode, training_loader
-from util.errors import UserError
-from util.prepared import labels_of, name_images
-from util.sources import FileSource, ReaderSource, find_validation, open_images
-from util.views import TwoViews, resize, sample_generator
+from util.data.datasets import find_validation, open_images
+from util.data.decode import decode
+from util.data.loader import training_loader
+from util.data.prepared import labels_of, name_images
+from util.data.samples import BatchOrder, PretrainStream
+from util.data.sources import FileSource, ReaderSource
+from util.data.views import TwoViews, resize, sample_generator
+from util.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

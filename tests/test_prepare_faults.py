@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL, noise, plain, tree
-from util.checkpoint import TEMPORARY
-from util.errors import UserError
-from util.shards import read_shard
-from util.sources import open_images
+from util.data.datasets import open_images
+from util.data.shards import read_shard
+from util.runtime.errors import UserError
+from util.runtime.files import TEMPORARY
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,14 +18,14 @@ from models_lut import LUT, MomentumEncoder
 from ranks import Ranks
 from test_data import Numbers
 from test_faults import command
-from util.amp import computes_in_bf16, grad_scaler
-from util.checkpoint import load_checkpoint
-from util.command_line import parse_config
-from util.data import Batch
-from util.optim import build_optimizer
-from util.pretrain_config import PretrainConfig
-from util.results import read_results
-from util.training import TrainState
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.data.samples import Batch
+from util.optim.optimizer import build_optimizer
+from util.results.results import read_results
+from util.runtime.amp import computes_in_bf16, grad_scaler
+from util.train.trainer import TrainState
+from util.weights.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

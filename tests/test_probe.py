@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import scripts.probe
-from util import probe
-from util.checkpoint import load_checkpoint
-from util.errors import UserError, run_main
-from util.probe import (
+from util.analysis import probe
+from util.analysis.probe import (
     RIDGE,
     extract_features,
     few_labels,
@@ -25,7 +23,9 @@ from util.probe import (
     rankme,
     ridge_probe_accuracy,
 )
-from util.results import read_results
+from util.results.results import read_results
+from util.runtime.errors import UserError, run_main
+from util.weights.checkpoint import load_checkpoint
 
 quick = settings(max_examples=30, deadline=None)
 

@@ -16,10 +16,11 @@ import torchvision
 from scipy.io import savemat
 
 from conftest import one_line, plain
-from util.data import decode
-from util.errors import UserError
-from util.published import DATASETS, download, find
-from util.sources import find_validation, hold_out, open_images
+from util.data.datasets import find_validation, open_images
+from util.data.decode import decode
+from util.data.published import DATASETS, download, find
+from util.data.sources import hold_out
+from util.runtime.errors import UserError
 
 
 def image(path: Path, number: int) -> None:

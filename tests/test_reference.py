@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from models_encoder import patchify
 from models_lut import LUT, MomentumEncoder, mask_from_noise
-from util.losses import cosine_distance
-from util.optim import build_optimizer
+from util.optim.losses import cosine_distance
+from util.optim.optimizer import build_optimizer
 
 DATA = Path(__file__).parent / "data"
 CONFIG = json.loads((DATA / "lut_tiny.json").read_text())

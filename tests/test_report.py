@@ -20,19 +20,19 @@ from models_upernet import UperNet
 from runs import complete, pretraining_lines, segmenting_lines, write_run
 from scripts import report as script
 from test_analyze import save_lut
-from util import report as report_module
-from util.classifier_config import FinetuneConfig
-from util.command_line import parse_config
-from util.config import as_dict
-from util.curves import points_per_curve
-from util.errors import UserError
-from util.figures import HEAT_ALPHA, HEAT_GROUND, heat_over
-from util.pretrain_config import PretrainConfig
-from util.report import report
-from util.report_parts import commands, differing_settings, environment_rows, speed_rows
-from util.run_folder import open_runs, read_run
-from util.segment_config import SegmentConfig
-from util.thumbnails import evenly, film
+from util.config.classifier import FinetuneConfig
+from util.config.command_line import parse_config
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.config.segment import SegmentConfig
+from util.figures.figure import HEAT_ALPHA, HEAT_GROUND, heat_over
+from util.report import report as report_module
+from util.report.parts import commands, differing_settings, environment_rows, speed_rows
+from util.report.report import report
+from util.report.thumbnails import evenly, film
+from util.results.curves import points_per_curve
+from util.results.run_folder import open_runs, read_run
+from util.runtime.errors import UserError
 
 # ---- pictures ----------------------------------------------------------------------------------------------
 

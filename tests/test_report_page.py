@@ -13,8 +13,8 @@ import torch
 
 from runs import complete, pretraining_lines, write_run
 from test_analyze import save_lut
-from util.report import attention, report
-from util.run_folder import open_runs
+from util.report.report import attention, report
+from util.results.run_folder import open_runs
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = shutil.which("chromium")

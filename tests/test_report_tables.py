@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from runs import write_run
-from util.classifier_config import FinetuneConfig, LinprobeConfig
-from util.command_line import parse_config
-from util.config import as_dict
-from util.paper_rows import paper_tables
-from util.pretrain_config import PretrainConfig
-from util.run_folder import open_runs
-from util.segment_config import SegmentConfig
+from util.config.classifier import FinetuneConfig, LinprobeConfig
+from util.config.command_line import parse_config
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.config.segment import SegmentConfig
+from util.report.paper_rows import paper_tables
+from util.results.run_folder import open_runs
 
 
 def paper_run(folder: Path, settings: type, flags: list[str], stage: str, finished: dict | None) -> Path:

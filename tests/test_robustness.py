@@ -27,12 +27,12 @@ from made_sets import (
 )
 from ranks import Ranks
 from scripts import robustness as script
-from util.classifiers import open_classifier
-from util.config import DataConfig
-from util.distributed import Processes
-from util.results import read_results
-from util.robustness import Look, accuracies, examples, outlier_scores
-from util.robustness_sets import plan_tasks
+from util.config.groups import DataConfig
+from util.results.results import read_results
+from util.robustness.scores import Look, accuracies, examples, outlier_scores
+from util.robustness.sets import plan_tasks
+from util.runtime.distributed import Processes
+from util.weights.classifiers import open_classifier
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,13 @@ from made_sets import (
 )
 from models_lut import LUT
 from scripts import robustness as script
-from util.classifiers import open_classifier, without_border
-from util.config import as_dict
-from util.pretrain_config import PretrainConfig
-from util.results import read_results
-from util.robustness_sets import find_below, open_set
-from util.sources import FileSource, JoinedSource
-from util.vit import open_vit
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.data.sources import FileSource, JoinedSource
+from util.results.results import read_results
+from util.robustness.sets import find_below, open_set
+from util.weights.classifiers import open_classifier, without_border
+from util.weights.vit import open_vit
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runs import pretraining_lines, segmenting_lines, write_run
-from util.config import as_dict
-from util.curves import METRICS, Thinned, curves_of, metrics_of, thin
-from util.logs import RunLog
-from util.pretrain_config import PretrainConfig
-from util.report import report
-from util.report_parts import card, differing_settings, summary_rows
-from util.run_folder import Curve, open_runs, read_run
-from util.segment_config import SegmentConfig
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.config.segment import SegmentConfig
+from util.report.parts import card, differing_settings, summary_rows
+from util.report.report import report
+from util.results.curves import METRICS, Thinned, curves_of, metrics_of, thin
+from util.results.run_folder import Curve, open_runs, read_run
+from util.runtime.logs import RunLog
 
 # ---- folders -----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from util.schedules import learning_rate, momentum_decay, polynomial_rate
+from util.optim.schedules import learning_rate, momentum_decay, polynomial_rate
 
 quick = settings(max_examples=100, deadline=None)
 HALF = math.sqrt(0.5)  # cosine of 45 degrees

@@ -18,16 +18,16 @@ from engine_segment import SegmenterTrainer, pixel_loss
 from models_upernet import UperNet
 from ranks import Ranks
 from test_segment_masks import DAMAGES, config_of, damage
-from util.amp import grad_scaler
-from util.checkpoint import load_checkpoint
-from util.command_line import parse_config
-from util.data import Normalise
-from util.optim import build_optimizer
-from util.results import read_results
-from util.segment_config import SegmentConfig
-from util.segment_data import MaskedBatch
-from util.segment_masks import IGNORED
-from util.training import TrainState
+from util.config.command_line import parse_config
+from util.config.segment import SegmentConfig
+from util.data.device_views import Normalise
+from util.data.masked_samples import MaskedBatch
+from util.data.masks import IGNORED
+from util.optim.optimizer import build_optimizer
+from util.results.results import read_results
+from util.runtime.amp import grad_scaler
+from util.train.trainer import TrainState
+from util.weights.checkpoint import load_checkpoint
 
 CPU = torch.device("cpu")
 

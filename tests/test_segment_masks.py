@@ -14,13 +14,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import TINY_SEGMENTER, one_line, write_images, write_masked
-from util.command_line import parse_config
-from util.errors import UserError
-from util.joint_views import Distortion, JointView, distort, draw_distortion, resized_image, resized_mask, scaled_size
-from util.segment_config import SegmentConfig
-from util.segment_data import WholeImages, count_pixels, load_pair, open_masked, train_dataset
-from util.segment_masks import IGNORED, UNKNOWN, find_classes, in_words, make_classes, read_classes
-from util.views import sample_generator
+from util.config.command_line import parse_config
+from util.config.segment import SegmentConfig
+from util.data.joint_views import (
+    Distortion,
+    JointView,
+    distort,
+    draw_distortion,
+    resized_image,
+    resized_mask,
+    scaled_size,
+)
+from util.data.masked_samples import WholeImages, load_pair
+from util.data.masks import IGNORED, UNKNOWN, find_classes, in_words, make_classes, read_classes
+from util.data.views import sample_generator
+from util.runtime.errors import UserError
+from util.train.segmentation import count_pixels, open_masked, train_dataset
 
 quick = settings(max_examples=60, deadline=None)
 

@@ -22,9 +22,9 @@ from engine_segment import (
     window_starts,
 )
 from test_segment_masks import config_of
-from util.data import Normalise
-from util.segment_masks import IGNORED
-from util.segment_pictures import Predicted, as_array, oklab, overlay, palette, segmentation_figure
+from util.data.device_views import Normalise
+from util.data.masks import IGNORED
+from util.figures.segment_pictures import Predicted, as_array, oklab, overlay, palette, segmentation_figure
 
 CPU = torch.device("cpu")
 NO_AMP = torch.autocast("cpu", enabled=False)

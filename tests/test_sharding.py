@@ -24,14 +24,14 @@ import scripts.convert as convert
 from conftest import TINY, TINY_CLASSIFIER, write_images
 from models_lut import LUT, MomentumEncoder
 from ranks import free_port
-from util.checkpoint import CheckpointStore, load_checkpoint
-from util.command_line import parse_config
-from util.distributed import start_processes, stop_processes
-from util.errors import UserError, call_main, run_main
-from util.nonfinite import NonFiniteWatch
-from util.optim import build_optimizer
-from util.pretrain_config import PretrainConfig
-from util.sharding import CAN_SUM, check_sharding, cut_like, gathered, local, shard
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.optim.nonfinite import NonFiniteWatch
+from util.optim.optimizer import build_optimizer
+from util.runtime.distributed import start_processes, stop_processes
+from util.runtime.errors import UserError, call_main, run_main
+from util.runtime.sharding import CAN_SUM, check_sharding, cut_like, gathered, local, shard
+from util.weights.checkpoint import CheckpointStore, load_checkpoint
 
 CPU = torch.device("cpu")
 EPOCHS = "--epochs 3 --batch_size 4"  # of 4 updates, of 8 images by two processes
@@ -307,7 +307,7 @@ def test_what_fsdp_cannot_do_is_said(linprobe, class_folders, capsys):
 
 
 def test_an_older_gloo_is_refused(monkeypatch):
-    monkeypatch.setattr("util.sharding.CAN_SUM", False)
+    monkeypatch.setattr("util.runtime.sharding.CAN_SUM", False)
     check_sharding("fsdp", None, torch.device("cuda"))
     with pytest.raises(UserError, match="does it on GPUs only, use ddp or a newer torch"):
         check_sharding("fsdp", None, CPU)

@@ -20,11 +20,11 @@ from models_encoder import patchify
 from models_lut import LUT, MomentumEncoder, Steering, mask_squares
 from models_simmim import SimMIM
 from test_models import TINY, head_by_hand, images, noise
-from util.checkpoint import load_checkpoint
-from util.classifier_config import FinetuneConfig
-from util.command_line import parse_config
-from util.optim import build_optimizer
-from util.pretrain_config import PretrainConfig
+from util.config.classifier import FinetuneConfig
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.optim.optimizer import build_optimizer
+from util.weights.checkpoint import load_checkpoint
 
 quick = settings(max_examples=60, deadline=None)
 SHAPE = {name: value for name, value in TINY.items() if not name.startswith("decoder")}

@@ -24,7 +24,7 @@ import torch
 
 from conftest import TINY, write_images
 from scripts.submit import main as submit_main
-from util.checkpoint import load_checkpoint
+from util.weights.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent / "slurm"

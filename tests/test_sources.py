@@ -20,10 +20,14 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, IterableDataset
 
 from conftest import encode, one_line, plain
-from util.data import BatchOrder, LabelledDataset, PretrainDataset, PretrainStream, decode, training_loader
-from util.errors import UserError
-from util.sources import BadImage, FileSource, Names, TarSource, find_validation, fingerprint, open_images
-from util.views import TwoViews
+from util.data.datasets import find_validation, open_images
+from util.data.decode import decode
+from util.data.labelled import LabelledDataset
+from util.data.loader import training_loader
+from util.data.samples import BatchOrder, PretrainDataset, PretrainStream
+from util.data.sources import BadImage, FileSource, Names, TarSource, fingerprint
+from util.data.views import TwoViews
+from util.runtime.errors import UserError
 
 # ---- layouts -----------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ import pytest
 
 from conftest import TINY, script_caller
 from scripts import submit
-from util.cluster import requeue_lines
-from util.launch import SIGNALS, Children, StageJob, rendezvous_port
+from util.cluster.jobs import requeue_lines
+from util.cluster.launch import SIGNALS, Children, StageJob, rendezvous_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,10 +181,10 @@ def test_the_copied_code_runs_without_the_project(tmp_path):
     copy = tmp_path / "code"
     submit.copy_code(copy)
     assert (copy / "COMMIT").read_text().strip()
-    for name in ("main_pretrain.py", "util/launch.py", "recipes/quickstart.yaml"):
+    for name in ("main_pretrain.py", "util/cluster/launch.py", "recipes/quickstart.yaml"):
         assert (copy / name).read_bytes() == (ROOT / name).read_bytes()
     assert not [path for path in copy.rglob("*") if path.is_file() and path.suffix not in (".py", ".yaml", "")]
-    code = "import main_finetune, main_pretrain, util.command_line as c; print(main_pretrain.__file__, c.RECIPES)"
+    code = "import main_finetune, main_pretrain as m, util.config.command_line as c; print(m.__file__, c.RECIPES)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, text=True).stdout
     assert shown.split() == [str(copy / "main_pretrain.py"), str(copy / "recipes")]
 
@@ -199,7 +199,7 @@ def test_without_git_the_same_files_are_found(monkeypatch, tmp_path):
     known = {path.relative_to(ROOT) for path in submit.code_files()}
     monkeypatch.setenv("PATH", str(tmp_path))
     found = {path.relative_to(ROOT) for path in submit.code_files()}
-    assert {Path("main_pretrain.py"), Path("util/config.py"), Path("recipes/quickstart.yaml")} <= known <= found
+    assert {Path("main_pretrain.py"), Path("util/config/groups.py"), Path("recipes/quickstart.yaml")} <= known <= found
 
 
 # ---- the processes of a job ---------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_it_starts_again_no_more_often_than_allowed(in_job, tmp_path, capsys):
 
 
 def test_a_failed_process_ends_the_others(in_job, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.launch.PEERS_SECONDS", 0.5)
+    monkeypatch.setattr("util.cluster.launch.PEERS_SECONDS", 0.5)
     begin = time.monotonic()
     assert job_of("sys.exit(3) if rank == '1' else time.sleep(60)", tmp_path)() == 3
     assert time.monotonic() - begin < 20
@@ -254,7 +254,7 @@ def test_a_failed_process_ends_the_others(in_job, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "starts"), [(signal.SIGTERM, 1), (signal.SIGUSR2, 4)])
 def test_a_signal_reaches_the_ranks_even_before_they_listen(in_job, tmp_path, monkeypatch, number, starts):
     """The first one comes at once. SIGTERM is meant for the whole job, the others ask it to save and go on."""
-    monkeypatch.setattr("util.launch.REPEAT_SECONDS", 0.2)
+    monkeypatch.setattr("util.cluster.launch.REPEAT_SECONDS", 0.2)
     started = [tmp_path / f"started-{rank}" for rank in (0, 1)]
     script = (
         "open('started-' + rank, 'w')\ntime.sleep(0.7)\n"

@@ -16,10 +16,10 @@ from models_encoder import patchify
 from models_lut import LUT, MomentumEncoder, Steering, independent_noise, mask_from_noise, mask_squares
 from test_losses import SLOW, slow_cosine, slow_infonce
 from test_models import TINY, head_by_hand, images, noise
-from util.command_line import parse_config
-from util.config import check_same_run
-from util.errors import UserError
-from util.pretrain_config import PretrainConfig
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
+from util.config.same_run import check_same_run
+from util.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -19,11 +19,11 @@ from ranks import PATIENCE, wait_until
 from runs import pretraining_lines, write_run
 from scripts import tables as script
 from test_tables import TABLES, options
-from util.config import as_dict
-from util.results import append_result, read_results
-from util.table_curves import row_curves
-from util.table_plan import plan_runs, share_done
-from util.tables import PRETRAIN, STAGES
+from util.config.groups import as_dict
+from util.results.results import append_result, read_results
+from util.tables.curves import row_curves
+from util.tables.plan import plan_runs, share_done
+from util.tables.tables import PRETRAIN, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -349,10 +349,10 @@ REAL = """X:
 # the script on other tables: a process of its own, to be killed
 DRIVER = """
 import sys
-import util.tables
-util.tables.FILES = (sys.argv.pop(1),)
+import util.tables.tables
+util.tables.tables.FILES = (sys.argv.pop(1),)
 from scripts.tables import main
-from util.errors import run_main
+from util.runtime.errors import run_main
 run_main("tables.py", main)
 """
 

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from conftest import one_line
 from scripts import analyze, robustness, transfer
 from scripts import tables as script
-from util.command_line import parse_config, read_recipe, recipe_chain
-from util.config import as_dict
-from util.errors import UserError
-from util.pretrain_config import PretrainConfig
-from util.published import DATASETS
-from util.run import share_batch
-from util.segment_config import SegmentConfig
-from util.table_plan import Clock, Options, flops, parse, plan_runs, read_scale, work_behind
-from util.table_view import fill, render
-from util.tables import FOLDER, PRETRAIN, PROBE, STAGES, Score, find_tables, load_tables, read_score
+from util.config.command_line import parse_config, read_recipe, recipe_chain
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.config.segment import SegmentConfig
+from util.data.published import DATASETS
+from util.runtime.errors import UserError
+from util.tables.plan import Clock, Options, flops, parse, plan_runs, read_scale, work_behind
+from util.tables.tables import FOLDER, PRETRAIN, PROBE, STAGES, Score, find_tables, load_tables, read_score
+from util.tables.view import fill, render
+from util.train.run import share_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = load_tables()

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from conftest import one_line
-from scripts.execute_notebook import cleaned, execute, pictures
-from util.errors import RunError, UserError
+from docs.execute_notebook import cleaned, execute, pictures
+from util.runtime.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = ROOT / "docs" / "tour.ipynb"

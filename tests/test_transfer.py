@@ -18,17 +18,27 @@ from PIL import Image
 from conftest import TINY_CLASSIFIER, script_caller, write_images
 from scripts import transfer as script
 from test_published import make_aircraft, make_cub200, make_flowers102, make_naturalist
-from util.checkpoint import lock_folder
-from util.classifier_config import FinetuneConfig
-from util.command_line import parse_config
-from util.config import as_dict
-from util.errors import UserError
-from util.published import DATASETS
-from util.results import append_result
-from util.table_plan import flops
-from util.tables import load_tables
-from util.transfer import Grid, Search, Target, check_same_start, plan_cells, prune, read_grid, read_values, targets
-from util.transfer_view import heat_maps
+from util.config.classifier import FinetuneConfig
+from util.config.command_line import parse_config
+from util.config.groups import as_dict
+from util.data.published import DATASETS
+from util.results.results import append_result
+from util.runtime.errors import UserError
+from util.tables.plan import flops
+from util.tables.tables import load_tables
+from util.tables.transfer import (
+    Grid,
+    Search,
+    Target,
+    check_same_start,
+    plan_cells,
+    prune,
+    read_grid,
+    read_values,
+    targets,
+)
+from util.tables.transfer_view import heat_maps
+from util.weights.checkpoint import lock_folder
 
 TINY = f'--finetune scratch --finetune_flags="{TINY_CLASSIFIER} --input_size 32 --aa none --drop_path 0"'
 SMALL_GRID = "--lrs 1e-3 4e-3 --weight_decays 0.05 0.2"

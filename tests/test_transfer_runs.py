@@ -15,8 +15,8 @@ from PIL import Image
 
 from ranks import PATIENCE, wait_until
 from test_transfer import TINY, rows_of
-from util.results import read_results
-from util.transfer import read_grid
+from util.results.results import read_results
+from util.tables.transfer import read_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 

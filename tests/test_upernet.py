@@ -13,10 +13,10 @@ from torch import nn
 from models_encoder import fixed_positions
 from models_lut import ARCHITECTURES
 from models_upernet import POOLS, UperNet, feature_blocks, rescaled
-from util.distributed import SyncBatchNorm, synchronise_batch_norm
-from util.errors import UserError
-from util.interop import load_weights
-from util.optim import parameter_groups
+from util.optim.optimizer import parameter_groups
+from util.runtime.distributed import SyncBatchNorm, synchronise_batch_norm
+from util.runtime.errors import UserError
+from util.weights.interop import load_weights
 
 DATA = Path(__file__).parent / "data"
 SHAPE = dict(embed_dim=24, depth=4, num_heads=3)

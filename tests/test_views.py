@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from util import views
-from util.views import (
+from util.data import views
+from util.data.views import (
     Crop,
     Jitter,
     Photometry,

@@ -16,11 +16,17 @@ from models_lut import mask_from_noise
 from models_simmim import SimMIM
 from scripts import visualize
 from test_analyze import save_lut, shaken
-from util.config import as_dict
-from util.errors import UserError, run_main
-from util.images import find_images
-from util.pretrain_config import PretrainConfig
-from util.reconstruction import hidden_error, open_autoencoder, reconstruct, reconstruction_figure, reconstructions
+from util.analysis.images import find_images
+from util.analysis.reconstruction import (
+    hidden_error,
+    open_autoencoder,
+    reconstruct,
+    reconstruction_figure,
+    reconstructions,
+)
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.runtime.errors import UserError, run_main
 
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")

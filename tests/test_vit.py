@@ -13,10 +13,10 @@ from torch import nn
 from models_lut import ARCHITECTURES, MODELS, fixed_positions, patchify
 from models_vit import Classifier, DropPath, LinearProbe
 from test_reference import tiny_student
-from util.checkpoint import load_checkpoint
-from util.errors import UserError
-from util.interop import load_weights
-from util.optim import build_lars, build_optimizer, set_learning_rate
+from util.optim.optimizer import build_lars, build_optimizer, set_learning_rate
+from util.runtime.errors import UserError
+from util.weights.checkpoint import load_checkpoint
+from util.weights.interop import load_weights
 
 DATA = Path(__file__).parent / "data"
 TINY = dict(embed_dim=24, depth=2, num_heads=3)

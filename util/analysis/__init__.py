@@ -1,0 +1,1 @@
+"""What features hold; never trains. Imports weights, figures, data, config, models, runtime."""

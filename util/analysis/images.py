@@ -1,0 +1,121 @@
+"""The images that analysis looks at: named files, or some of a data set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from util.data.datasets import open_images
+from util.data.decode import decode
+from util.data.labelled import LabelledDataset
+from util.data.loader import Loader
+from util.data.sources import BadImage, FileSource, ImageSource, labelled_or_none
+from util.figures.pictures import drawable
+from util.runtime.errors import UserError
+from util.runtime.progress import with_progress
+from util.weights.vit import NamedViT
+
+
+@dataclass(frozen=True)
+class Images:
+    """Which images are looked at, and how they are read."""
+
+    source: ImageSource
+    order: Sequence[int]  # all that studies of a data set go over; pictures show the first of them
+    num_shown: int
+    batch_size: int
+    num_workers: int
+
+    def loader(self, vit: NamedViT) -> Loader:
+        """uint8 centre views for this model and labels (-1: none) of all images, in their order."""
+        dataset = LabelledDataset(self.source, self.order, vit.size, vit.in_chans)
+        return Loader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
+
+    def batches(self, vit: NamedViT, title: str) -> Iterator[Tensor]:
+        """All images as the model takes them, with progress on stderr."""
+        return (vit.images(pixels) for pixels, _ in with_progress(self.loader(vit), f"{title}, {vit.label}"))
+
+    def shown(self, vit: NamedViT) -> tuple[Tensor, np.ndarray]:
+        """The images of the pictures: as the model takes them, and as they are drawn, uint8 [n, H, W, 3]."""
+        dataset = LabelledDataset(self.source, self.order[: self.num_shown], vit.size, vit.in_chans)
+        pixels = torch.stack([dataset[place][0] for place in range(len(dataset))])
+        return vit.images(pixels), drawable(pixels / 255)
+
+    def title(self, place: int) -> str:
+        """A short name of the image at a place of the order."""
+        name = self.source.name(self.order[place])
+        return broken(Path(name).name if "/" in name else name)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are classes, two at least."""
+        return labelled_or_none(self.source) is not None
+
+    def class_of(self, place: int) -> str:
+        """The class of the image at a place of the order, or nothing."""
+        if not self.labelled:
+            return ""
+        label = self.source.labels[self.order[place]]
+        return self.source.class_names[label] if self.source.class_names else str(label)
+
+
+def find_images(
+    files: Sequence[str],
+    data_path: str,
+    dataset: str,
+    split: str,
+    *,
+    most: int,
+    show: int,
+    seed: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> Images:
+    """Image files in their order, or at most `most` images of a data set, in an order drawn with `seed`.
+
+    Args:
+        files: empty: the data set of --data_path and --dataset, by default digits.
+        show: how many of a data set's images are drawn in pictures; of files, all are.
+
+    Raises:
+        UserError: a file that is no image, or a data set that cannot be opened or is a stream.
+    """
+    if files:
+        source = image_files(files)
+        return Images(source, range(len(source)), len(source), batch_size, num_workers)
+    name = dataset or ("" if data_path else "digits")
+    source = open_images(data_path, name, split)
+    if isinstance(source, IterableDataset):
+        raise UserError(f"--dataset {name}: is a stream, images must be known by number here")
+    order = np.random.default_rng(seed).permutation(len(source))[:most].tolist()
+    return Images(source, order, min(show, len(order)), batch_size, num_workers)
+
+
+def image_files(paths: Sequence[str]) -> FileSource:
+    """Image files without labels; UserError for the first that is none."""
+    source = FileSource(list(paths), None, None)
+    for index, path in enumerate(paths):
+        try:
+            decode(source.read(index), 3)
+        except IsADirectoryError as error:
+            raise UserError(f"--image {path}: is a folder, give it to --data_path") from error
+        except (BadImage, OSError) as error:
+            raise UserError(f"--image {path}: cannot be read ({error}), give an image file") from error
+    return source
+
+
+def broken(text: str, width: int = 18) -> str:
+    """In lines of about `width`, for the side or the head of a picture; names break after _ and / too."""
+    lines = [""]
+    for word in re.findall(r"[^\s_/]+[\s_/]*|[\s_/]+", text):
+        if lines[-1] and len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(line.strip() for line in lines)

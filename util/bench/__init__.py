@@ -1,0 +1,1 @@
+"""Benchmarks, for scripts/bench.py alone. Imports everything, the mains too."""

@@ -1,0 +1,90 @@
+"""The loader under the clock: ours, and the pipeline of released code, in turn on the same files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+from torchvision.transforms.v2.functional import to_pil_image
+
+from main_pretrain import build_loader, cached
+from util.bench.config import LoaderConfig
+from util.bench.pil_pipeline import PilDataset, jpeg
+from util.data.datasets import open_images
+from util.data.decode import load_image
+from util.data.loader import training_loader
+from util.data.samples import BatchOrder
+from util.data.sources import ImageSource
+from util.runtime.errors import UserError
+from util.runtime.progress import progress
+
+# The settings that the pipeline of released code follows; other flags are none of its business.
+PIL_KNOWS = ("crop", "photometric", "hflip", "mean", "std", "in_chans", "input_size", "model", "alpha", "batch_size",
+             "num_workers", "data_path", "dataset", "seed")  # fmt: skip
+
+
+@dataclass
+class Sample:
+    """Some images of a source, in memory where `files` holds them re-encoded."""
+
+    source: ImageSource
+    chosen: list[int]
+    files: list[bytes] | None = None
+    labels: list[int] | None = None
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(self, index: int) -> Any:
+        """As the source gives it, or the bytes of the re-encoded image."""
+        return self.files[index] if self.files is not None else self.source.read(self.chosen[index])
+
+    def name(self, index: int) -> str:
+        """As the source calls it."""
+        return self.source.name(self.chosen[index])
+
+
+def bench_images(config: LoaderConfig) -> Sample:
+    """The images of a turn: whole batches, at random from the data set, re-encoded with --scale_to.
+
+    Raises:
+        UserError: the data set is a stream, or smaller than a batch.
+    """
+    source = open_images(config.data_path, config.dataset, "train")
+    if isinstance(source, IterableDataset):
+        raise UserError(f"--dataset {config.dataset}: a stream has no turns to compare, give images by --data_path")
+    batch = config.batch_size
+    if len(source) < batch:
+        raise UserError(f"--batch_size {batch}: the data set has {len(source)} images, make it smaller")
+    number = min(config.images, len(source)) // batch * batch
+    sample = Sample(source, np.random.default_rng(config.seed).permutation(len(source))[:number].tolist())
+    if config.scaled_size is not None:
+        places = progress(range(number), number, "re-encoding", "images")
+        pixels = (load_image(sample, index, config.in_chans, skip_bad=False)[0] for index in places)
+        sample.files = [jpeg(to_pil_image(image), config.scaled_size) for image in pixels]
+    return sample
+
+
+def pipeline(kind: str, config: LoaderConfig, images: Sample) -> Callable[[], float]:
+    """A turn: one pass over the images; seconds per image and core."""
+    order = BatchOrder(len(images), config.batch_size, 1, 0, 1, config.seed)
+    if kind == "ours":
+        loader = build_loader(config, cached(config, images), order, torch.device("cpu"))
+    else:
+        dataset = PilDataset(images, config)
+        loader = training_loader(dataset, order, config.loader_workers, False, config.loader_timeout)
+
+    def turn() -> float:
+        begin = time.perf_counter()
+        batches = sum(1 for _ in loader)
+        seconds = time.perf_counter() - begin
+        order.epoch += 1
+        return seconds * max(1, config.loader_workers) / (batches * config.batch_size)
+
+    return turn

@@ -1,0 +1,81 @@
+"""The largest batch that fits into the memory there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Callable
+
+import torch
+
+from util.bench.step import Stepper, Variant
+from util.bench.timing import Died, run_alone
+from util.runtime.logs import peak_memory_bytes
+
+OVER_THE_LIMIT = 77  # exit status of a process that used more memory than it may
+
+
+def largest_batch(variant: Variant, report: Callable[[int, bool], None]) -> int:
+    """The largest --batch_size that fits, exactly up to 64, in eights beyond; 0 where two images do not.
+
+    Each is tried in a process of its own. `report` hears of each try.
+    """
+    limit = math.inf if variant.config.memory_gib is None else variant.config.memory_gib * 2**30
+
+    def fits(batch_size: int) -> bool:
+        config = dataclasses.replace(variant.config, batch_size=batch_size)
+        try:
+            fitted = run_alone(fits_here, dataclasses.replace(variant, config=config), limit)
+        except (Died, MemoryError):
+            fitted = False
+        report(batch_size, fitted)
+        return fitted
+
+    return largest(fits, max(2, variant.config.batch_size), lambda n: 1 if n < 64 else 8)
+
+
+def fits_here(variant: Variant, limit: float) -> bool:
+    """Whether this process, started for it, can do two updates on its GPU, or on the CPU within `limit` bytes.
+
+    Beyond the limit it ends at once, before it takes what others need.
+    """
+    cpu, finished = torch.device("cpu"), threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.02):
+            if peak_memory_bytes(cpu) > limit:
+                os._exit(OVER_THE_LIMIT)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        Stepper(variant).updates(2)
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        finished.set()
+    return peak_memory_bytes(cpu) <= limit
+
+
+def largest(fits: Callable[[int], bool], start: int, step_of: Callable[[int], int]) -> int:
+    """The largest n >= 2 that fits, to within `step_of(n)`; 0 where 2 does not fit.
+
+    Doubling from `start`, or halving if that is too much, then bisection. What fits must fit whatever is smaller.
+    """
+    low, high = start, 2 * start
+    if fits(start):
+        while fits(high):
+            low, high = high, 2 * high
+    else:
+        while low > 2 and not fits(max(2, low // 2)):
+            low = max(2, low // 2)
+        if low == 2:
+            return 0
+        low, high = max(2, low // 2), low
+    while high - low > (step := step_of(low)):
+        middle = (low + high) // 2
+        rounded = -(-middle // step) * step
+        middle = rounded if rounded < high else middle
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,95 @@
+"""Two views as released code makes them, for scripts/bench.py to compare our loader with.
+
+Pillow decodes the file anew for each view, torchvision's transforms of PIL images follow one another, each view is
+made a normalised fp32 tensor by the loader process. The same augmentations with the same probabilities as
+util/data/views.py; random numbers from the global generators. Nothing but the bench uses this.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import to_pil_image
+
+from util.config.pretrain import PretrainConfig
+from util.data.sources import ImageSource
+from util.data.views import (
+    BLUR_RADIUS,
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    JITTER_PROBABILITY,
+    REFLECT_PAD,
+    RRC_RATIO,
+    RRC_SCALE,
+    SATURATION,
+    SOLARISE_THRESHOLD,
+)
+
+
+@dataclass
+class PilDataset(Dataset):
+    """Sample (epoch, index) -> views [num_views, C, H, W] float32."""
+
+    source: ImageSource
+    config: PretrainConfig
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.mode = "L" if config.in_chans == 1 else "RGB"
+        finish = [T.ToTensor(), T.Normalize(config.pixel_mean, config.pixel_std)]
+        photometry = colours(config.in_chans) if config.photometric else []
+        self.transforms = [T.Compose([*geometry(config), *finish])]
+        if config.num_views == 2:
+            self.transforms.append(T.Compose([*geometry(config), *photometry, *finish]))
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        _, index = key
+        return torch.stack([transform(self.decoded(index)) for transform in self.transforms])
+
+    def decoded(self, index: int) -> Image.Image:
+        """The image, from its encoded bytes."""
+        raw = self.source.read(index)
+        if isinstance(raw, Tensor):
+            raw = to_pil_image(raw)
+        image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw))
+        return image.convert(self.mode)
+
+
+def geometry(config: PretrainConfig) -> list:
+    """Resize, crop and flip."""
+    size, bicubic = config.image_size, InterpolationMode.BICUBIC
+    if config.view_crop == "rrc":
+        crop = [T.RandomResizedCrop(size, RRC_SCALE, RRC_RATIO, bicubic)]
+    else:
+        crop = [T.Resize(max(size), bicubic), T.Pad(REFLECT_PAD, padding_mode="reflect"), T.RandomCrop(size)]
+    return [*crop, T.RandomHorizontalFlip(config.hflip)]
+
+
+def colours(channels: int) -> list:
+    """Jitter, then one of greyscale, solarise and blur."""
+    jitter = T.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)
+    branches = [T.Grayscale(channels), T.RandomSolarize(SOLARISE_THRESHOLD, p=1), blur]
+    return [T.RandomApply([jitter], JITTER_PROBABILITY), T.RandomChoice(branches)]
+
+
+def blur(image: Image.Image) -> Image.Image:
+    """Gaussian blur of a random radius."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR_RADIUS)))
+
+
+def jpeg(image: Image.Image, size: tuple[int, int], quality: int = 90) -> bytes:
+    """The image as a JPEG of that width and height, turned where it is upright."""
+    if image.height > image.width:
+        size = size[::-1]
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""From flags to frozen settings. Imports runtime and the models."""

@@ -1,0 +1,333 @@
+"""Settings that several mains share: typed frozen dataclasses with MAE's flag names.
+
+Whatever can be judged without touching a disk or a device is checked in `__post_init__`; a wrong value is a
+UserError that names the flag, the value and the fix. Derived values are properties and never written back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from models_lut import ARCHITECTURES
+from util.runtime.distributed import world_size
+from util.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+from util.runtime.errors import nearest
+
+Config = TypeVar("Config")
+
+
+def check(holds: bool, flag: str, value: object, fix: str) -> None:
+    """UserError `--flag value: fix` unless `holds` (a comparison with nan never does)."""
+    if not holds:
+        shown = " ".join(map(str, value if isinstance(value, tuple | list) else [value]))
+        raise UserError(f"--{flag} {shown}".rstrip() + f": {fix}")
+
+
+def check_image_size(size: Sequence[int], least: int = 1) -> None:
+    """UserError unless it is one number of pixels, height and width, or nothing."""
+    check(len(size) <= 2, "input_size", size, "give one number, or height and width")
+    check(all(n >= least for n in size), "input_size", size, f"must be {least} pixels or more")
+
+
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_batch_norm(config: Any) -> None:
+    """UserError where BatchNorm would be trained on a single image."""
+    fix = "BatchNorm needs two images at a time, over all processes"
+    check(config.eval or config.batch_size * world_size() >= 2, "batch_size", config.batch_size, fix)
+
+
+def check_choice(flag: str, value: str, known: Sequence[str]) -> None:
+    """UserError with the nearest name unless `value` is known."""
+    check(value in known, flag, value, f"unknown{nearest(value, known)} (one of {', '.join(known)})")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which architecture; beside DataConfig, which knows the size of the images."""
+
+    model: str = "vit_base_patch16"
+    patch_size: int | None = None
+    """pixels; default: as the model's name says"""
+
+    def __post_init__(self) -> None:
+        check(self.patch_size is None or self.patch_size >= 1, "patch_size", self.patch_size, "must be 1 or more")
+        for side in self.image_size:
+            fix = f"must be a multiple of the patch, {self.patch} pixels"
+            check(side % self.patch == 0, "input_size", self.image_size, fix)
+
+    @property
+    def architecture_name(self) -> str:
+        """The model's name without the prefix of its pre-training."""
+        return self.model.removeprefix("lut_").removeprefix("mae_")
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """See models_lut.ARCHITECTURES."""
+        return ARCHITECTURES[self.architecture_name]
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_size or self.architecture["patch_size"]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        size = self.input_size or (self.architecture["img_size"],)
+        return (size[0], size[-1])
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """How images are read, wherever they come from."""
+
+    input_size: tuple[int, ...] = ()
+    """pixels, one number or height and width; default: the model's own (224 at patch 16)"""
+    in_chans: int = 3
+    """channels: 1 (grey), 3 (RGB) or 4 (RGBA); images are converted to it"""
+    mean: tuple[float, ...] = ()
+    """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.5"""
+    std: tuple[float, ...] = ()
+    """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.25"""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """an unreadable image stops the run, or the next readable one takes its place and it is counted"""
+    num_workers: int | None = None
+    """loader processes per rank, 0: none; default: 10, or the processors there are"""
+    pin_mem: bool = True
+    """page-locked memory for copies to a GPU; no effect on CPU"""
+    loader_timeout: float = 600.0
+    """seconds to wait for a batch before a hung or dead loader process ends the run"""
+
+    def __post_init__(self) -> None:
+        check(self.in_chans in (1, 3, 4), "in_chans", self.in_chans, "images have 1, 3 or 4 channels")
+        check_image_size(self.input_size, least=8)
+        for flag, values in (("mean", self.mean), ("std", self.std)):
+            fits = not values or len(values) == self.in_chans
+            check(fits, flag, values, f"give one number per channel (--in_chans {self.in_chans})")
+            check(all(map(math.isfinite, values)), flag, values, "must be finite")
+        check(all(s > 0 for s in self.std), "std", self.std, "must be above 0")
+        workers = self.num_workers
+        check(workers is None or workers >= 0, "num_workers", workers, "must be 0 or more")
+        timeout = self.loader_timeout
+        check(0 <= timeout < math.inf, "loader_timeout", timeout, "must be 0 (never) or more, and finite")
+
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Mean per channel, the default filled in."""
+        return self.mean or ((0.485, 0.456, 0.406) if self.in_chans == 3 else (0.5,) * self.in_chans)
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """Standard deviation per channel, the default filled in."""
+        return self.std or ((0.229, 0.224, 0.225) if self.in_chans == 3 else (0.25,) * self.in_chans)
+
+    @property
+    def loader_workers(self) -> int:
+        """Loader processes of this rank, the default filled in."""
+        return min(10, processors()) if self.num_workers is None else self.num_workers
+
+    def pins(self, device: torch.device) -> bool:
+        """Whether batches for this device come in page-locked memory."""
+        return self.pin_mem and device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class DataConfig(PixelConfig):
+    """Where images come from, labelled or not."""
+
+    data_path: str = ""
+    """folder with train/ (and val/) of class folders, flat folder of images at any depth, or .tar of either"""
+    dataset: str = ""
+    """cub200, flowers102, inat2018, ... as published, under --data_path (util/data/published.py); any name of timm's
+    create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..); or `digits`: 1,797 handwritten digits that come
+    with scikit-learn"""
+    val_path: str = ""
+    """labelled images that the run is judged by (pre-training: by kNN); default: val/ or val.tar beside the training
+    images, if there"""
+    cache: Literal["none", "ram", "device"] = "none"
+    """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
+    pre-training) on the device"""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """One update: batch and AdamW."""
+
+    batch_size: int = 64
+    """images per process and forward pass"""
+    accum_iter: int = 1
+    """forward passes per update: the effective batch is batch_size x accum_iter x processes"""
+    min_lr: float = 0.0
+    """learning rate at the end of the schedule"""
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's momenta"""
+    layer_decay: float = 1.0
+    """factor on the learning rate per block from the last to the first; 1: none"""
+    clip_grad: float | None = None
+    """largest norm of the gradient; default: no clipping"""
+
+    def __post_init__(self) -> None:
+        for flag in ("batch_size", "accum_iter"):
+            check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
+        for flag in ("min_lr", "weight_decay"):
+            value = getattr(self, flag)
+            check(0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
+        check(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "both must lie in [0, 1)")
+        check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "must lie in (0, 1]")
+        check(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "must be above 0")
+
+    @property
+    def effective_batch(self) -> int:
+        """Images per update, over all processes."""
+        return self.batch_size * self.accum_iter * world_size()
+
+
+@dataclass(frozen=True)
+class OptimConfig(UpdateConfig):
+    """Batch, schedule in epochs, and AdamW."""
+
+    epochs: int = 400
+    warmup_epochs: float = 40.0
+    """epochs of linear warm-up from 0"""
+    lr: float | None = None
+    """peak learning rate; default: blr x effective batch / 256"""
+    blr: float = 1.5e-4
+    """base learning rate, per 256 images"""
+
+    def __post_init__(self) -> None:
+        UpdateConfig.__post_init__(self)
+        check(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
+        warmup = self.warmup_epochs
+        check(0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"must lie in 0..--epochs {self.epochs}")
+        for flag in ("blr", "lr"):
+            value = getattr(self, flag)
+            check(value is None or 0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
+
+    @property
+    def peak_lr(self) -> float:
+        """--lr, or the linear rule lr = blr x batch / 256."""
+        return self.blr * self.effective_batch / 256 if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class DownstreamConfig:
+    """Training on labels: the encoder that it starts from, and its evaluation."""
+
+    finetune: str = ""
+    """pre-trained weights (MAE's, the release's, timm's or ours); default: none, from scratch"""
+    weights: Literal["student", "momentum"] = "student"
+    """which of the two encoders of --finetune"""
+    eval: bool = False
+    """evaluate --finetune or --resume and stop; model, size and normalisation are those of its run, if it is ours"""
+    eval_freq: int = 1
+    """epochs between two evaluations; the end always has one"""
+    dist_eval: bool = True
+    """each process evaluates its share of the images, each image once; else rank 0 all of them"""
+
+    def __post_init__(self) -> None:
+        check(self.eval_freq >= 1, "eval_freq", self.eval_freq, "must be 1 or more")
+        check(not (self.eval and self.resume and self.finetune), "eval", "", "give one of --resume and --finetune")
+        check(not self.eval or bool(self.resume or self.finetune), "eval", "", "add --finetune or --resume with a file")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Device, output, and what is watched."""
+
+    recipe: str = ""
+    """settings to start from: a name in recipes/ or a YAML file; flags override it"""
+    output_dir: str = "./output_dir"
+    """checkpoints, log.jsonl, config.yaml and pictures"""
+    log_dir: str | None = None
+    """TensorBoard; default: output_dir"""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu"""
+    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the device computes in it, else fp16 with loss scaling on a GPU, else fp32"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """what each of several processes holds: all weights, or a part of every weight, gradient and moment (fsdp, for
+    ViT-H and larger)"""
+    compile: Literal["none", "block", "whole"] = "none"
+    """torch.compile of each transformer block (starts in seconds) or of the whole model"""
+    checkpoint_activations: bool = False
+    """compute each block's activations again in the backward pass: less memory, a third more time"""
+    seed: int = 0
+    """weights, data order, augmentation and masks follow from it"""
+    resume: str = ""
+    """checkpoint to go on from, exactly where it stopped"""
+    auto_resume: bool = False
+    """go on from the newest good checkpoint in output_dir; start afresh only where there is none"""
+    start_epoch: int = 0
+    """first epoch of a fresh run (a resumed one knows its own)"""
+    save_periods: tuple[str, ...] = ("last", "best")
+    """checkpoints to keep beside the newest (--keep_last; `last` adds nothing): best (by kNN, top-1 or mIoU),
+    every_N_epochs"""
+    save_freq: int = 1
+    """epochs between two saves"""
+    keep_last: int = 2
+    """how many of the newest checkpoints stay"""
+    print_freq: int = 20
+    """updates between two log lines"""
+    max_steps: int | None = None
+    """end the run after this many updates in all; the schedule stays that of the whole run"""
+    max_minutes: float | None = None
+    """save, stop and ask for a requeue (exit status 75) after so long of training, which --cache precedes"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """a loss that is NaN or infinite stops the run, or its update is left out and counted (looks at each update)"""
+    elastic: bool = False
+    """let a resumed run have another number of processes: --accum_iter and --batch_size follow, so that an update
+    keeps its images"""
+    save_in_background: bool = True
+    """write checkpoints beside the training, from a copy in memory (of rank 0, as large as the file)"""
+    dist_backend: str = "auto"
+    """auto: nccl on GPUs, gloo on CPU"""
+    dry_run: bool = False
+    """print the resolved settings, cost and one batch, train nothing"""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in 0..2^32 - 1")
+        for flag in ("save_freq", "keep_last", "print_freq"):
+            check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
+        start, epochs = self.start_epoch, getattr(self, "epochs", math.inf)
+        check(start >= 0, "start_epoch", start, "must be 0 or more")
+        check(start < epochs, "start_epoch", start, f"must lie in 0..{epochs - 1}, below --epochs")
+        minutes = self.max_minutes
+        check(minutes is None or 0 < minutes < math.inf, "max_minutes", minutes, "must be above 0, and finite")
+        check(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "must be 1 or more")
+        for period in self.save_periods:
+            known = period in ("last", "best") or re.fullmatch(r"every_0*[1-9]\d*_epochs", period)
+            check(bool(known), "save_periods", period, "each one of last, best, every_N_epochs")
+        several = sum(period.startswith("every_") for period in self.save_periods) > 1
+        check(not several, "save_periods", self.save_periods, "give every_N_epochs once")
+        check(not (self.resume and self.auto_resume), "resume", self.resume, "leave out --auto_resume beside it")
+
+    @property
+    def keep_every(self) -> int | None:
+        """N of every_N_epochs, None where it is not asked for."""
+        every = [p for p in self.save_periods if p.startswith("every_")]
+        return int(every[0].split("_")[1]) if every else None
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain types, for YAML and checkpoints."""
+    plain = dataclasses.asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+def config_from_dict(config_type: type[Config], plain: dict[str, Any]) -> Config:
+    """The inverse of `as_dict`, for the settings that a checkpoint carries."""
+    return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

@@ -1,0 +1,88 @@
+"""What a resumed run must share with its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from util.runtime.distributed import world_size
+from util.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+from util.config.groups import as_dict
+
+# of which what is trained does not depend, or which a run's name for it stands for
+DOWNSTREAM_MAY_CHANGE = {"model", "patch_size", "finetune", "weights", "eval", "eval_freq", "dist_eval", "per_class"}
+
+# What may differ, or is compared in its resolved form below; a change of anything else would make it another run.
+MAY_CHANGE = {
+    *("recipe", "output_dir", "log_dir", "device", "compile", "resume", "auto_resume", "start_epoch"),
+    *("max_steps", "save_periods", "save_freq", "keep_last", "print_freq", "dist_backend", "dry_run"),
+    *("num_workers", "pin_mem", "cache", "max_minutes", "on_nonfinite", "elastic", "save_in_background"),
+    *("parallel", "checkpoint_activations", "data_path", "val_path", "loader_timeout", "dataset", "batch_size"),
+    *("accum_iter", "lr", "blr", "input_size", "mean", "std", "on_bad_image"),
+}
+
+
+def binding_settings(
+    config: Any, num_images: int, image_size: tuple[int, int], may_change: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The settings that a resumed run must share with its checkpoint, defaults filled in.
+
+    Folders may have moved; with --elastic the batch may be cut in another way.
+
+    Args:
+        may_change: fields of this kind of training that may differ too.
+    """
+    resolved = {
+        KIND: kind_of(type(config)),
+        "number of images": num_images,
+        "data set": config.dataset or "files",
+        "effective batch": config.effective_batch,
+        "processes": world_size(),
+        "batch_size": config.batch_size,
+        "accum_iter": config.accum_iter,
+        "peak lr": config.peak_lr,
+        "input_size": list(image_size),
+        "mean": list(config.pixel_mean),
+        "std": list(config.pixel_std),
+    }
+    free = MAY_CHANGE | set(may_change)
+    return resolved | {name: value for name, value in as_dict(config).items() if name not in free}
+
+
+def kind_of(config_type: type) -> str:
+    """pretrain, finetune, linprobe or segment: a main's own name."""
+    return config_type.__name__.removesuffix("Config").lower()
+
+
+KIND = "kind of training"
+NAMES = "names of the images"  # as util.data.sources.fingerprint has them; the mains add it
+ELASTIC = ("processes", "batch_size", "accum_iter")
+
+
+def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic: bool) -> None:
+    """UserError naming the first of the `binding_settings` that differs from the checkpoint's, with both values.
+
+    `elastic`: how the effective batch is cut may differ.
+    """
+    saved = checkpoint.get("binding_settings")
+    if saved is None:
+        raise UserError(
+            "--resume: the file holds weights but not the state of a run; start from them by --init_from or --finetune"
+        )
+    if KIND in saved and saved[KIND] != settings[KIND]:
+        raise UserError(
+            f"--resume: a checkpoint of {saved[KIND]}, and this is {settings[KIND]}; give its weights to --finetune,"
+            " or in pre-training to --init_from"
+        )
+    for name, value in settings.items():
+        if name not in (KIND, NAMES) and saved.get(name) != value and not (elastic and name in ELASTIC):
+            fix = "make them equal, or add --elastic" if name in ELASTIC else "make them equal"
+            raise UserError(f"--resume: {name} is {value} here but {saved.get(name)} in the checkpoint, {fix}")
+    if saved.get(NAMES, settings.get(NAMES)) != settings.get(NAMES):  # older files have none
+        raise UserError(
+            "--resume: other images or classes than the checkpoint's, by their names; give those, or start from its"
+            " weights by --finetune, in pre-training by --init_from"
+        )

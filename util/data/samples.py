@@ -1,0 +1,204 @@
+"""Samples and batches of pre-training: views and masking noise of an image, in the order of seed and epoch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from util.data.decode import MAY_BE_SKIPPED, MOST_BAD_IN_A_ROW, decode, load_image
+from util.data.device_views import crop_rows, photometry_row
+from util.data.sources import BadImage, ImageSource
+from util.data.views import Plan, TwoViews, sample_generator
+from util.runtime.errors import UserError
+
+
+class Batch(NamedTuple):
+    """One batch, or one sample of it without the first dimension."""
+
+    views: Tensor  # [B, num_views, C, H, W] uint8
+    noise: Tensor  # [B, L] float32: its order decides which patches are masked
+    index: Tensor  # [B] the samples asked for
+    read_index: Tensor  # [B] the samples read: another one where an image was bad; see `PretrainStream`
+    photometry: Tensor = torch.empty(0)  # [B, ROW_LENGTH] what the device still has to do to view v; empty: nothing
+
+
+class DrawnBatch(NamedTuple):
+    """A batch of images that lie on the device: only what was drawn for them."""
+
+    crops: Tensor  # [B, num_views, CROP_LENGTH] int64
+    noise: Tensor  # the rest as in `Batch`
+    index: Tensor
+    read_index: Tensor
+    photometry: Tensor
+
+
+@dataclass
+class PretrainDataset(Dataset):
+    """Sample (epoch, index) -> views and masking noise, all of it determined by seed, epoch and index."""
+
+    source: ImageSource
+    views: TwoViews
+    num_patches: int  # L
+    in_chans: int
+    seed: int
+    skip_bad: bool
+    photometry_later: bool = False  # on the device (--augment_on device)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, index = key
+        image, read_index = load_image(self.source, index, self.in_chans, self.skip_bad)
+        rng = sample_generator(self.seed, epoch, index)
+        return make_sample(image, self.views, self.num_patches, rng, self.photometry_later, index, read_index)
+
+
+def make_sample(
+    image: Tensor,
+    views: TwoViews,
+    num_patches: int,
+    rng: np.random.Generator,
+    photometry_later: bool,
+    index: int,
+    read_index: int,
+) -> Batch:
+    """Masking noise and views of an image [C, h, w], as one sample without the first dimension."""
+    noise = torch.from_numpy(rng.random(num_patches, dtype=np.float32))
+    numbers = (torch.tensor(index), torch.tensor(read_index))
+    if not photometry_later:
+        return Batch(views(image, rng), noise, *numbers, torch.empty(0))
+    plan = views.draw(tuple(image.shape[-2:]), rng)
+    return Batch(views.cut(image, plan), noise, *numbers, torch.tensor(photometry_of(plan)))
+
+
+def photometry_of(plan: Plan) -> list[float]:
+    """The row of util/data/device_views.py, empty where there is no photometry."""
+    return [] if plan.photometry is None else photometry_row(plan.photometry)
+
+
+@dataclass
+class DrawnDataset(Dataset):
+    """Samples (epoch, index) of images that lie on the device: crops, photometry and noise, drawn as `PretrainDataset`.
+
+    Asked for a whole batch at a time, since there is little to do for each sample.
+    """
+
+    sizes: np.ndarray  # [N, 2] of the images
+    readable: np.ndarray  # [N] which image is read for each
+    views: TwoViews
+    num_patches: int
+    seed: int
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> DrawnBatch:
+        noise = np.empty((len(keys), self.num_patches), dtype=np.float32)
+        index = np.array([index for _, index in keys])
+        read_index = self.readable[index]
+        plans = []
+        for place, (epoch, sample) in enumerate(keys):
+            rng = sample_generator(self.seed, epoch, sample)
+            rng.random(out=noise[place], dtype=np.float32)
+            plans.append(self.views.draw(tuple(self.sizes[read_index[place]].tolist()), rng))
+        crops = torch.from_numpy(np.stack([crop_rows(plan) for plan in plans]))
+        photometry = torch.tensor([photometry_of(plan) for plan in plans])
+        return DrawnBatch(
+            crops, torch.from_numpy(noise), torch.from_numpy(index), torch.from_numpy(read_index), photometry
+        )
+
+
+@dataclass
+class PretrainStream(IterableDataset):
+    """The same from a stream: samples have no index, their number in the worker's stream takes its place.
+
+    `read_index` is larger than `index` by the unreadable samples that were left out just before it. Which samples come
+    in which order is up to the stream's reader: timm's shuffle wds/ by the seeds that PyTorch gives loader processes,
+    and `Loader` has these follow from seed and epoch. An epoch is entered in the middle by passing over what its first
+    batches had: undecoded, unless unreadable samples are left out. That is exact with the same number of processes and
+    of loader processes, between which the reader deals its parts.
+    """
+
+    stream: IterableDataset
+    views: TwoViews
+    num_patches: int
+    in_chans: int
+    seed: int
+    rank: int
+    skip_bad: bool = False
+    photometry_later: bool = False
+    epoch: int = 0
+    batch_size: int = 1
+    start_batch: int = 0  # batches of this epoch that this rank had before a resume
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        number = (self.rank << 48) | ((worker.id if worker else 0) << 32)
+        # without loader processes this one would go on where the epoch before has left a reader's generator
+        stream = self.stream if worker else copy.deepcopy(self.stream)
+        if hasattr(stream, "set_epoch"):
+            stream.set_epoch(self.epoch)
+        bad_in_a_row = 0
+        # of each process alike; `Loader` passes over the rest, less than one batch for each
+        start = number + self.start_batch // (worker.num_workers if worker else 1) * self.batch_size
+        while True:  # the order of batches ends the epoch, at the same step on every rank
+            begin = number
+            for raw, *_ in stream:
+                if number < start and not self.skip_bad:
+                    number += 1
+                    continue
+                try:
+                    image = decode(raw, self.in_chans)
+                except BadImage as error:
+                    bad_in_a_row += 1
+                    if not self.skip_bad or bad_in_a_row == MOST_BAD_IN_A_ROW:
+                        raise UserError(
+                            f"the stream's sample after {number - begin} good ones cannot be read ({error});"
+                            f" {MAY_BE_SKIPPED}"
+                        ) from error
+                    continue
+                if number >= start:
+                    rng = sample_generator(self.seed, self.epoch, number)
+                    numbers = (number, number + bad_in_a_row)
+                    yield make_sample(image, self.views, self.num_patches, rng, self.photometry_later, *numbers)
+                bad_in_a_row = 0
+                number += 1
+            if number == begin:
+                raise UserError("--dataset: the stream holds no samples, or fewer parts than loader processes")
+
+
+@dataclass
+class BatchOrder(Sampler):
+    """Which samples make up which batch of one rank; each sample at most once in an epoch.
+
+    An epoch is a permutation of all samples from (seed, epoch), cut into updates of `effective_batch` samples;
+    each update into `accum_iter` parts, and each part evenly over the ranks. The remainder is left out. So an
+    update holds the same samples for any number of ranks and parts.
+    """
+
+    num_samples: int
+    batch_size: int  # per rank
+    accum_iter: int
+    rank: int
+    world_size: int
+    seed: int
+    epoch: int = 0
+    start_update: int = 0  # updates of this epoch that were done before a resume
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return self.num_samples // (self.batch_size * self.accum_iter * self.world_size)
+
+    def __len__(self) -> int:
+        return (self.updates_per_epoch - self.start_update) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+        step = self.batch_size * self.world_size  # samples in a part, over all ranks
+        for part in range(self.start_update * self.accum_iter, self.updates_per_epoch * self.accum_iter):
+            samples = order[part * step : (part + 1) * step][self.rank :: self.world_size]
+            yield [(self.epoch, index) for index in samples.tolist()]

@@ -1,0 +1,309 @@
+"""What a run tells: TensorBoard, JSON lines, a live progress line, and what made it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from util.runtime.distributed import world_size
+from util.runtime.files import ROOT
+
+LOG_FILE = "log.jsonl"
+COMMIT_FILE = "COMMIT"
+VERSIONS_OF = ("torch", "torchvision", "timm", "numpy")
+ERASE_TO_END_OF_LINE = "\x1b[K"
+
+
+class RunLog:
+    """The log of one run: `output_dir/log.jsonl`, TensorBoard in `log_dir`, messages on stdout.
+
+    Each line of the file tells the `seconds` that the run has taken so far, as if it had never been interrupted.
+
+    Args:
+        output_dir: made if it is missing.
+        log_dir: TensorBoard's folder; None writes no TensorBoard.
+        enabled: False on all ranks but the first: every method then does nothing.
+        resume_step: the step at which this run goes on (0 for a fresh start, which keeps no line). Lines of later
+            steps, left by a run that died after its last checkpoint, are removed from the file and hidden in
+            TensorBoard, so that no update is there twice. None keeps whatever is there.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        log_dir: str | Path | None,
+        enabled: bool,
+        resume_step: int | None = None,
+    ) -> None:
+        self._enabled = enabled
+        self._file = None
+        self._begin = time.monotonic()
+        self._tensorboard = None
+        self._live = False  # the cursor stands in a progress line
+        if not enabled:
+            return
+        path = Path(output_dir) / LOG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None and path.exists():
+            self._begin -= _drop_lines_after(path, resume_step or -1)
+        self._file = path.open("a", encoding="utf-8")
+        if log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+
+            purge_step = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(log_dir), purge_step=purge_step)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken so far, those before it was interrupted included."""
+        return time.monotonic() - self._begin
+
+    def scalars(self, step: int, values: Mapping[str, float], **extra: Any) -> None:
+        """Log `values` at `step`; `extra` (such as the epoch) goes into the JSON line only."""
+        if not self._enabled:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step, **extra, "seconds": round(self.seconds, 1), **numbers}
+        self._file.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
+        self._file.flush()  # the last lines before a crash are those that explain it
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def image(self, step: int, tag: str, array: np.ndarray) -> None:
+        """Show a picture, uint8 [height, width, channels], in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(tag, array, step, dataformats="HWC")
+
+    def text(self, message: str) -> None:
+        """Print a line, above the progress line if there is one."""
+        if self._enabled:
+            start = "\r" + ERASE_TO_END_OF_LINE if self._live else ""
+            print(start + message, flush=True)
+            self._live = False
+
+    def text_of_any_rank(self, message: str) -> None:
+        """Print a line; one of a rank that has no log goes to stderr."""
+        if self._enabled:
+            self.text(message)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def progress(self, **fields: Any) -> None:
+        """Show the progress line; the fields are those of `format_progress`.
+
+        A terminal shows one line that rewrites itself; a file or pipe gets ordinary lines.
+        """
+        if not self._enabled:
+            return
+        line = format_progress(**fields)
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns
+            # A line that wraps could not be rewritten: \r goes back to the start of its last row only.
+            print("\r" + line[: width - 1] + ERASE_TO_END_OF_LINE, end="", flush=True)
+            self._live = True
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Leave the progress line standing and close the files."""
+        if self._live:
+            print(flush=True)
+            self._live = False
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def format_progress(
+    *,
+    epoch: int,
+    epochs: int,
+    step: int,
+    total_steps: int,
+    losses: Mapping[str, float],
+    lr: float,
+    images_per_second: float,
+    data_wait: float,
+    memory_bytes: int,
+    seconds_left: float,
+) -> str:
+    """Format the progress line.
+
+    Args:
+        epoch: the current epoch, counted from 1.
+        step: steps done, of `total_steps` in the whole run.
+        losses: by name, in the order to be shown.
+        data_wait: share of the time spent waiting for data, 0 to 1.
+        memory_bytes: see `peak_memory_bytes`.
+        seconds_left: NaN or infinite where it is not known yet.
+    """
+    parts = [
+        f"epoch {epoch}/{epochs}",
+        f"step {step}/{total_steps}",
+        *(f"{name} {loss:.4f}" for name, loss in losses.items()),
+        f"lr {lr:.2e}",
+        f"{images_per_second:.{0 if images_per_second >= 100 else 1}f} images/s",
+        f"data wait {data_wait:.0%}",
+        f"memory {memory_bytes / 2**30:.1f} GiB",
+        f"left {format_duration(seconds_left)}",
+    ]
+    return "  ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Format a time as 1:02:03, or as 3d04h from a day on; "?" if it is not finite or negative."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}:{minute:02d}:{second:02d}"
+    days, hour = divmod(hours, 24)
+    return f"{days}d{hour:02d}h"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory used so far: tensors on a GPU, or the resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # only macOS counts in bytes
+
+
+def write_run_info(output_dir: str | Path, config: Mapping[str, Any]) -> None:
+    """Write what made this run: `config.yaml`, and `run.json` with source, versions and command line.
+
+    Args:
+        config: nested dicts; values that YAML has no type for (such as paths) are written as strings.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    plain = json.loads(json.dumps(config, default=str))  # tuples to lists, paths to strings
+    (output_dir / "config.yaml").write_text(
+        yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    (output_dir / "run.json").write_text(json.dumps(run_info(), indent=2) + "\n", encoding="utf-8")
+
+
+def run_info() -> dict[str, Any]:
+    """What makes a result: source, versions, command line, time, machine."""
+    commit, dirty = git_state(ROOT)
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in VERSIONS_OF},
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processes": world_size(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "cpu": processor_name(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What something was computed on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def processor_name() -> str:
+    """As the kernel calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _json_value(value: Any) -> Any:
+    """Round floats to nine significant digits, what fp32 has, and spell those that JSON lacks: "nan", "inf", "-inf"."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else str(value)
+
+
+def _drop_lines_after(path: Path, step: int) -> float:
+    """Rewrite a log without the lines of later steps and without a last line that a crash cut short.
+
+    Returns the seconds that the run had taken by the last line that stays.
+    """
+    partial, last = path.with_name(path.name + ".partial"), "{}"
+    with path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
+        for line in old:
+            if _step_of(line) <= step:
+                new.write(line)
+                last = line
+    os.replace(partial, path)  # atomic: a crash leaves the old file or the new one
+    return json.loads(last).get("seconds", 0.0)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a log line, infinity if it is broken."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+def git_state(root: Path) -> tuple[str | None, bool | None]:
+    """Return the commit and whether tracked files differ from it; None, None outside a checkout.
+
+    The copy of the code that a queued job runs from says it in a file COMMIT.
+    """
+    if (root / COMMIT_FILE).is_file():
+        commit, _, changed = (root / COMMIT_FILE).read_text(encoding="utf-8").strip().partition(" ")
+        return (None, None) if commit == "unknown" else (commit, bool(changed))
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        # A copy of this code inside some other project's checkout must not report that project's commit.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def aligned(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """Cells under each other, those of the first columns to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if i < labels else str.rjust for i in range(len(widths))]
+    lines = [[side(cell, n) for side, cell, n in zip(sides, cells, widths, strict=True)] for cells in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,141 @@
+"""What fine-tuning and linear probing share around a classifier: labelled data, evaluation, the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.auto_augment import NAME_TO_OP
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from util.config.classifier import ClassifierConfig
+from util.config.groups import check
+from util.data.datasets import find_validation, open_images
+from util.data.labelled import ClassifierDataset
+from util.data.sources import ImageSource, hold_out
+from util.runtime.errors import UserError
+from util.train import downstream
+from util.train.downstream import Prepared
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The two splits that a classifier needs; `train` is None for --eval."""
+
+    train: ImageSource | None
+    val: ImageSource
+    num_classes: int  # K
+
+
+def open_labelled(config: ClassifierConfig) -> LabelledImages:
+    """The labelled images that the settings name.
+
+    Raises:
+        UserError: a split is missing, empty, a stream, without labels, or the splits' classes differ from each other
+            or from --nb_classes.
+    """
+    where = f"--dataset {config.dataset}" if config.dataset else f"--data_path {config.data_path}"
+    unseen = config.eval and not config.holdout  # --eval looks at no training image
+    train = None if unseen else open_images(config.data_path, config.dataset, "train")
+    if isinstance(train, IterableDataset):
+        raise UserError(f"{where}: is a stream, a classifier needs images that can be drawn by number")
+    if train is not None and (train.labels is None or len(set(train.labels)) < 2):
+        fix = "give train/ and val/ with a folder for each class"
+        if train.class_names:
+            fix += f"; a file's class is the folder that it lies in, and all lie in {train.class_names[0]!r}"
+        raise UserError(f"{where}: has no labels of two classes, {fix}")
+    if config.holdout:
+        train, val = hold_out(train, config.holdout)
+        if len(val) == 0:
+            raise UserError(f"--holdout {config.holdout}: no class of {where} has two images, leave it out")
+        train = None if config.eval else train
+    else:
+        val = find_validation(config.data_path, config.dataset, config.val_path)
+    if val is None:
+        raise UserError(f"{where}: no validation images of two classes, add val/ beside train/ or give --val_path")
+    if train is not None and train.class_names != val.class_names:
+        raise UserError(f"{where}: {difference(train.class_names or [], val.class_names or [])}")
+
+    names = val.class_names
+    num_classes = len(names) if names else 1 + max(max(s.labels) for s in (train, val) if s is not None)
+    classes = config.nb_classes
+    fix = f"the data has {num_classes} classes, leave the flag out or give that number"
+    check(classes is None or classes == num_classes, "nb_classes", classes, fix)
+    return LabelledImages(train, val, num_classes)
+
+
+def difference(train: list[str], val: list[str]) -> str:
+    """How the classes of the splits differ, in words."""
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    said = [
+        f"{len(names)} classes are in {there} but not in {other} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for names, there, other in ((only_train, "train", "val"), (only_val, "val", "train"))
+        if names
+    ]
+    return "; ".join(said) + "; make the class folders the same"
+
+
+def prepare(config: ClassifierConfig) -> Prepared:
+    """Processes, precision, data and batches of a run; every UserError that they may hold."""
+    return downstream.prepare(config, lambda config, _: open_labelled(config))
+
+
+def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDataset:
+    """Augmented training images.
+
+    Raises:
+        UserError: timm does not know the policy of --aa.
+    """
+    try:
+        with posterize_of_any_strength():
+            transform = create_transform(**config.augmentation)
+    except (AssertionError, ValueError, KeyError) as error:
+        policy = config.augmentation.get("auto_augment")
+        raise UserError(f"--aa {policy}: timm makes no augmentation of it ({error!r})") from error
+    return ClassifierDataset(source, transform, config.in_chans, config.seed, config.on_bad_image == "skip")
+
+
+@contextmanager
+def posterize_of_any_strength() -> Iterator[None]:
+    """Policies of timm that are made meanwhile may leave 0 bits of a pixel, which Pillow refuses from version 13 on."""
+    theirs = {name: operation for name, operation in NAME_TO_OP.items() if operation is auto_augment.posterize}
+    NAME_TO_OP.update(dict.fromkeys(theirs, posterize))
+    try:
+        yield
+    finally:
+        NAME_TO_OP.update(theirs)
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """As timm's, and black for 0 bits, as older Pillows have it."""
+    if bits_to_keep < 1:
+        return image.point(lambda value: 0)
+    return auto_augment.posterize(image, bits_to_keep)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    normalise: Callable[[Tensor], Tensor],
+    device: torch.device,
+    autocast: torch.autocast,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [B, K], float32, of a classifier in eval mode and what the loader yields beside the images, per batch.
+
+    `loader` yields uint8 images and a tensor [B], `normalise` makes the model's input of images on the device.
+    """
+    was_training = model.training
+    model.eval()
+    for pixels, others in loader:
+        images = normalise(pixels.to(device, non_blocking=True))
+        with autocast:
+            logits = model(images)
+        yield logits.float(), others.to(device, non_blocking=True)
+    model.train(was_training)

@@ -1,0 +1,116 @@
+"""A segmenter's run: its data looked at, training, evaluation, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from util.config.segment import SegmentConfig
+from util.data.decode import MAY_BE_SKIPPED, MUST_BE_READ
+from util.data.joint_views import JointView
+from util.data.loader import Loader
+from util.data.masked_samples import MaskedDataset, PixelCount
+from util.data.masks import IGNORED, MaskedSource, find_classes, find_layout, pair_up
+from util.runtime.distributed import Processes, is_main, sum_over_ranks
+from util.runtime.errors import UserError
+from util.runtime.progress import progress
+from util.train import downstream
+from util.train.downstream import Prepared
+from util.train.evaluation import share_of_images
+from util.train.run import resumes
+
+
+def prepare(config: SegmentConfig) -> Prepared:
+    """Processes, precision, data and batches of a run; every UserError that they may hold."""
+    return downstream.prepare(config, open_checked)
+
+
+def open_checked(config: SegmentConfig, processes: Processes) -> MaskedImages:
+    """The images and masks of the settings, looked at where the run is a fresh one and --check_data asks for it."""
+    data = open_masked(config)
+    if config.check_data and not config.eval and not resumes(config):  # an earlier run has looked at the data
+        for split, source in (("training", data.train), ("validation", data.val)):
+            look_at(source, split, config, processes)
+    return data
+
+
+def look_at(source: MaskedSource, split: str, config: SegmentConfig, processes: Processes) -> None:
+    """Read every mask of a split, each rank its share, and say what the split holds.
+
+    Raises:
+        UserError: something is wrong with a mask, or all pixels are ignored.
+    """
+    counts = count_pixels(source, config, split, share_of_images(len(source), processes, dist_eval=True))
+    counts = sum_over_ranks(torch.from_numpy(counts).to(processes.device)).tolist()
+    names, total = source.classes.names, sum(counts)
+    if counts[IGNORED] == total:
+        raise UserError(f"{source.masks[0]}, ...: all pixels of the {split} masks are ignored, see --ignore_index")
+    absent = [name for name, count in zip(names, counts, strict=False) if count == 0]
+    shown = f"; without {', '.join(absent[:6])}{', ...' * (len(absent) > 6)}" if absent else ""
+    if is_main():
+        have = f"{len(names) - len(absent)} of {len(names)} classes"
+        print(f"{split}: {len(source)} masks, {have}{shown}; {100 * counts[IGNORED] / total:.1f} % ignored", flush=True)
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """The two splits that a segmenter needs; `train` is None for --eval."""
+
+    train: MaskedSource | None
+    val: MaskedSource
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.val.classes.names)
+
+
+def open_masked(config: SegmentConfig) -> MaskedImages:
+    """The images and masks that the settings name.
+
+    Raises:
+        UserError: a split is missing or empty, an image has no mask, or nothing says what the classes are.
+    """
+    layout = find_layout(config.data_path) if config.data_path else None
+    classes = find_classes(layout, config.classes, config.first_label, config.ignore_index)
+
+    def split(name: str) -> MaskedSource:
+        images, masks = (getattr(config, f"{name}_{kind}") for kind in ("images", "masks"))
+        if images:
+            folders, flags = (Path(images), Path(masks)), (f"--{name}_images", f"--{name}_masks")
+        else:
+            folders, flags = layout.folders(name), ("--data_path", "--data_path")
+        return pair_up(*folders, classes, config.image_suffix, config.mask_suffix, flags)
+
+    return MaskedImages(None if config.eval else split("train"), split("val"))
+
+
+def train_dataset(config: SegmentConfig, source: MaskedSource) -> MaskedDataset:
+    """Augmented training samples."""
+    view = JointView(
+        size=config.image_size,
+        scale_range=config.scale_range,
+        most_of_a_class=config.most_of_a_class,
+        hflip=config.hflip,
+        photometric=config.photometric,
+        fill=tuple(round(255 * mean) for mean in config.pixel_mean),
+    )
+    return MaskedDataset(source, view, config.in_chans, config.seed, config.on_bad_image == "skip")
+
+
+def count_pixels(source: MaskedSource, config: SegmentConfig, split: str, indices: Sequence[int]) -> np.ndarray:
+    """Pixels of each class, [256], in some samples of a split: all of their masks are looked at.
+
+    Raises:
+        UserError: a mask cannot be read, has another size than its image, or holds a number that is no class.
+    """
+    trained = split == "training"
+    skip_bad, fix = config.on_bad_image == "skip" and trained, MAY_BE_SKIPPED if trained else MUST_BE_READ
+    dataset = PixelCount(source, indices, skip_bad, fix)
+    loader = Loader(dataset, batch_size=None, num_workers=config.loader_workers, patience=config.loader_timeout)
+    counts = progress(loader, len(indices), f"looking at {split} masks", "masks") if is_main() else loader
+    return sum((np.asarray(count) for count in counts), start=np.zeros(256, dtype=np.int64))
