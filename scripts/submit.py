@@ -334,7 +334,7 @@ def copy_code(target: Path) -> None:
 
 
 def code_files() -> list[Path]:
-    """The Python files of the top level, of scripts/ and of the wings of util/, and the recipes; what git ignores is left out where git can tell.
+    """All Python files and recipes, but for what git ignores, where git can tell.
 
     Others are not ours but copies in the folders of earlier jobs.
     """

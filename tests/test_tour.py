@@ -6,18 +6,17 @@ import base64
 import io
 import itertools
 import re
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import one_line
 from docs.execute_notebook import cleaned, execute, pictures
+from shared.calls import one_line
 from util.runtime.errors import RunError, UserError
+from util.runtime.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TOUR = ROOT / "docs" / "tour.ipynb"
 MOST_BYTES = 500_000  # code hosts show no larger notebook well
 NUM_PICTURES = 8

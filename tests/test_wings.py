@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from util.runtime.files import ROOT
+
 BASE = ("runtime", "optim", "models", "data", "config", "weights", "figures", "results", "analysis")
 TRAIN = (*BASE, "train")
 MAY_IMPORT = {  # beside itself

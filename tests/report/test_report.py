@@ -1,0 +1,372 @@
+"""Pictures and words of a report, and its page without a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from models_upernet import UperNet
+from scripts import report as script
+from shared.calls import one_line, script_caller
+from shared.checkpoints import save_lut
+from shared.flags import TINY_SEGMENTER
+from shared.runs import complete, pretraining_lines, segmenting_lines, write_run
+from util.config.classifier import FinetuneConfig
+from util.config.command_line import parse_config
+from util.config.groups import as_dict
+from util.config.pretrain import PretrainConfig
+from util.config.segment import SegmentConfig
+from util.figures.figure import HEAT_ALPHA, HEAT_GROUND, heat_over
+from util.report import report as report_module
+from util.report.parts import commands, differing_settings, environment_rows, speed_rows
+from util.report.report import report
+from util.report.thumbnails import evenly, film
+from util.results.curves import points_per_curve
+from util.results.run_folder import open_runs, read_run
+from util.runtime.errors import UserError
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_left_out_evenly():
+    assert evenly(3, 5) == [0, 1, 2]
+    assert evenly(101, 5) == [0, 25, 50, 75, 100]
+    assert evenly(9, 1) == [8]
+
+
+def test_a_film_fits_its_budget_and_skips_what_is_broken(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for epoch in range(30):
+        path = tmp_path / f"reconstruction-{epoch:04d}.png"
+        Image.fromarray(rng.integers(0, 256, (8, 700, 3), dtype=np.uint8)).save(path)
+        paths.append((epoch, path))
+    (tmp_path / "reconstruction-0029.png").write_bytes(b"\x89PNG half of it")
+    whole, broken = film(paths, 10**9)
+    assert (len(whole), broken) == (23, ["reconstruction-0029.png"])
+    assert whole[0][0] == 0
+    for budget in (15_000, 3_000, 600):
+        frames, _ = film(paths, budget)
+        assert 0 < sum(len(data) for _, data in frames) <= budget
+        assert {frames[-1][0], whole[-1][0]} == {whole[-1][0]}
+    assert film(paths, 10)[0] == []
+
+
+def test_heat_lies_over_the_grey_image_patch_by_patch():
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    image[..., 0] = 90
+    found = heat_over(image, np.array([[0.0, 1.0], [2.0, 4.0]]))
+    assert found.shape == (8, 8, 3)
+    for rows in (slice(0, 4), slice(4, 8)):
+        for columns in (slice(0, 4), slice(4, 8)):
+            assert len(np.unique(found[rows, columns].reshape(-1, 3), axis=0)) == 1
+    grey = (1 - HEAT_ALPHA) * HEAT_GROUND * 30
+    assert np.allclose(found[0, 0], np.array([0, 0, 3]) * HEAT_ALPHA + grey, atol=3)  # inferno begins black
+    assert found[7, 7].astype(int).sum() > found[7, 0].astype(int).sum() > found[0, 7].astype(int).sum()
+
+
+# ---- words -------------------------------------------------------------------------------------------------
+
+
+def test_only_settings_that_differ_are_rows(tmp_path):
+    base = as_dict(PretrainConfig(epochs=2, warmup_epochs=1))
+    a = read_run(write_run(tmp_path / "a", [{"step": 1, "loss": 1}], base), "a")
+    other = base | {"alpha": 0.5, "input_size": [32, 64], "norm_pix_loss": True}
+    b = read_run(write_run(tmp_path / "b", [{"step": 1, "loss": 1}], other), "b")
+    assert differing_settings([a, b]) == [
+        ["", "a", "b"], ["input_size", "–", "32 64"], ["norm_pix_loss", "no", "yes"], ["alpha", "–", "0.5"]
+    ]  # fmt: skip
+    assert differing_settings([a, a]) == []
+    assert differing_settings([a]) == [["", "a", "default"], ["epochs", "2", "400"], ["warmup_epochs", "1", "40.0"]]
+    tuned = as_dict(FinetuneConfig(epochs=3, warmup_epochs=1))  # of another stage: what only it has is no difference
+    c = read_run(write_run(tmp_path / "c", [{"step": 1, "loss": 1}], tuned, stage="finetune"), "c")
+    keys = [row[0] for row in differing_settings([a, c])]
+    assert "epochs" in keys
+    assert "drop_path" not in keys
+    assert "mask_ratio" not in keys
+
+
+def test_speed_and_environment(tmp_path):
+    run = read_run(write_run(tmp_path / "a", pretraining_lines(2, 5)), "a")
+    assert speed_rows([run])[1][:2] == ["a", "102.5"]
+    assert speed_rows([run])[1][3:] == ["25 %", "1 GiB", "0:00:21"]
+    rows = dict(environment_rows([run])[1:])
+    assert {"commit", "torch", "Python", "CPU", "processes"} <= rows.keys()
+    assert rows["processes"] == "1"
+    assert "command" not in rows
+
+
+def test_commands_repeat_the_run(tmp_path):
+    config = as_dict(
+        PretrainConfig(model="lut_vit_nano_patch4", patch_size=8, epochs=2, warmup_epochs=1, betas=(0.8, 0.9))
+    )
+    command = "/opt/python /home/me/main_pretrain.py --data_path 'two words'"
+    run = read_run(write_run(tmp_path / "a b", [{"step": 1, "loss": 1}], config, command=command), "a")
+    found = dict(commands(run))
+    assert found["As it was last started"] == "python main_pretrain.py --data_path 'two words'"
+    again = found["From its settings, whatever has become of the recipe"]
+    assert again == f"python main_pretrain.py --recipe '{run.path}/config.yaml' --output_dir AGAIN"
+    settings = parse_config(PretrainConfig, ["--recipe", str(run.path / "config.yaml"), "--output_dir", "AGAIN"], "x")
+    assert as_dict(settings) == config | {"recipe": str(run.path / "config.yaml"), "output_dir": "AGAIN"}
+    many = dataclasses.replace(run, info=run.info | {"processes": 8})
+    assert dict(commands(many))["As it was last started"].startswith("torchrun --nproc_per_node=8 main_pretrain.py")
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a page would load or lead to, its scripts, and its words."""
+
+    VOID = ("meta", "link", "img", "input", "br")
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.open, self.words, self.ids = [], [], [], []
+        self.scripts: dict[str, str] = {}
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        assert not any(name.startswith("on") for name in attrs), attrs
+        assert tag not in ("iframe", "object", "embed", "base", "form", "link")
+        self.addresses += [attrs[name] for name in ("src", "href", "srcset", "action", "poster") if name in attrs]
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag not in self.VOID:
+            self.open.append((tag, attrs))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        tag, attrs = self.open[-1] if self.open else ("", {})
+        if tag == "script":
+            self.scripts[attrs.get("id", str(len(self.scripts)))] = data
+        elif tag != "style":
+            self.words.append(data)
+
+
+def parsed(html: str) -> Page:
+    page = Page()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    return page
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Call scripts/report.py from a folder of its own: exit status, stdout, stderr."""
+    (tmp_path / "here").mkdir()
+    return script_caller(monkeypatch, capsys, tmp_path / "here", script)
+
+
+def test_a_page_of_two_runs_needs_nothing_else(call, tmp_path):
+    lines = pretraining_lines(2, 5)
+    write_run(tmp_path / "lut", lines, pictures=(0, 1, 2), finished={"knn": 21.0})
+    write_run(tmp_path / "mae", lines[:8])
+    status, said, error = call(f"{tmp_path}/lut {tmp_path}/mae --no_attention --output new/page.html")
+    assert (status, error) == (0, "")
+    assert said.startswith("new/page.html: 2 runs, ")
+    html = Path("new/page.html").read_text()
+    page = parsed(html)
+    assert all(address.startswith(("data:image/webp;base64,", "#")) for address in page.addresses)
+    assert {address[1:] for address in page.addresses if address[0] == "#"} <= set(page.ids)
+    assert sum(address.startswith("data:") for address in page.addresses) == 3
+    assert "url(" not in html.partition("</style>")[0]
+    assert "default-src 'none'" in html
+    words = " ".join(" ".join(page.words).split())
+    for expected in (
+        "Settings that differ",
+        "kNN accuracy",
+        "21.00 %",
+        "finished",
+        "6 of 10 updates, left 0:00:08",
+        "git checkout",
+    ):
+        assert expected in words, expected
+    assert "No pictures were saved by mae." in words
+    data = json.loads(page.scripts["data"])
+    assert [run["label"] for run in data["runs"]] == ["lut", "mae"]
+    assert len(data["runs"][0]["curves"]["loss"]["x"]) == 10
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\"'&{{ 7*7 }}"
+
+
+def test_hostile_names_and_settings_stay_text(call, tmp_path):
+    folder = tmp_path / "<b>run&amp;"
+    config = as_dict(PretrainConfig(epochs=2, warmup_epochs=1)) | {
+        "model": HOSTILE,
+        "data_path": HOSTILE,
+        HOSTILE: HOSTILE,
+    }
+    lines = [{"step": 1, "epoch": 0, "loss": 1.0, HOSTILE: 2.0}]
+    write_run(folder, lines, config, command=f"python main_pretrain.py '{HOSTILE}", finished={})
+    shutil.copytree(folder, tmp_path / "other")
+    label = HOSTILE.replace('"', '\\"').replace("'", "'\"'\"'").replace('\\"', '"')
+    status, _, error = call(f"'{folder}' '{tmp_path}/other' --label '{label}' b --no_attention --output page.html")
+    assert status == 0, error
+    page = parsed(Path("page.html").read_text())
+    assert set(page.scripts) == {"0", "data", "2", "3"}  # the theme, the numbers, plotly, and ours
+    assert all(address.startswith("#") for address in page.addresses)
+    assert json.loads(page.scripts["data"])["runs"][0]["label"] == HOSTILE
+    assert HOSTILE in json.loads(page.scripts["data"])["runs"][0]["curves"]
+    assert "".join(page.words).count(HOSTILE) > 4
+    assert "49" not in "".join(page.words).replace(HOSTILE, "").partition("Environment")[0]
+
+
+def test_long_runs_stay_within_the_size(call, tmp_path):
+    lines = pretraining_lines(10, 100)
+    for number in range(6):
+        write_run(tmp_path / "runs" / str(number), lines)
+    runs = open_runs([str(tmp_path / "runs")])
+    html = report(runs, "long", None)
+    assert len(html.encode()) < report_module.MOST_BYTES
+    curve = json.loads(parsed(html).scripts["data"])["runs"][0]["curves"]["loss"]
+    most = points_per_curve(runs)
+    assert len(curve["x"]) == len(curve["low"]) == most < 1000
+    assert f"Curves of more than {most} points (the longest has 1000)" in html
+
+
+def test_too_large_a_page_is_refused(call, tmp_path, monkeypatch):
+    write_run(tmp_path / "a", pretraining_lines(1, 3))
+    monkeypatch.setattr(report_module, "MOST_BYTES", 10**6)
+    status, _, error = call(f"{tmp_path}/a --no_attention")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "over 10 MB: give fewer at once" in error
+    assert not Path("output").exists()
+
+
+def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path, monkeypatch):
+    config = as_dict(PretrainConfig(epochs=2, warmup_epochs=1, dataset="digits"))
+    folder = write_run(tmp_path / "a", pretraining_lines(1, 3), config)
+    complete(save_lut(folder / "checkpoint-0.pth"), epoch=0, step=3)
+    runs = open_runs([str(folder)])
+    seen = report_module.attention(runs, (), torch.device("cpu"))
+    assert seen.said == []
+    assert len(seen.images) == 3
+    assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
+    assert seen.images[0].mark == (62.5, 62.5)  # the patch after the middle of 4 x 4
+    words = " ".join(" ".join(parsed(report(runs, "a", seen)).words).split())
+    assert "a, checkpoint-0.pth" in words
+    monkeypatch.setattr(report_module, "ATTENTION_CELLS", 11)
+    few = report_module.attention(runs, (), torch.device("cpu"))
+    assert [name for name, _ in few.images[2].rows[0].cells] == ["mean"]
+    assert few.said == ["So many runs: only the means over heads are shown."]
+
+
+@pytest.mark.parametrize("layout", ["data_path", "folders"])
+def test_attention_of_a_segmenter_on_its_validation_images(tmp_path, scenes, layout):
+    given = {"data_path": ["--data_path", str(scenes)]}
+    given["folders"] = [
+        word for split in ("train", "val") for kind in ("images", "masks")
+        for word in (f"--{split}_{kind}", str(scenes / kind / split))
+    ] + ["--classes", str(scenes / "classes.json")]  # fmt: skip
+    settings = parse_config(SegmentConfig, [*TINY_SEGMENTER.split(), *given[layout]], "main_segment.py")
+    folder = write_run(tmp_path / "a", segmenting_lines(5, 2), as_dict(settings), stage="segment")
+    model = UperNet(**settings.model_arguments(3))
+    torch.save({"model": model.state_dict(), "config": as_dict(settings)}, folder / "checkpoint-0.pth")
+    complete(folder / "checkpoint-0.pth", epoch=0, step=2)
+    runs = open_runs([str(folder)])
+    seen = report_module.attention(runs, (), torch.device("cpu"))
+    assert seen.said == []
+    names = {path.name for path in (scenes / "images" / "val").iterdir()}
+    assert {image.title for image in seen.images} <= names
+    assert len({image.title for image in seen.images}) == 3
+    assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
+    shutil.rmtree(scenes / "images" / "val")
+    seen = report_module.attention(runs, (), torch.device("cpu"))
+    assert seen.images == []
+    assert "No images to look at" in seen.said[0]
+
+
+@pytest.mark.slow
+def test_real_runs_of_every_stage_with_their_attention(call, pretrain, finetune, linprobe, tmp_path):
+    digits = "--dataset digits --in_chans 1 --max_steps 3"
+    pretrain(digits, "--monitor_freq 1 --monitor_images 20 --norm_pix_loss", output=tmp_path / "lut")
+    (checkpoint,) = (tmp_path / "lut").glob("checkpoint-*step*.pth")
+    finetune(digits, "--finetune", checkpoint, "--aa none --reprob 0", output=tmp_path / "tuned")
+    linprobe(digits, "--finetune", checkpoint, output=tmp_path / "probed")
+    status, _, error = call(f"{tmp_path}/lut {tmp_path}/tuned {tmp_path}/probed --output page.html")
+    assert (status, error) == (0, "")
+    html = Path("page.html").read_text()
+    page = parsed(html)
+    words = " ".join(" ".join(page.words).split())
+    for expected in ("pre-training", "fine-tuning", "linear probing", "Top-1 accuracy", "RankMe", "head 2", "digits["):
+        assert expected in words, expected
+    pictures = [address for address in page.addresses if address.startswith("data:")]
+    films, looks = 2, 3 * (1 + 3 * (1 + 3))  # before and after; three images, each with three maps of mean and heads
+    assert len(pictures) == films + looks
+    assert len(set(pictures)) > 12  # the probe's encoder is the pre-trained one
+    repeated = re.search(r"python main_finetune.py --recipe \S+config.yaml", words)
+    assert repeated
+    again = yaml.safe_load(Path(repeated.group().split()[-1]).read_text())
+    assert again["finetune"] == str(checkpoint)
+
+
+def test_checkpoints_and_images_that_cannot_be_opened_are_said(call, tmp_path):
+    config = as_dict(PretrainConfig(epochs=2, warmup_epochs=1)) | {"data_path": "gone"}
+    folder = write_run(tmp_path / "a", pretraining_lines(1, 3), config)
+    (folder / "checkpoint-0.pth").write_bytes(b"junk")
+    manifest = {"sha256": "0" * 64, "bytes": 4, "epoch": 0, "step": 3, "metric": None, "time": 0.0}
+    (folder / "checkpoint-0.pth.json").write_text(json.dumps(manifest))
+    write_run(tmp_path / "b", pretraining_lines(1, 3), config)
+    status, _, error = call(f"{tmp_path}/a {tmp_path}/b --output page.html")
+    assert (status, error) == (0, "")
+    words = " ".join(" ".join(parsed(Path("page.html").read_text()).words).split())
+    assert "is damaged, its SHA-256 is not the one that was written" in words
+    assert "b has no complete checkpoint" in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("nowhere", "RUN nowhere: there is no such folder"),
+        ("none", "RUN none: is no run, neither it nor a folder below has a log.jsonl"),
+        ("empty", "RUN empty: its log.jsonl holds no complete line yet"),
+        ("cut", "RUN cut: its log.jsonl holds no complete line yet"),
+        ("", "RUN: give the folder of a run"),
+        ("run --output page.pdf", "--output page.pdf: is written as .html"),
+        ("run --output /proc/none/page.html", "--output /proc/none/page.html: cannot be written"),
+        ("run --label a b", "--label a b: give one for each of 1 runs, or none"),
+        ("run --lable a", "did you mean --label?"),
+        ("run --device cuda:99", "--device cuda:99"),
+    ],
+)
+def test_wrong_input_is_one_line(call, flags, said):
+    write_run(Path("run"), [{"step": 1, "loss": 1.0}])
+    Path("none").mkdir()
+    for name, text in (("empty", ""), ("cut", '{"step": 1, "lo')):
+        Path(name).mkdir()
+        (Path(name) / "log.jsonl").write_text(text)
+    before = sorted(Path().rglob("*"))
+    status, _, error = call(flags if "label a b" in flags or "--output" in flags else f"{flags} --no_attention")
+    assert (status, error.count("\n")) == (2, 1), error
+    assert said in error
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_an_image_that_is_none_is_one_line(call, pretrain, tmp_path):
+    pretrain("--dataset digits --in_chans 1 --max_steps 1", output=tmp_path / "lut")
+    Path("fake.png").write_text("words")
+    status, _, error = call(f"{tmp_path}/lut --image fake.png")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "--image fake.png: cannot be read" in error
+
+
+def test_labels_must_fit_the_runs(tmp_path):
+    write_run(tmp_path / "a", [{"step": 1, "loss": 1.0}])
+    with pytest.raises(UserError, match="give one for each of 1 runs") as error:
+        open_runs([str(tmp_path)], ["a", "b"])
+    assert "--label a b" in one_line(error)

@@ -1,0 +1,210 @@
+"""Checkpoints that travel: MAE's layout, timm's, the Hub's and ONNX, loaded by the programs that they are for."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+
+import scripts.convert as convert
+from models_lut import LUT, MODELS, MomentumEncoder
+from models_vit import Classifier
+from shared.reference import tiny_student
+from util.runtime.errors import run_main
+from util.runtime.files import ROOT
+from util.weights.checkpoint import load_checkpoint
+from util.weights.export import overlay_beside
+from util.weights.interop import load_weights, part_of, read_weights
+
+DATA = ROOT / "tests" / "files"
+RELEASE = DATA / "release_lut_tiny.pth"
+TINY = dict(embed_dim=24, depth=2, num_heads=3)  # of the files in tests/files
+TINY_HEADS = ("--num_heads", "3")
+
+
+@pytest.fixture
+def run_convert(monkeypatch, capsys):
+    """Call scripts/convert.py: what it prints."""
+
+    def call(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        run_main("convert.py", convert.main)
+        return capsys.readouterr().out
+
+    return call
+
+
+def timm_from(printed: str):
+    """The model that the printed call makes."""
+    call = printed.splitlines()[-1]
+    assert call.startswith("timm.create_model(")
+    return eval(call, {"timm": timm}).eval()
+
+
+def nano_classifier(pool: str, in_chans: int = 3, img_size: tuple[int, int] = (32, 32)) -> Classifier:
+    torch.manual_seed(0)
+    classifier = Classifier(
+        MODELS["lut_vit_nano_patch4"], img_size=img_size, patch_size=8, in_chans=in_chans, num_classes=7, pool=pool,
+        head_std=0.5,
+    )  # fmt: skip
+    for p in classifier.parameters():  # so that no norm is trivial
+        p.data += 0.02 * torch.randn_like(p)
+    return classifier.eval()
+
+
+def test_a_round_trip_is_bit_equal(tmp_path, run_convert):
+    run_convert(RELEASE, "--to", "mae", "--output", tmp_path / "mae.pth")
+    run_convert(tmp_path / "mae.pth", "--to", "timm", "--output", tmp_path / "vit.safetensors", *TINY_HEADS)
+    run_convert(tmp_path / "vit.safetensors", "--to", "mae", "--output", tmp_path / "back.pth")
+    first = load_checkpoint(RELEASE)["model"]
+    mae = load_checkpoint(tmp_path / "mae.pth")["model"]
+    back = load_checkpoint(tmp_path / "back.pth")["model"]
+    assert set(mae) == {name for name in first if part_of(name) in ("encoder", "decoder")}
+    assert set(back) == set(load_file(tmp_path / "vit.safetensors")) == {n for n in first if part_of(n) == "encoder"}
+    assert all(torch.equal(x, first[name]) for layout in (mae, back) for name, x in layout.items())
+    student = tiny_student()
+    load_weights(student, tmp_path / "back.pth")
+    assert all(torch.equal(x, first[n]) for n, x in student.state_dict().items() if part_of(n) == "encoder")
+
+
+@pytest.mark.parametrize("weights", ["student", "momentum"])
+@pytest.mark.parametrize("to", ["timm", "hf"])
+def test_features_are_those_of_our_encoder(tmp_path, run_convert, to, weights):
+    output = tmp_path / ("vit.safetensors" if to == "timm" else "hub")
+    printed = run_convert(RELEASE, "--to", to, "--output", output, "--weights", weights, *TINY_HEADS)
+    encoder = tiny_student() if weights == "student" else MomentumEncoder(tiny_student())
+    load_weights(encoder, RELEASE, weights)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(timm_from(printed)(images), encoder.eval().features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_cls_token_can_be_exported(tmp_path, run_convert):
+    printed = run_convert(RELEASE, "--to", "hf", "--output", tmp_path / "hub", "--pool", "token", *TINY_HEADS)
+    student = tiny_student()
+    load_weights(student, RELEASE)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        from models_lut import patchify
+
+        expected = student.eval().encode(patchify(images, 8))[:, 0]
+        torch.testing.assert_close(timm_from(printed)(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@pytest.mark.parametrize("to", ["timm", "hf"])
+@pytest.mark.parametrize(("in_chans", "img_size"), [(3, (32, 32)), (1, (32, 48))])
+def test_logits_are_those_of_our_classifier(tmp_path, run_convert, pool, to, in_chans, img_size):
+    classifier = nano_classifier(pool, in_chans, img_size)
+    config = {"model": "vit_nano_patch4", "input_size": list(img_size), "mean": [0.4] * in_chans, "std": []}
+    torch.save({"model": classifier.state_dict(), "config": config}, tmp_path / "tuned.pth")
+    output = tmp_path / ("vit.safetensors" if to == "timm" else "hub")
+    model = timm_from(run_convert(tmp_path / "tuned.pth", "--to", to, "--output", output))
+    images = torch.randn(5, in_chans, *img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), classifier(images), rtol=1e-5, atol=1e-5)
+    seen = resolve_data_config(model=model)
+    assert (tuple(seen["mean"]), seen["crop_pct"], tuple(seen["input_size"])) == (
+        (0.4,) * in_chans,
+        1.0,
+        (in_chans, *img_size),
+    )
+    if to == "timm":
+        assert overlay_beside(output)["mean"] == (0.4,) * in_chans
+    else:
+        saved = json.loads((output / "config.json").read_text())
+        assert saved["pretrained_cfg"]["mean"] == [0.4] * in_chans
+        assert saved["num_classes"] == 7
+
+
+def test_a_fine_tuned_vit_base_loads_in_timm_by_its_own_name(tmp_path, run_convert):
+    torch.manual_seed(0)
+    shape = MODELS["lut_vit_base_patch16"] | dict(depth=12)
+    classifier = Classifier(
+        shape, img_size=(224, 224), patch_size=16, in_chans=3, num_classes=1000, head_std=0.02
+    ).eval()  # fmt: skip
+    torch.save({"model": classifier.state_dict()}, tmp_path / "tuned.pth")
+    printed = run_convert(tmp_path / "tuned.pth", "--to", "timm", "--output", tmp_path / "vit.safetensors")
+    assert 'create_model("vit_base_patch16_224", num_classes=1000, global_pool=' in printed
+    model = timm.create_model(
+        "vit_base_patch16_224", global_pool="avg", checkpoint_path=str(tmp_path / "vit.safetensors")
+    ).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), classifier(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["classifier", "encoder"])
+def test_onnx_runs_elsewhere_for_any_batch(tmp_path, run_convert, what):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if what == "classifier":
+        model = nano_classifier("avg")
+        torch.save({"model": model.state_dict(), "config": {"model": "vit_nano_patch4"}}, tmp_path / "in.pth")
+        run_convert(tmp_path / "in.pth", "--to", "onnx", "--output", tmp_path / "vit.onnx")
+    else:
+        model = tiny_student().eval()
+        load_weights(model, RELEASE)
+        model.forward = model.features
+        run_convert(RELEASE, "--to", "onnx", "--output", tmp_path / "vit.onnx", *TINY_HEADS)
+    session = onnxruntime.InferenceSession(tmp_path / "vit.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+            torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_our_own_checkpoint_needs_no_more_flags(tmp_path, run_convert, pretrain, flat_folder):
+    pretrain("--data_path", flat_folder, "--max_steps 1 --in_chans 1 --input_size 32 48")
+    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
+    model = timm_from(run_convert(checkpoint, "--to", "hf", "--output", tmp_path / "hub", "--weights", "momentum"))
+    file = read_weights(checkpoint, "momentum")
+    torch.manual_seed(0)
+    images = torch.randn(2, 1, 32, 48)
+    shape = MODELS["lut_vit_nano_patch4"] | dict(img_size=(32, 48), patch_size=8)
+    student = LUT(**shape, in_chans=1)
+    load_weights(student, checkpoint, "momentum")
+    assert file.config["model"] == "lut_vit_nano_patch4"
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), student.eval().features(images), rtol=1e-5, atol=1e-5)
+
+
+WRONG = {
+    "README --to mae --output OUT.pth": "README: cannot be read as a checkpoint",
+    "RELEASE --to timm --output OUT.pth --num_heads 3": "--to timm writes a .safetensors file",
+    "RELEASE --to timm --output OUT.safetensors": "--num_heads: no known model is 24 wide",
+    "RELEASE --to timm --output OUT.safetensors --num_heads 5": "--num_heads 5: does not divide the width 24",
+    "RELEASE --to timm --output OUT.safetensors --num_heads 0": "--num_heads 0: does not divide the width 24",
+    "RELEASE --to timm --output OUT.safetensors --input_size 32 64 96": "--input_size 32 64 96: give one number",
+    "RELEASE --to timm --output OUT.safetensors --num_heads 3 --input_size 32 64": "does not give the 16 patches",
+    "MAE --to timm --output OUT.safetensors --num_heads 3 --weights momentum": "holds no momentum encoder",
+    "RELEASE --to keras --output OUT.h5": "keras",
+    "RELEASE --to mae --output RELEASE": "would overwrite IN",
+    "EMPTY --to timm --output OUT.safetensors": "holds no tensors",
+    "HALF --to timm --output OUT.safetensors --num_heads 3": "blocks.1.attn.qkv.weight",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_input_is_one_line(tmp_path, run_convert, capsys, arguments):
+    (tmp_path / "README").write_text("no checkpoint")
+    torch.save({}, tmp_path / "EMPTY")
+    half = load_checkpoint(RELEASE)["model"]
+    del half["blocks.1.attn.qkv.weight"]
+    torch.save({"model": half}, tmp_path / "HALF")
+    places = {"RELEASE": str(RELEASE), "MAE": str(DATA / "mae_full_tiny.pth")}
+    places |= {name: str(tmp_path / name) for name in ("README", "EMPTY", "HALF")}
+    words = [places.get(word, word).replace("OUT", str(tmp_path / "out")) for word in arguments.split()]
+    with pytest.raises(SystemExit) as stop:
+        run_convert(*words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert WRONG[arguments] in error[0]
+    assert not (tmp_path / "out.safetensors").exists()
