@@ -37,7 +37,7 @@ class ClassifierTrainer(Trainer):
     smoothing: float = 0.0  # of the labels, without `mix`
     ema_decay: float = 0.0
 
-    def to_device(self, batch: LabelledBatch) -> LabelledBatch:
+    def batch_to_device(self, batch: LabelledBatch) -> LabelledBatch:
         """Images and labels."""
         images, labels = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.labels))
         return batch._replace(images=images, labels=labels)
@@ -56,7 +56,7 @@ class ClassifierTrainer(Trainer):
             smoothing = self.smoothing if self.mix is None else 0.0
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             state.scaler.scale(loss / len(batches)).backward()
-            self.note(loss=loss)
+            self.record(loss=loss)
         taken = self.step_optimizer(batches)
         if taken and state.model_ema is not None:
             self.update_average()
@@ -139,7 +139,7 @@ def train_classifier(trainer: ClassifierTrainer, prepared: Prepared, stage: str,
     def make_dataset() -> ClassifierDataset:
         images = data.train
         if config.cache == "ram":
-            about = (config.in_chans, config.loader_workers, config.loader_timeout)
+            about = (config.in_chans, config.resolved_num_workers, config.loader_timeout)
             images = cache_images(images, *about, config.on_bad_image == "skip")
         return train_dataset(config, images)
 
@@ -159,9 +159,9 @@ class ClassifierEvaluation(Evaluation):
         config: ClassifierConfig = trainer.config
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = LabelledDataset(data.val, indices, config.image_size, config.in_chans)
+        dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans)
         self.loader = evaluation_loader(dataset, trainer, config.batch_size)
-        self.normalise = Normalise(config.pixel_mean, config.pixel_std, trainer.device)
+        self.normalise = Normalise(config.resolved_mean, config.resolved_std, trainer.device)
 
     def evaluate(self) -> Scores:
         """Of the moving average where there is one, else of the classifier; the same on all ranks."""

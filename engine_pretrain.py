@@ -31,9 +31,9 @@ class PretrainTrainer(Trainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.normalise = Normalise(self.config.pixel_mean, self.config.pixel_std, self.device)
+        self.normalise = Normalise(self.config.resolved_mean, self.config.resolved_std, self.device)
 
-    def to_device(self, batch: Batch | DrawnBatch) -> Batch:
+    def batch_to_device(self, batch: Batch | DrawnBatch) -> Batch:
         """Views [B, num_views, C, H, W] uint8 and noise; what the loader left to be done to the views is done here."""
         noise = batch.noise.to(self.device, non_blocking=True)
         if isinstance(batch, DrawnBatch):
@@ -48,10 +48,10 @@ class PretrainTrainer(Trainer):
         """Views [B, num_views, C, H, W] uint8 of images that lie on the device, before photometry."""
         images = self.images.at(batch.read_index.to(self.device, non_blocking=True))
         crops = batch.crops.to(self.device, non_blocking=True)
-        if self.config.view_crop == "src":
-            return cut_simple(images, crops, self.config.image_size)
+        if self.config.resolved_crop == "src":
+            return cut_simple(images, crops, self.config.resolved_input_size)
         largest = batch.crops[..., 2:4].amax(dim=(0, 1))  # on the CPU still
-        return cut_resized(images, crops, self.config.image_size, tuple(largest.tolist()))
+        return cut_resized(images, crops, self.config.resolved_input_size, tuple(largest.tolist()))
 
     def update(self, batches: list[Batch]) -> None:
         """One optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already.
@@ -67,13 +67,13 @@ class PretrainTrainer(Trainer):
                 targets = next(ahead) if ahead else self.context_targets(views, batch.noise)  # v̂
                 seen = views if config.views == "symmetric" and targets is not None else views[:1]
                 losses = self.model(seen, batch.noise, targets)
-                loss = config.w_mim * losses.mim + config.loss_weight_bc * losses.bc  # Eq. 3
+                loss = config.w_mim * losses.mim + config.resolved_alpha * losses.bc  # Eq. 3
             state.scaler.scale(loss / len(batches)).backward()
-            self.note(loss=loss)
+            self.record(loss=loss)
             if config.w_mim > 0:
-                self.note(mim=losses.mim)
+                self.record(mim=losses.mim)
             if targets is not None:
-                self.note(bc=losses.bc)
+                self.record(bc=losses.bc)
         taken = self.step_optimizer(batches)
         if taken and state.model_ema is not None:
             decay = momentum_decay(state.updates, self.total_updates, config.momentum, config.momentum_end)

@@ -59,7 +59,7 @@ class SegmenterTrainer(Trainer):
             updates, self.total_updates, config.warmup_updates, config.peak_lr, config.min_lr, config.power
         )
 
-    def to_device(self, batch: MaskedBatch) -> MaskedBatch:
+    def batch_to_device(self, batch: MaskedBatch) -> MaskedBatch:
         """Images, normalised, and masks."""
         images, masks = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.masks))
         return batch._replace(images=self.normalise(images), masks=masks)
@@ -75,7 +75,7 @@ class SegmenterTrainer(Trainer):
             main, auxiliary = (pixel_loss(each, batch.masks) for each in logits)
             loss = main + self.config.auxiliary_weight * auxiliary
             state.scaler.scale(loss / len(batches)).backward()
-            self.note(loss=loss, main=main, auxiliary=auxiliary)
+            self.record(loss=loss, main=main, auxiliary=auxiliary)
         self.step_optimizer(batches)
         state.updates += 1
 
@@ -128,12 +128,12 @@ def image_logits(model: UperNet, image: Tensor, config: SegmentConfig) -> Tensor
     """Logits [K, h, w] of a normalised image [C, h, w] by --eval_mode, padded with the mean where it must be."""
     h, w = image.shape[-2:]
     if config.eval_mode == "whole":
-        bottom, right = (-side % config.patch for side in (h, w))
+        bottom, right = (-side % config.resolved_patch_size for side in (h, w))
         logits = model.predict(F.pad(image, (0, right, 0, bottom)).unsqueeze(0))[0]
     else:
-        bottom, right = (max(0, want - have) for want, have in zip(config.image_size, (h, w), strict=True))
+        bottom, right = (max(0, want - have) for want, have in zip(config.resolved_input_size, (h, w), strict=True))
         padded = F.pad(image, (0, right, 0, bottom))
-        logits = slide(model.predict, padded, config.image_size, config.window_stride, config.batch_size)
+        logits = slide(model.predict, padded, config.resolved_input_size, config.window_stride, config.batch_size)
     return logits[:, :h, :w]
 
 
@@ -262,7 +262,7 @@ class SegmentEvaluation(Evaluation):
         config: SegmentConfig = trainer.config
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = WholeImages(data.val, indices, config.image_size, config.in_chans)
+        dataset = WholeImages(data.val, indices, config.resolved_input_size, config.in_chans)
         self.loader = evaluation_loader(dataset, trainer, batch_size=None)
         self.shown: list[Predicted] = []  # of the latest evaluation
 
@@ -288,7 +288,7 @@ class SegmentEvaluation(Evaluation):
         """A validation image with truth and prediction."""
         trainer, val = self.trainer, self.data.val
         image, mask, _ = load_pair(val, index, trainer.config.in_chans, skip_bad=False, fix=MUST_BE_READ)
-        seen = resized_image(image, scaled_size(tuple(mask.shape), trainer.config.image_size))
+        seen = resized_image(image, scaled_size(tuple(mask.shape), trainer.config.resolved_input_size))
         how = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
         said = predicted_classes(model, seen, tuple(mask.shape), *how).cpu().to(torch.uint8)
         return Predicted(Path(val.name(index)).name, drawable(image / 255), mask.numpy(), said.numpy())

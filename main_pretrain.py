@@ -29,7 +29,7 @@ from util.data.samples import BatchOrder, DrawnDataset, PretrainDataset, Pretrai
 from util.data.sources import ImageSource, same_classes
 from util.data.views import TwoViews
 from util.optim.optimizer import build_optimizer
-from util.results.results import append_result, made_on, read_results
+from util.results.results import append_result, hardware_info, read_results
 from util.runtime.amp import autocast_dtype, choose_attention, grad_scaler
 from util.runtime.distributed import broadcast_module, is_main, start_processes, stop_processes, synchronise_batch_norm
 from util.runtime.errors import UserError, run_main
@@ -38,13 +38,13 @@ from util.runtime.sharding import check_sharding, shard
 from util.train.cost import Cost, pretrain_cost
 from util.train.monitor import Monitor
 from util.train.run import (
-    begin_or_go_on,
     check_batch,
     checkpoint_to_resume,
     fit_to_processes,
     open_log,
     open_store,
     parallel,
+    restore_state,
     resumes,
     train,
     transform_blocks,
@@ -80,7 +80,7 @@ def main() -> None:
     # ---- models: views -> losses -----------------------------------------------------------------------
     state, report = build_state(config, dtype, device)
     state.updates = config.start_epoch * order.updates_per_epoch
-    binding = begin_or_go_on(state, config, source, resumed)
+    binding = restore_state(state, config, source, resumed)
     del resumed  # as large as the run's state, and nobody's any more
     trainer = build_trainer(config, state, dtype, device, order.updates_per_epoch)
     if config.cache == "device":
@@ -106,7 +106,7 @@ def main() -> None:
         look(0, last=True)  # what a random network gives; and that it works, seen before hours have passed
     train(trainer, loader, order, source, store, log, look, binding)
     if is_main() and (trainer.means or not read_results(config.output_dir)):  # not of a finished run, called again
-        about = made_on(device, dtype)
+        about = hardware_info(device, dtype)
         append_result(config.output_dir, "pretrain", as_dict(config), trainer.means | found, log.seconds, about)
     log.close()
     stop_processes()
@@ -115,7 +115,12 @@ def main() -> None:
 def two_views(config: PretrainConfig) -> TwoViews:
     """What makes the views of an image."""
     return TwoViews(
-        config.image_size, config.num_views, config.view_crop, config.shared_crop, config.hflip, config.photometric
+        config.resolved_input_size,
+        config.num_views,
+        config.resolved_crop,
+        config.shared_crop,
+        config.hflip,
+        config.photometric,
     )
 
 
@@ -126,7 +131,7 @@ def cached(config: PretrainConfig, source: ImageSource) -> ImageSource:
     if isinstance(source, IterableDataset):
         raise UserError(f"--cache {config.cache}: a stream has no images by number, leave it out")
     skip_bad = config.on_bad_image == "skip"
-    about = (config.in_chans, config.loader_workers, config.loader_timeout)
+    about = (config.in_chans, config.resolved_num_workers, config.loader_timeout)
     return cache_images(source, *about, skip_bad, two_views(config).fit)
 
 
@@ -141,7 +146,7 @@ def build_loader(config: PretrainConfig, source: ImageSource, order: BatchOrder,
         dataset = DrawnDataset(source.sizes.numpy(), readable(source), views, config.num_patches, config.seed)
     else:
         dataset = PretrainDataset(source, *about, skip_bad, later)
-    return training_loader(dataset, order, config.loader_workers, config.pins(device), config.loader_timeout)
+    return training_loader(dataset, order, config.resolved_num_workers, config.pins(device), config.loader_timeout)
 
 
 def build_state(
@@ -185,13 +190,13 @@ def make_monitor(config: PretrainConfig, source: ImageSource, trainer: PretrainT
     return Monitor(
         source,
         val,
-        config.image_size,
+        config.resolved_input_size,
         config.in_chans,
         config.monitor_images,
         trainer.normalise,
         Path(config.output_dir),
         trainer.device,
-        config.loader_workers,
+        config.resolved_num_workers,
         config.loader_timeout,
         config.on_bad_image == "skip",
     )
@@ -214,7 +219,8 @@ def show_plan(config: PretrainConfig, source: ImageSource, order: BatchOrder, dt
     print(f"images           {len(source)}")
     print(f"updates          {order.updates_per_epoch} per epoch x {config.epochs} epochs = {total}")
     print(f"effective batch  {config.effective_batch}, peak lr {config.peak_lr:.3g}")
-    print(f"patches          {config.num_patches} of {config.patch} pixels, image {config.image_size}")
+    patch_size, image_size = config.resolved_patch_size, config.resolved_input_size
+    print(f"patches          {config.num_patches} of {patch_size} pixels, image {image_size}")
     numbers = (cost.encoder_parameters, cost.student_parameters, cost.momentum_parameters)
     encoder, student, followed = (f"{number / 1e6:.1f} M" for number in numbers)
     print(f"parameters       {encoder} encoder, {student} student, {followed} momentum encoder")

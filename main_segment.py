@@ -47,7 +47,7 @@ def main() -> None:
         device,
         run.dtype,
         run.order.updates_per_epoch,
-        normalise=Normalise(config.pixel_mean, config.pixel_std, device),
+        normalise=Normalise(config.resolved_mean, config.resolved_std, device),
     )
     train_segmenter(trainer, run, said)
     stop_processes()

@@ -156,7 +156,7 @@ class Student(Encoder):
 
     Args:
         mask_ratio: share of patches hidden from the student.
-        mask_unit: patches are hidden in squares of so many by so many.
+        mask_unit_patches: patches are hidden in squares of so many by so many.
         norm_pix_loss: predict each patch after removing its mean and dividing by its deviation.
         reconstructs: False builds no decoder, for training with L_BC alone (Table C).
         steering: what L_BC is made of.
@@ -169,14 +169,14 @@ class Student(Encoder):
         self,
         *,
         mask_ratio: float = 0.75,
-        mask_unit: int = 1,
+        mask_unit_patches: int = 1,
         norm_pix_loss: bool = True,
         reconstructs: bool = True,
         steering: Steering = Steering(),
         **encoder,
     ):
         super().__init__(**encoder)
-        self.mask_ratio, self.mask_unit, self.norm_pix_loss = mask_ratio, mask_unit, norm_pix_loss
+        self.mask_ratio, self.mask_unit_patches, self.norm_pix_loss = mask_ratio, mask_unit_patches, norm_pix_loss
         self.reconstructs, self.steering = reconstructs, steering
         options = dict(temperature=steering.infonce_temperature) if steering.distance == "infonce" else {}
         self.distance = partial(DISTANCES[steering.distance], **options)
@@ -208,14 +208,14 @@ class Student(Encoder):
     @property
     def num_visible(self) -> int:
         """V."""
-        squares = self.num_patches // self.mask_unit**2
-        return num_visible_patches(squares, self.mask_ratio) * self.mask_unit**2
+        squares = self.num_patches // self.mask_unit_patches**2
+        return num_visible_patches(squares, self.mask_ratio) * self.mask_unit_patches**2
 
     def mask(self, noise: Tensor) -> Masking:
         """Which patches are visible, by the order of the noise [B, L]."""
-        if self.mask_unit == 1:
+        if self.mask_unit_patches == 1:
             return mask_from_noise(noise, self.mask_ratio)
-        return mask_squares(noise, self.mask_ratio, self.mask_unit, self.grid_size)
+        return mask_squares(noise, self.mask_ratio, self.mask_unit_patches, self.grid_size)
 
     def forward(self, views: Tensor, noise: Tensor, targets: Targets | None = None) -> Losses:
         """Losses of one batch.
@@ -478,7 +478,7 @@ ARCHITECTURES: dict[str, dict] = {
     "vit_small_patch8": dict(img_size=64, patch_size=8, **_SIZES["small"], **_SMALL_DECODER),
 }  # fmt: skip
 
-# Both prefixes name the same architecture; `mae_` makes alpha 0 the default (see PretrainConfig.loss_weight_bc).
+# Both prefixes name the same architecture; `mae_` makes alpha 0 the default (see PretrainConfig.resolved_alpha).
 MODELS: dict[str, dict] = {
     f"{prefix}_{name}": shape for prefix in ("lut", "mae") for name, shape in ARCHITECTURES.items()
 }

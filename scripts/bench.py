@@ -212,7 +212,7 @@ def loader(arguments: list[str]) -> None:
         for name, values in speeds.items()
     ]
     scaled = f", re-encoded at {config.scale_to} (JPEG, quality 90) in memory" if config.scale_to else ""
-    print(f"{len(images)} images{scaled}; {config.num_views} views of {config.image_size}")
+    print(f"{len(images)} images{scaled}; {config.num_views} views of {config.resolved_input_size}")
     shown = [
         {
             "pipeline": row["name"],

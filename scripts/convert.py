@@ -73,7 +73,7 @@ def main() -> None:
             shape = shape_of(file, config.num_heads, config.input_size)
             pixels = pixel_statistics(config, file.config or {}, shape.in_chans)
             write = {"timm": write_timm, "hf": write_hub_folder, "onnx": write_onnx}[config.to]
-            said = write(file, shape, config.pool, pixels.pixel_mean, pixels.pixel_std, output)
+            said = write(file, shape, config.pool, pixels.resolved_mean, pixels.resolved_std, output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error}), choose another") from error
     if is_linear_probe(file.state):

@@ -162,7 +162,7 @@ def in_order(config: PrepareConfig, dataset: Dataset, begin: int, end: int, prog
     """Items `begin` to `end` of the data set, made by all processes at once."""
     loader = Loader(
         dataset,
-        patience=config.loader_timeout,
+        loader_timeout=config.loader_timeout,
         sampler=range(begin, end),
         batch_size=IMAGES_AT_ONCE,
         collate_fn=list,
@@ -256,7 +256,7 @@ def prepare(config: PrepareConfig, splits: list[Split]) -> None:
     """Write what is not there yet, and show it once all of it is there."""
     output = Path(config.output_dir)
     with open_output(config):
-        settings = binding_settings(config, splits)
+        settings = resume_settings(config, splits)
         check_settings(output, settings)
         check_space(config, splits)
         try:
@@ -305,7 +305,7 @@ def folder_of(output: Path, split: str) -> Path:
     return output / split if (output / split).is_dir() else unfinished(output, split)
 
 
-def binding_settings(config: PrepareConfig, splits: list[Split]) -> dict[str, Any]:
+def resume_settings(config: PrepareConfig, splits: list[Split]) -> dict[str, Any]:
     """What must be the same when an interrupted call goes on; folders may have moved."""
     flags = ("short_side", "format", "image_format", "quality", "in_chans", "shard_mb")
     settings: dict[str, Any] = {f"--{flag}": getattr(config, flag) for flag in flags}

@@ -41,7 +41,7 @@ from util.data.datasets import find_validation, open_images
 from util.data.device_views import Normalise
 from util.data.labelled import drawn, labelled_loader
 from util.data.sources import ImageSource, same_classes
-from util.results.results import append_result, made_on
+from util.results.results import append_result, hardware_info
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, run_main
 from util.runtime.progress import with_progress
@@ -64,10 +64,10 @@ def main() -> None:
         where = f"--data_path {run.data_path}" if run.data_path else f"--dataset {run.dataset}"
         raise UserError(f"{where}: a probe needs train/ and val/ with the same class folders")
     check_labels(config, train)
-    normalise = Normalise(run.pixel_mean, run.pixel_std, device)
+    normalise = Normalise(run.resolved_mean, run.resolved_std, device)
     most = config.most_images
     loaders = [
-        labelled_loader(source, most, run.image_size, run.in_chans, config.num_workers, config.loader_timeout)
+        labelled_loader(source, most, run.resolved_input_size, run.in_chans, config.num_workers, config.loader_timeout)
         for source in (train, val)
     ]
 
@@ -92,7 +92,7 @@ def main() -> None:
     if not results:
         raise UserError(f"--encoders {' '.join(config.encoders)}: {config.checkpoint} holds no momentum encoder")
     folder = Path(config.output_dir) if config.output_dir else Path(config.checkpoint).resolve().parent
-    about = made_on(device, None)
+    about = hardware_info(device, None)
     append_result(folder, "probe", asdict(config), results, time.monotonic() - begin, about)
 
 

@@ -29,7 +29,7 @@ from tyro.conf import Positional, arg
 from util.config.command_line import parse_config
 from util.config.groups import DataConfig, check, check_choice, check_image_size
 from util.data.device_views import Normalise
-from util.results.results import append_result, made_on
+from util.results.results import append_result, hardware_info
 from util.robustness.imagenet import NUM_CLASSES
 from util.robustness.scores import Look, examples, in_passes, places_of, scores_of_pass
 from util.robustness.sets import COLUMNS, IMAGE_SETS, Task, find_below, flags_of, plan_tasks
@@ -303,7 +303,7 @@ def run_passes(
     """Pass after pass; each that is finished is recorded."""
     titles = column_titles()
     sizes = [len(places_of(tasks)) for tasks in passes]
-    on = made_on(look.processes.device, look.dtype)
+    on = hardware_info(look.processes.device, look.dtype)
     first = time.monotonic()
     for number, tasks in enumerate(passes):
         begin = time.monotonic()

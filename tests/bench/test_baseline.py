@@ -26,7 +26,7 @@ def test_losses_and_gradients_of_the_baseline_are_ours(form, norm_pix_loss):
     student, g = state.model, state.model_ema
     plain_student = build_state(config, None, CPU)[0].model
     plain = PlainTrainer(config, plain_student, CPU, None, total_updates=10)
-    views, noise = torch.randn(2, 6, 3, *config.image_size), torch.rand(6, config.num_patches)
+    views, noise = torch.randn(2, 6, 3, *config.resolved_input_size), torch.rand(6, config.num_patches)
 
     targets = None
     if form == "asymmetric":

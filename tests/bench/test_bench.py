@@ -71,8 +71,8 @@ def test_every_setting_of_the_work_is_there():
 def test_a_form_says_what_is_trained():
     mae, asymmetric, symmetric = (variant.config for variant in variants("--variants ours --alpha 0.5"))
     assert (mae.has_momentum_encoder, mae.num_views) == (False, 1)
-    assert (asymmetric.views, asymmetric.loss_weight_bc) == ("asymmetric", 0.5)
-    assert (symmetric.views, symmetric.loss_weight_bc) == ("symmetric", 0.5)
+    assert (asymmetric.views, asymmetric.resolved_alpha) == ("asymmetric", 0.5)
+    assert (symmetric.views, symmetric.resolved_alpha) == ("symmetric", 0.5)
 
 
 def test_depth_is_that_of_the_encoder():
@@ -296,7 +296,7 @@ def test_the_pil_pipeline_makes_the_same_of_a_plain_image():
     config = parse_config(LoaderConfig, TINY_LOADER.split(), "bench.py loader")
     pixels = torch.tensor([30, 130, 230], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 40, 50).contiguous()
     views = PilDataset(ArraySource(pixels, None, None, "plain"), config)[0, 0]
-    expected = Normalise(config.pixel_mean, config.pixel_std, CPU)(pixels[0, :, :32, :32])
+    expected = Normalise(config.resolved_mean, config.resolved_std, CPU)(pixels[0, :, :32, :32])
     assert views.shape == (2, 3, 32, 32)
     assert views.dtype == torch.float32
     torch.testing.assert_close(views[0], expected)

@@ -146,14 +146,14 @@ def test_full_size_recipes_are_the_papers(name, monkeypatch):
     assert config.effective_batch == 4096
     assert config.peak_lr == pytest.approx(1.5e-4 * 16)
     assert (config.epochs, config.warmup_epochs, config.min_lr, config.weight_decay) == (1600, 40, 0, 0.05)
-    assert (config.mask_ratio, config.norm_pix_loss, config.image_size) == (0.75, True, (224, 224))
+    assert (config.mask_ratio, config.norm_pix_loss, config.resolved_input_size) == (0.75, True, (224, 224))
     assert config.model == f"{'mae' if kind == 'mae' else 'lut'}_vit_{size}_patch16"
     assert config.betas == ((0.9, 0.999) if kind == "paper" else (0.9, 0.95))
     assert config.layer_decay == (0.65 if kind == "paper" else 1)
     assert config.views == ("symmetric" if kind == "release" else "asymmetric")
-    assert config.loss_weight_bc == (0 if kind == "mae" else 1 if size == "small" else 0.25)
+    assert config.resolved_alpha == (0 if kind == "mae" else 1 if size == "small" else 0.25)
     assert (config.momentum, config.momentum_end, config.head_norm_layer) == (0.996, 1, "BN")
-    assert config.view_crop == ("rrc" if kind == "mae" else "src")
+    assert config.resolved_crop == ("rrc" if kind == "mae" else "src")
 
 
 def test_rows_of_a_table_share_their_optimiser():
@@ -242,21 +242,25 @@ def test_the_settings_that_a_run_saves_are_a_recipe(tmp_path):
 )
 def test_defaults_of_the_model(model, alpha):
     config = PretrainConfig(model=model)
-    assert config.loss_weight_bc == alpha
-    assert config.view_crop == ("src" if alpha else "rrc")
-    assert config.binding_settings(9)["crop"] == config.view_crop
+    assert config.resolved_alpha == alpha
+    assert config.resolved_crop == ("src" if alpha else "rrc")
+    assert config.resume_settings(9)["crop"] == config.resolved_crop
     assert (config.has_momentum_encoder, config.num_views) == ((True, 2) if alpha else (False, 1))
     assert (config.model_arguments["heads"] is None) == (alpha == 0)
     side, patch = {"h4": (32, 4), "16": (224, 16), "14": (224, 14)}[model[-2:]]
-    assert (config.image_size, config.patch, config.num_patches) == ((side, side), patch, (side // patch) ** 2)
+    assert (config.resolved_input_size, config.resolved_patch_size, config.num_patches) == (
+        (side, side),
+        patch,
+        (side // patch) ** 2,
+    )
     for given in (0.0, 0.7):
         own = PretrainConfig(model=model, alpha=given)
-        assert (own.loss_weight_bc, own.num_views) == (given, 2 if given else 1)
+        assert (own.resolved_alpha, own.num_views) == (given, 2 if given else 1)
 
 
 def test_sizes_that_are_given_win_over_the_model_s():
     config = PretrainConfig(input_size=(96, 64), patch_size=8, decoder_depth=2, in_chans=1)
-    assert (config.image_size, config.patch, config.num_patches) == ((96, 64), 8, 96)
+    assert (config.resolved_input_size, config.resolved_patch_size, config.num_patches) == ((96, 64), 8, 96)
     expected = dict(img_size=(96, 64), patch_size=8, decoder_depth=2, in_chans=1, embed_dim=768, decoder_embed_dim=512)
     assert config.model_arguments == config.model_arguments | expected
 
@@ -276,14 +280,14 @@ def test_peak_lr_is_linear_in_the_effective_batch(monkeypatch, processes, batch)
 )
 def test_pixel_statistics(channels, mean, std):
     config = PretrainConfig(in_chans=channels, photometric=False)
-    assert (config.pixel_mean, config.pixel_std) == (mean, std)
+    assert (config.resolved_mean, config.resolved_std) == (mean, std)
     given = PretrainConfig(in_chans=channels, photometric=False, mean=(0.1,) * channels, std=(2.0,) * channels)
-    assert (given.pixel_mean, given.pixel_std) == ((0.1,) * channels, (2.0,) * channels)
+    assert (given.resolved_mean, given.resolved_std) == ((0.1,) * channels, (2.0,) * channels)
 
 
 def test_loader_processes_and_what_is_kept():
-    assert PretrainConfig(num_workers=0).loader_workers == 0
-    assert 1 <= PretrainConfig().loader_workers <= 10
+    assert PretrainConfig(num_workers=0).resolved_num_workers == 0
+    assert 1 <= PretrainConfig().resolved_num_workers <= 10
     assert PretrainConfig().keep_every is None
     assert PretrainConfig(save_periods=("last", "every_100_epochs")).keep_every == 100
 
@@ -374,7 +378,7 @@ def test_settings_survive_the_way_through_yaml(flags):
 
 
 def resume(saved: PretrainConfig, images: int, now: PretrainConfig, images_now: int) -> None:
-    check_same_run(now.binding_settings(images_now), {"binding_settings": saved.binding_settings(images)}, now.elastic)
+    check_same_run(now.resume_settings(images_now), {"binding_settings": saved.resume_settings(images)}, now.elastic)
 
 
 def test_a_resumed_run_may_be_cut_and_spelt_in_another_way():
@@ -413,4 +417,4 @@ def test_other_data_or_no_run_at_all_is_refused():
     with pytest.raises(UserError, match="number of images is 8 here but 9 in the checkpoint"):
         resume(PretrainConfig(), 9, PretrainConfig(), 8)
     with pytest.raises(UserError, match="--resume: the file holds weights but not the state of a run"):
-        check_same_run(PretrainConfig().binding_settings(9), {"model": {}}, elastic=False)
+        check_same_run(PretrainConfig().resume_settings(9), {"model": {}}, elastic=False)

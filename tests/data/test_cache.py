@@ -69,7 +69,7 @@ def test_the_loader_s_batch_stays_as_it_is():
     views = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([photometry_row(draw_photometry(np.random.default_rng(i))) for i in range(3)])
     batch = Batch(views.clone(), torch.rand(3, config.num_patches), torch.arange(3), torch.arange(3), rows)
-    (brought,) = trainer.bring([batch])
+    (brought,) = trainer.to_device([batch])
     assert torch.equal(batch.views, views)
     assert torch.equal(brought.views[:, 0], views[:, 0])
     assert not torch.equal(brought.views[:, 1], views[:, 1])

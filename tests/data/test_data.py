@@ -230,7 +230,7 @@ class BreaksOff(Dataset):
 def test_a_batch_that_breaks_off_names_the_loader():
     """As one killed a moment ago leaves it: announced, still alive by its process number, and not to be fetched."""
     dataset = BreaksOff()
-    batches = iter(Loader(dataset, batch_size=1, num_workers=1, patience=60.0))
+    batches = iter(Loader(dataset, batch_size=1, num_workers=1, loader_timeout=60.0))
     next(batches)
     assert dataset.broken.wait(60)  # the second batch is announced
     with pytest.raises(RuntimeError, match=r"a batch broke off \(\w+Error") as raised:
@@ -248,7 +248,7 @@ class Unreadable(Dataset):
 
 def test_what_a_data_set_raises_in_a_loader_process_is_no_death_of_it():
     with pytest.raises(OSError, match="the disk is gone") as raised:
-        next(iter(Loader(Unreadable(), num_workers=1, patience=20.0)))
+        next(iter(Loader(Unreadable(), num_workers=1, loader_timeout=20.0)))
     assert loaders_death(raised.value) is None
 
 

@@ -288,7 +288,7 @@ def test_a_validation_image_is_not_to_be_skipped(scenes, folder):
     path.write_text("no image")
     config = config_of("--data_path", scenes, "--on_bad_image skip --num_workers 0")
     val = open_masked(config).val
-    whole = WholeImages(val, range(len(val)), config.image_size, 3)
+    whole = WholeImages(val, range(len(val)), config.resolved_input_size, 3)
     for look in (lambda: whole[0], lambda: count_pixels(val, config, "validation", range(len(val)))):
         with pytest.raises(UserError, match=rf"{path.name}: cannot be read .*; mend it or take it out"):
             look()

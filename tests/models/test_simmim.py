@@ -33,7 +33,7 @@ SHAPE = {name: value for name, value in TINY.items() if not name.startswith("dec
 def tiny(**changes) -> SimMIM:
     """4 x 6 patches of 2 x 2 pixels, hidden in squares of 2 x 2 patches: 4 of 6 squares, always the same weights."""
     torch.manual_seed(0)
-    return SimMIM(**SHAPE | dict(mask_ratio=0.6, mask_unit=2, norm_pix_loss=False) | changes).double()
+    return SimMIM(**SHAPE | dict(mask_ratio=0.6, mask_unit_patches=2, norm_pix_loss=False) | changes).double()
 
 
 # ---- masks -------------------------------------------------------------------------------------------------
@@ -61,8 +61,8 @@ def test_masks_of_the_paper_s_size():
     share = masking.mask.mean(0)
     assert (share - 30 / 49).abs().max() < 5 * math.sqrt(0.25 / 2000)  # no place is preferred
     config = parse_config(PretrainConfig, ["--method", "simmim"], "main_pretrain.py")
-    assert (config.mask_square, config.hidden_share) == (32, 0.6)
-    assert [config.model_arguments[name] for name in ("mask_unit", "mask_ratio")] == [2, 0.6]
+    assert (config.mask_unit_pixels, config.resolved_mask_ratio) == (32, 0.6)
+    assert [config.model_arguments[name] for name in ("mask_unit_patches", "mask_ratio")] == [2, 0.6]
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def hidden_of(student: SimMIM, batch: int, view: int = 0) -> Tensor:
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("mask_unit", [1, 2])
 def test_loss_and_gradients_are_those_of_the_slow_version(norm_pix_loss, mask_unit):
-    student = tiny(norm_pix_loss=norm_pix_loss, mask_unit=mask_unit, heads=None)
+    student = tiny(norm_pix_loss=norm_pix_loss, mask_unit_patches=mask_unit, heads=None)
     x, gradients = 3 + 2 * images(5, 3, 8, 12), []
     for loss in (student(x[None], noise(5)).mim, slow_mim(student, x, hidden_of(student, 5))):
         student.zero_grad()
@@ -228,9 +228,9 @@ def test_a_resumed_run_ends_bit_equal(simmim, flat_folder, tmp_path):
 def test_recipes_are_table_a_s(name, alpha, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = parse_config(PretrainConfig, ["--recipe", name], "main_pretrain.py")
-    assert (config.method, config.model, config.image_size) == ("simmim", "lut_vit_base_patch16", (224, 224))
-    assert (config.hidden_share, config.mask_square, config.norm_pix_loss) == (0.6, 32, False)
-    assert (config.epochs, config.loss_weight_bc, config.w_mim) == (100, alpha, 1)
+    assert (config.method, config.model, config.resolved_input_size) == ("simmim", "lut_vit_base_patch16", (224, 224))
+    assert (config.resolved_mask_ratio, config.mask_unit_pixels, config.norm_pix_loss) == (0.6, 32, False)
+    assert (config.epochs, config.resolved_alpha, config.w_mim) == (100, alpha, 1)
     assert (config.effective_batch, config.peak_lr) == (2048, pytest.approx(8e-4))
 
 

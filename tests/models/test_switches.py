@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def models(**steering) -> tuple[LUT, MomentumEncoder]:
     """A tiny student whose BatchNorms do something, and a momentum encoder that has gone elsewhere; fp64."""
     torch.manual_seed(0)
-    arguments = dict(reconstructs=steering.pop("reconstructs", True), mask_unit=steering.pop("mask_unit", 1))
+    arguments = dict(reconstructs=steering.pop("reconstructs", True), mask_unit_patches=steering.pop("mask_unit", 1))
     student = LUT(**TINY, steering=Steering(**steering), **arguments).double()
     for name, head in student.named_children():
         if name.endswith(("head", "predictor")):
@@ -288,20 +288,20 @@ def test_what_makes_no_sense_is_refused_in_one_line(flags):
     ],
 )
 def test_a_resumed_run_has_the_same_switches(before, after, said):
-    saved = {"binding_settings": config_of(before).binding_settings(32)}
+    saved = {"binding_settings": config_of(before).resume_settings(32)}
     with pytest.raises(UserError, match=said):
-        check_same_run(config_of(after).binding_settings(32), saved, elastic=False)
+        check_same_run(config_of(after).resume_settings(32), saved, elastic=False)
 
 
 def test_settings_that_are_the_same_in_other_words_resume():
     for one, other in itertools.combinations(["--alpha 0", "--steered_tokens none", "--alpha 0 --mask_unit 8"], 2):
-        saved = {"binding_settings": config_of(one).binding_settings(32)}
-        check_same_run(config_of(f"{other} --mask_ratio 0.75").binding_settings(32), saved, elastic=False)
+        saved = {"binding_settings": config_of(one).resume_settings(32)}
+        check_same_run(config_of(f"{other} --mask_ratio 0.75").resume_settings(32), saved, elastic=False)
 
 
 def test_steering_nothing_is_mae():
     none, mae = (config_of(flags) for flags in ("--steered_tokens none --alpha 0.25", "--alpha 0"))
-    assert (none.loss_weight_bc, none.has_momentum_encoder, none.num_views) == (0, False, 1)
+    assert (none.resolved_alpha, none.has_momentum_encoder, none.num_views) == (0, False, 1)
     assert none.model_arguments == mae.model_arguments
     assert build_state(none, None, CPU)[0].model_ema is None
 

@@ -65,7 +65,7 @@ def trainer_of(*flags: str) -> SegmenterTrainer:
             module.momentum = 0.0
     optimizer = build_optimizer(model, config.peak_lr, config.betas, config.weight_decay, config.layer_decay)
     state = TrainState(model, None, optimizer, grad_scaler(None, torch.device("cpu")), updates=5)
-    normalise = Normalise(config.pixel_mean, config.pixel_std, torch.device("cpu"))
+    normalise = Normalise(config.resolved_mean, config.resolved_std, torch.device("cpu"))
     return SegmenterTrainer(config, state, model.eval(), torch.device("cpu"), None, 10, normalise=normalise)
 
 

@@ -111,7 +111,7 @@ def test_each_data_set_has_its_recipe(dataset, recipe, given):
 @pytest.mark.parametrize("name", ["transfer_vit_base", "transfer_cifar_vit_base", "transfer_inat_vit_base"])
 def test_recipes_are_table_d_at_224_pixels(name):
     config = parse_config(FinetuneConfig, ["--recipe", name], "main_finetune.py")
-    assert (config.architecture_name, config.image_size) == ("vit_base_patch16", (224, 224))
+    assert (config.architecture_name, config.resolved_input_size) == ("vit_base_patch16", (224, 224))
     tables = parse_config(FinetuneConfig, ["--recipe", "finetune_vit_base"], "main_finetune.py")
     for field in ("betas", "layer_decay", "drop_path", "aa", "smoothing", "reprob", "mixup", "cutmix", "min_lr"):
         assert getattr(config, field) == getattr(tables, field), field

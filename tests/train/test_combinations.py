@@ -166,7 +166,7 @@ def losses_and_gradients(flags: str, ranks: slice) -> dict[str, Tensor]:
     for _ in range(2):
         state.model.zero_grad()
         losses = trainer.model(seen, batch.noise, trainer.context_targets(views, batch.noise))
-        (config.w_mim * losses.mim + config.loss_weight_bc * losses.bc).backward()
+        (config.w_mim * losses.mim + config.resolved_alpha * losses.bc).backward()
     gradients = {name: p.grad.clone() for name, p in state.model.named_parameters()}
     return gradients | {name: loss.detach().double() for name, loss in losses._asdict().items()}
 

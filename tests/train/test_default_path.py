@@ -213,9 +213,9 @@ class FrozenTrainer(PretrainTrainer):
         elif state.model_ema is not None:
             targets = state.model_ema(views[1]).unsqueeze(0)
         mim, bc = self.model(views if symmetric else views[:1], batch.noise, targets)
-        loss = config.w_mim * mim + config.loss_weight_bc * bc
+        loss = config.w_mim * mim + config.resolved_alpha * bc
         loss.backward()
-        self.note(loss=loss)
+        self.record(loss=loss)
         self.step_optimizer(batches)
         if state.model_ema is not None:
             decay = momentum_decay(state.updates, self.total_updates, config.momentum, config.momentum_end)
@@ -225,8 +225,8 @@ class FrozenTrainer(PretrainTrainer):
 
 def frozen_state(config: PretrainConfig) -> TrainState:
     torch.manual_seed(config.seed)
-    student = FrozenStudent(config.loss_weight_bc > 0, config.norm_pix_loss)
-    momentum_encoder = FrozenMomentum(student) if config.loss_weight_bc > 0 else None
+    student = FrozenStudent(config.resolved_alpha > 0, config.norm_pix_loss)
+    momentum_encoder = FrozenMomentum(student) if config.resolved_alpha > 0 else None
     optimizer = build_optimizer(student, config.peak_lr, config.betas, config.weight_decay)
     return TrainState(student, momentum_encoder, optimizer, grad_scaler(None, CPU))
 

@@ -59,7 +59,7 @@ def update(trainer, batches):
     """One update; every tensor of the models lies on the GPU."""
     for model in filter(None, (trainer.state.model, trainer.state.model_ema)):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
-    trainer.update([trainer.to_device(batch) for batch in batches])
+    trainer.update([trainer.batch_to_device(batch) for batch in batches])
     assert trainer.state.updates == 1
 
 
@@ -136,7 +136,7 @@ def test_segmentation():
     config = parse_config(SegmentConfig, f"{TINY_SEGMENTER} --data_path x".split(), "main_segment.py")
     model = UperNet(**config.model_arguments(4)).to(GPU)
     state = state_of(model, build_optimizer(model, 1e-3, (0.9, 0.99), 0.05, 0.65))
-    normalise = Normalise(config.pixel_mean, config.pixel_std, GPU)
+    normalise = Normalise(config.resolved_mean, config.resolved_std, GPU)
     trainer = SegmenterTrainer(config, state, model, GPU, None, 10, normalise=normalise)
     images, masks = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 32, 32, dtype=torch.uint8)
     update(trainer, [MaskedBatch(images, masks, *[torch.arange(4)] * 2)])

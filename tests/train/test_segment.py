@@ -142,8 +142,8 @@ def test_grey_images_and_crops_that_are_not_square(segment, scenes):
 def test_accumulation_over_four_is_one_batch_of_four_times_the_size():
     once, parts = trainer_of("--clip_grad 0.5"), trainer_of("--clip_grad 0.5 --accum_iter 4")
     batch = random_batch(8)
-    once.update(once.bring([batch]))
-    parts.update(parts.bring([MaskedBatch(*(x[i : i + 2] for x in batch)) for i in range(0, 8, 2)]))
+    once.update(once.to_device([batch]))
+    parts.update(parts.to_device([MaskedBatch(*(x[i : i + 2] for x in batch)) for i in range(0, 8, 2)]))
     assert parts.meter.drain()["loss"] == pytest.approx(once.meter.drain()["loss"], abs=1e-5)
     for name, p in once.state.model.named_parameters():
         if not name.endswith("qkv.bias"):  # its keys' part has no gradient: noise decides the sign of AdamW's step
@@ -301,7 +301,7 @@ def test_recipes_are_table_e(size, monkeypatch):
     assert (config.effective_batch, config.peak_lr, config.weight_decay) == (16, 1e-4, 0.05)
     assert (config.betas, config.layer_decay, config.drop_path) == ((0.9, 0.999), 0.65, 0.1)
     assert (config.max_updates, config.warmup_updates, config.power, config.min_lr) == (160_000, 1500, 1, 0)
-    assert (config.image_size, config.window_stride) == ((512, 512), (341, 341))
+    assert (config.resolved_input_size, config.window_stride) == ((512, 512), (341, 341))
     with torch.device("meta"):
         model = UperNet(**config.model_arguments(150))
     assert model.decode_head.classifier[1].weight.shape == (150, 512, 1, 1)

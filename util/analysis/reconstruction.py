@@ -68,27 +68,27 @@ def open_autoencoder(
         depth=shape.depth,
         num_heads=shape.num_heads,
         norm_pix_loss=run["norm_pix_loss"] if target == "run" else target == "normalised",
-        mask_unit=mask_unit_of(run),
+        mask_unit_patches=mask_unit_patches(run),
     )
     simmim = decoder == "decoder.weight"
     model = SimMIM(**arguments) if simmim else LUT(**arguments, **decoder_shape(file, heads[1]))
-    unit = model.mask_unit * model.patch_size
+    unit = model.mask_unit_patches * model.patch_size
     if any(side % unit for side in model.shape["img_size"]):
         raise UserError(f"--input_size {' '.join(map(str, size))}: patches are hidden in squares of {unit} pixels")
     report = load_weights(model, path, flag="CHECKPOINT", whole=True, file=file)
     pixels = DataConfig(in_chans=shape.in_chans, mean=tuple(run.get("mean") or ()), std=tuple(run.get("std") or ()))
-    normalise = Normalise(pixels.pixel_mean, pixels.pixel_std, device)
+    normalise = Normalise(pixels.resolved_mean, pixels.resolved_std, device)
     model = model.requires_grad_(False).eval().to(device)
     label = default_label(str(path), "student")
     return NamedViT(label, model, model.shape["img_size"], shape.in_chans, normalise, f"{path}: {report}")
 
 
-def mask_unit_of(run: dict[str, Any]) -> int:
+def mask_unit_patches(run: dict[str, Any]) -> int:
     """Patches are hidden in squares of so many by so many, by the settings of a run; without any one by one."""
     if "mask_unit" not in run:
         return 1
     config = config_from_dict(PretrainConfig, run | {"recipe": ""})
-    return config.mask_square // config.patch
+    return config.mask_unit_pixels // config.resolved_patch_size
 
 
 def decoder_shape(file: WeightsFile, num_heads: int | None) -> dict[str, int]:
@@ -129,12 +129,12 @@ def reconstructions(
     model = vit.model
     inputs, _ = images.shown(vit)
     L, p = model.num_patches, model.patch_size
-    squares = L // model.mask_unit**2
+    squares = L // model.mask_unit_patches**2
     found = []
     for ratio in ratios:
         visible = num_visible_patches(squares, ratio)
         if not 1 <= visible < squares:
-            unit_name = "patches" if model.mask_unit == 1 else "squares"
+            unit_name = "patches" if model.mask_unit_patches == 1 else "squares"
             raise UserError(f"--mask_ratio {ratio}: leaves {visible} of {squares} {unit_name} visible")
         for seed in seeds:
             noise = torch.rand(len(inputs), L, generator=torch.Generator().manual_seed(seed)).to(inputs.device)

@@ -140,7 +140,7 @@ class PlainTrainer:
                 targets = self.targets(views)
                 mark("target")
                 mim, bc = self.losses(views, noise, targets)
-                loss = config.w_mim * mim + config.loss_weight_bc * bc
+                loss = config.w_mim * mim + config.resolved_alpha * bc
             for name, value in dict(loss=loss, mim=mim, bc=bc).items():
                 sums[name] += value.item() / len(batches)
             mark("student")

@@ -78,13 +78,13 @@ def pipeline(kind: str, config: LoaderConfig, images: Sample) -> Callable[[], fl
         loader = build_loader(config, cached(config, images), order, torch.device("cpu"))
     else:
         dataset = PilDataset(images, config)
-        loader = training_loader(dataset, order, config.loader_workers, False, config.loader_timeout)
+        loader = training_loader(dataset, order, config.resolved_num_workers, False, config.loader_timeout)
 
     def turn() -> float:
         begin = time.perf_counter()
         batches = sum(1 for _ in loader)
         seconds = time.perf_counter() - begin
         order.epoch += 1
-        return seconds * max(1, config.loader_workers) / (batches * config.batch_size)
+        return seconds * max(1, config.resolved_num_workers) / (batches * config.batch_size)
 
     return turn

@@ -45,7 +45,7 @@ class PilDataset(Dataset):
     def __post_init__(self) -> None:
         config = self.config
         self.mode = "L" if config.in_chans == 1 else "RGB"
-        finish = [T.ToTensor(), T.Normalize(config.pixel_mean, config.pixel_std)]
+        finish = [T.ToTensor(), T.Normalize(config.resolved_mean, config.resolved_std)]
         photometry = colours(config.in_chans) if config.photometric else []
         self.transforms = [T.Compose([*geometry(config), *finish])]
         if config.num_views == 2:
@@ -66,8 +66,8 @@ class PilDataset(Dataset):
 
 def geometry(config: PretrainConfig) -> list:
     """Resize, crop and flip."""
-    size, bicubic = config.image_size, InterpolationMode.BICUBIC
-    if config.view_crop == "rrc":
+    size, bicubic = config.resolved_input_size, InterpolationMode.BICUBIC
+    if config.resolved_crop == "rrc":
         crop = [T.RandomResizedCrop(size, RRC_SCALE, RRC_RATIO, bicubic)]
     else:
         crop = [T.Resize(max(size), bicubic), T.Pad(REFLECT_PAD, padding_mode="reflect"), T.RandomCrop(size)]

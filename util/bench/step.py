@@ -139,7 +139,7 @@ class Stepper:
         """The batches on the device; the baseline brings its own."""
         if isinstance(self.trainer, PlainTrainer):
             return group
-        return self.trainer.bring(group)
+        return self.trainer.to_device(group)
 
     def updates(self, number: int) -> None:
         """So many optimiser steps, and one line of log, which waits for the device."""
@@ -254,7 +254,7 @@ def random_images(config: StepConfig) -> ImageSource:
     """As many as the batches of a few updates need, cached where --cache asks for it."""
     number = config.accum_iter * DISTINCT_UPDATES * min(config.batch_size, MOST_DISTINCT_IMAGES)
     generator = torch.Generator().manual_seed(config.seed)
-    shape = (number, config.in_chans, *config.image_size)
+    shape = (number, config.in_chans, *config.resolved_input_size)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     return cached(config, ArraySource(pixels, None, None, "random"))
 
@@ -270,7 +270,7 @@ def host_batches(config: StepConfig, images: ImageSource, device: torch.device) 
 
 def normalised_on_host(config: StepConfig, batch: Batch, device: torch.device) -> PlainBatch:
     """The same images as a loader that normalises would deliver them."""
-    normalise = Normalise(config.pixel_mean, config.pixel_std, torch.device("cpu"))
+    normalise = Normalise(config.resolved_mean, config.resolved_std, torch.device("cpu"))
     views = normalise(batch.views).transpose(0, 1).contiguous()  # [2, B, C, H, W]
     return PlainBatch(views.pin_memory() if device.type == "cuda" else views, batch.noise)
 

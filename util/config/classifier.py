@@ -18,7 +18,7 @@ from util.config.groups import (
     check_batch_norm,
     check_choice,
 )
-from util.config.same_run import DOWNSTREAM_MAY_CHANGE, binding_settings
+from util.config.same_run import DOWNSTREAM_MAY_CHANGE, resume_settings
 
 
 @dataclass(frozen=True)
@@ -72,31 +72,31 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
     def augmentation(self) -> dict[str, Any]:
         """Arguments of timm's create_transform."""
         return dict(
-            input_size=(self.in_chans, *self.image_size),
+            input_size=(self.in_chans, *self.resolved_input_size),
             is_training=True,
             scale=self.crop_scale,
             hflip=self.hflip,
             interpolation="bicubic",
-            mean=self.pixel_mean,
-            std=self.pixel_std,
+            mean=self.resolved_mean,
+            std=self.resolved_std,
         )
 
     def model_arguments(self, num_classes: int) -> dict[str, Any]:
         """Arguments of models_vit.Classifier and LinearProbe."""
         return dict(
             architecture=self.architecture,
-            img_size=self.image_size,
-            patch_size=self.patch,
+            img_size=self.resolved_input_size,
+            patch_size=self.resolved_patch_size,
             in_chans=self.in_chans,
             num_classes=num_classes,
             pool=self.pool,
         )
 
-    def binding_settings(self, num_images: int) -> dict[str, Any]:
+    def resume_settings(self, num_images: int) -> dict[str, Any]:
         """The settings that a resumed run must share with its checkpoint, defaults filled in."""
         free = DOWNSTREAM_MAY_CHANGE | {"nb_classes", "global_pool", "cls_token"}
-        resolved = {"model": self.architecture_name, "patch_size": self.patch, "pool": self.pool}
-        return binding_settings(self, num_images, self.image_size, may_change=free) | resolved
+        resolved = {"model": self.architecture_name, "patch_size": self.resolved_patch_size, "pool": self.pool}
+        return resume_settings(self, num_images, self.resolved_input_size, may_change=free) | resolved
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self.patch_size is None or self.patch_size >= 1, "patch_size", self.patch_size, "must be 1 or more")
-        for side in self.image_size:
-            fix = f"must be a multiple of the patch, {self.patch} pixels"
-            check(side % self.patch == 0, "input_size", self.image_size, fix)
+        for side in self.resolved_input_size:
+            fix = f"must be a multiple of the patch, {self.resolved_patch_size} pixels"
+            check(side % self.resolved_patch_size == 0, "input_size", self.resolved_input_size, fix)
 
     @property
     def architecture_name(self) -> str:
@@ -79,12 +79,12 @@ class ModelConfig:
         return ARCHITECTURES[self.architecture_name]
 
     @property
-    def patch(self) -> int:
+    def resolved_patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.patch_size or self.architecture["patch_size"]
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def resolved_input_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         size = self.input_size or (self.architecture["img_size"],)
         return (size[0], size[-1])
@@ -125,17 +125,17 @@ class PixelConfig:
         check(0 <= timeout < math.inf, "loader_timeout", timeout, "must be 0 (never) or more, and finite")
 
     @property
-    def pixel_mean(self) -> tuple[float, ...]:
+    def resolved_mean(self) -> tuple[float, ...]:
         """Mean per channel, the default filled in."""
         return self.mean or ((0.485, 0.456, 0.406) if self.in_chans == 3 else (0.5,) * self.in_chans)
 
     @property
-    def pixel_std(self) -> tuple[float, ...]:
+    def resolved_std(self) -> tuple[float, ...]:
         """Standard deviation per channel, the default filled in."""
         return self.std or ((0.229, 0.224, 0.225) if self.in_chans == 3 else (0.25,) * self.in_chans)
 
     @property
-    def loader_workers(self) -> int:
+    def resolved_num_workers(self) -> int:
         """Loader processes of this rank, the default filled in."""
         return min(10, processors()) if self.num_workers is None else self.num_workers
 

@@ -12,7 +12,7 @@ from tyro.conf import arg
 from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, MODELS, Steering, Student, num_visible_patches
 from models_simmim import METHODS
 from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig, check, check_choice
-from util.config.same_run import binding_settings
+from util.config.same_run import resume_settings
 from util.runtime.distributed import world_size
 
 
@@ -107,7 +107,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         for flag in ("alpha", "w_mim"):
             value = getattr(self, flag)
             check(value is None or 0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
-        check(self.loss_weight_bc + self.w_mim > 0, "w_mim", self.w_mim, "nothing to learn: alpha is 0 too")
+        check(self.resolved_alpha + self.w_mim > 0, "w_mim", self.w_mim, "nothing to learn: alpha is 0 too")
         check(self.model_ema or not self.has_momentum_encoder, "no_model_ema", "", "add --alpha 0 to train MAE alone")
         for flag in ("head_depth", "predictor_depth", "head_mlp_dim"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
@@ -140,13 +140,13 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
 
     def check_masks(self) -> None:
         """Masks that leave something to see and something to predict, in both encoders."""
-        unit, patch = self.mask_square, self.patch
+        unit, patch = self.mask_unit_pixels, self.resolved_patch_size
         check(unit >= 1 and unit % patch == 0, "mask_unit", unit, f"must be a multiple of the patch, {patch} pixels")
-        fits = all(side % unit == 0 for side in self.image_size)
-        height, width = self.image_size
+        fits = all(side % unit == 0 for side in self.resolved_input_size)
+        height, width = self.resolved_input_size
         check(fits, "mask_unit", unit, f"must divide the image, {height} x {width} pixels; one patch has {patch}")
 
-        ratio, squares = self.hidden_share, self.num_patches * patch**2 // unit**2
+        ratio, squares = self.resolved_mask_ratio, self.num_patches * patch**2 // unit**2
         check(0 < ratio < 1, "mask_ratio", ratio, "must lie between 0 and 1, as 0.75")
         visible = num_visible_patches(squares, ratio)
         unit_name = "patches" if unit == patch else f"squares of {unit} pixels"
@@ -201,24 +201,26 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     @property
     def num_patches(self) -> int:
         """L."""
-        return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
+        return (self.resolved_input_size[0] // self.resolved_patch_size) * (
+            self.resolved_input_size[1] // self.resolved_patch_size
+        )
 
     @property
-    def hidden_share(self) -> float:
+    def resolved_mask_ratio(self) -> float:
         """--mask_ratio, the default filled in: MAE's or SimMIM's."""
         if self.mask_ratio is not None:
             return self.mask_ratio
         return 0.75 if self.method == "mae" else 0.6
 
     @property
-    def mask_square(self) -> int:
+    def mask_unit_pixels(self) -> int:
         """--mask_unit in pixels, the default filled in."""
         if self.mask_unit is not None:
             return self.mask_unit
-        return self.patch if self.method == "mae" else 2 * self.patch
+        return self.resolved_patch_size if self.method == "mae" else 2 * self.resolved_patch_size
 
     @property
-    def loss_weight_bc(self) -> float:
+    def resolved_alpha(self) -> float:
         """alpha of Eq. 3, the default filled in: 1.0 for ViT-S, 0.25 for ViT-B and L (Section 5.1)."""
         if self.steered_tokens == "none":
             return 0.0
@@ -229,14 +231,14 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         return 1.0 if self.architecture["embed_dim"] <= 384 else 0.25
 
     @property
-    def view_crop(self) -> Literal["src", "rrc"]:
+    def resolved_crop(self) -> Literal["src", "rrc"]:
         """--crop, the default filled in: MAE's own or LUT's (Table 4f)."""
         return self.crop or ("rrc" if self.model.startswith("mae_") else "src")
 
     @property
     def has_momentum_encoder(self) -> bool:
         """Whether L_BC is trained at all; MAE builds no heads and no momentum encoder."""
-        return self.loss_weight_bc > 0
+        return self.resolved_alpha > 0
 
     @property
     def num_views(self) -> int:
@@ -261,11 +263,11 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
             shape = {name: value for name, value in shape.items() if not name.startswith("decoder")}
         steering = {field.name: getattr(self, field.name) for field in dataclasses.fields(Steering)}
         return shape | dict(
-            img_size=self.image_size,
-            patch_size=self.patch,
+            img_size=self.resolved_input_size,
+            patch_size=self.resolved_patch_size,
             in_chans=self.in_chans,
-            mask_ratio=self.hidden_share,
-            mask_unit=self.mask_square // self.patch,
+            mask_ratio=self.resolved_mask_ratio,
+            mask_unit_patches=self.mask_unit_pixels // self.resolved_patch_size,
             norm_pix_loss=self.norm_pix_loss,
             reconstructs=self.w_mim > 0,
             steering=Steering(**steering) if self.has_momentum_encoder else Steering(),
@@ -274,15 +276,15 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
             predictor_depth=self.predictor_depth,
         )
 
-    def binding_settings(self, num_images: int) -> dict[str, Any]:
+    def resume_settings(self, num_images: int) -> dict[str, Any]:
         """The settings that a resumed run must share with its checkpoint, defaults filled in."""
         own = {"monitor_freq", "monitor_images", "init_from", "init_weights"}
         resolved = {
-            "alpha": self.loss_weight_bc,
-            "crop": self.view_crop,
-            "patch_size": self.patch,
-            "mask_ratio": self.hidden_share,
-            "mask_unit": self.mask_square,
+            "alpha": self.resolved_alpha,
+            "crop": self.resolved_crop,
+            "patch_size": self.resolved_patch_size,
+            "mask_ratio": self.resolved_mask_ratio,
+            "mask_unit": self.mask_unit_pixels,
             "steered_tokens": self.steered_tokens if self.has_momentum_encoder else "none",
         }
-        return binding_settings(self, num_images, self.image_size, may_change=own | set(resolved)) | resolved
+        return resume_settings(self, num_images, self.resolved_input_size, may_change=own | set(resolved)) | resolved

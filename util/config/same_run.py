@@ -25,7 +25,7 @@ MAY_CHANGE = {
 }
 
 
-def binding_settings(
+def resume_settings(
     config: Any, num_images: int, image_size: tuple[int, int], may_change: Iterable[str] = ()
 ) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint, defaults filled in.
@@ -45,8 +45,8 @@ def binding_settings(
         "accum_iter": config.accum_iter,
         "peak lr": config.peak_lr,
         "input_size": list(image_size),
-        "mean": list(config.pixel_mean),
-        "std": list(config.pixel_std),
+        "mean": list(config.resolved_mean),
+        "std": list(config.resolved_std),
     }
     free = MAY_CHANGE | set(may_change)
     return resolved | {name: value for name, value in as_dict(config).items() if name not in free}
@@ -63,7 +63,7 @@ ELASTIC = ("processes", "batch_size", "accum_iter")
 
 
 def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic: bool) -> None:
-    """UserError naming the first of the `binding_settings` that differs from the checkpoint's, with both values.
+    """UserError naming the first of the `resume_settings` that differs from the checkpoint's, with both values.
 
     `elastic`: how the effective batch is cut may differ.
     """

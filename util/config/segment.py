@@ -17,7 +17,7 @@ from util.config.groups import (
     check_batch_norm,
     check_choice,
 )
-from util.config.same_run import DOWNSTREAM_MAY_CHANGE, binding_settings
+from util.config.same_run import DOWNSTREAM_MAY_CHANGE, resume_settings
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         """Windows that cover the image."""
         stride = self.eval_stride
         check(len(stride) <= 2, "eval_stride", stride, "give one number, or down and across")
-        sides = zip(self.window_stride, self.image_size, strict=True)
-        fix = f"must lie in 1..{min(self.image_size)}, or windows leave gaps"
+        sides = zip(self.window_stride, self.resolved_input_size, strict=True)
+        fix = f"must lie in 1..{min(self.resolved_input_size)}, or windows leave gaps"
         check(all(1 <= step <= side for step, side in sides), "eval_stride", stride, fix)
         check(self.pictures >= 0, "pictures", self.pictures, "must be 0 or more")
 
@@ -161,15 +161,15 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         """Pixels between two windows down and across, the default filled in."""
         if self.eval_stride:
             return (self.eval_stride[0], self.eval_stride[-1])
-        height, width = self.image_size
+        height, width = self.resolved_input_size
         return (2 * height // 3, 2 * width // 3)
 
     def model_arguments(self, num_classes: int) -> dict[str, Any]:
         """Arguments of models_upernet.UperNet."""
         return dict(
             architecture=self.architecture,
-            img_size=self.image_size,
-            patch_size=self.patch,
+            img_size=self.resolved_input_size,
+            patch_size=self.resolved_patch_size,
             in_chans=self.in_chans,
             num_classes=num_classes,
             head_width=self.head_width,
@@ -177,9 +177,9 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
             dropout=self.dropout,
         )
 
-    def binding_settings(self, num_images: int) -> dict[str, Any]:
+    def resume_settings(self, num_images: int) -> dict[str, Any]:
         """The settings that a resumed run must share with its checkpoint, defaults filled in."""
         folders = {"train_images", "train_masks", "val_images", "val_masks", "image_suffix", "mask_suffix", "classes"}
         free = folders | DOWNSTREAM_MAY_CHANGE | {"check_data", "pictures", "eval_mode", "eval_stride"}
-        resolved = {"model": self.architecture_name, "patch_size": self.patch}
-        return binding_settings(self, num_images, self.image_size, may_change=free) | resolved
+        resolved = {"model": self.architecture_name, "patch_size": self.resolved_patch_size}
+        return resume_settings(self, num_images, self.resolved_input_size, may_change=free) | resolved

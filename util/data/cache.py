@@ -116,7 +116,7 @@ def cache_images(
     source: ImageSource,
     in_chans: int,
     num_workers: int,
-    patience: float,
+    loader_timeout: float,
     skip_bad: bool,
     fit: Callable[[Tensor], Tensor] | None = None,
 ) -> CachedImages:
@@ -124,7 +124,7 @@ def cache_images(
 
     Args:
         num_workers: processes that decode.
-        patience: seconds to wait for some of them, 0: for ever.
+        loader_timeout: seconds to wait for some of them, 0: for ever.
         skip_bad: keep a note of unreadable images instead of raising.
         fit: what is kept of an image [C, h, w]; None: all of it.
 
@@ -135,7 +135,7 @@ def cache_images(
     if "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "0":
         written = None
     else:
-        written = write_pixels(_Decoded(source, in_chans, fit), num_workers, patience, skip_bad)
+        written = write_pixels(_Decoded(source, in_chans, fit), num_workers, loader_timeout, skip_bad)
     path, sizes, bad = of_this_machine(written, waiting)
     lengths = sizes.prod(dim=1) * in_chans
     starts = lengths.cumsum(0) - lengths
@@ -155,9 +155,9 @@ def of_this_machine(written: Written | None, group: dist.ProcessGroup | None) ->
     return from_all_ranks(written, group)[rank() - int(os.environ.get("LOCAL_RANK", 0))]
 
 
-def write_pixels(images: _Decoded, num_workers: int, patience: float, skip_bad: bool) -> Written:
+def write_pixels(images: _Decoded, num_workers: int, loader_timeout: float, skip_bad: bool) -> Written:
     """Decode into a file in memory."""
-    loader = Loader(images, batch_size=32, num_workers=num_workers, collate_fn=list, patience=patience)
+    loader = Loader(images, batch_size=32, num_workers=num_workers, collate_fn=list, loader_timeout=loader_timeout)
     sizes = torch.zeros(len(images), 2, dtype=torch.int64)
     bad: dict[int, str] = {}
     begin = time.monotonic()

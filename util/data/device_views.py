@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.data.views import BLUR_RADIUS, REFLECT_PAD, SOLARISE_THRESHOLD, Photometry, Plan, Size
+from util.data.views import BLUR_RADIUS, REFLECT_PAD, SOLARISE_THRESHOLD, Photometry, Size, ViewParams
 
 # --------------------------------------------------------------------------------------------------------
 # Photometry
@@ -125,7 +125,7 @@ def blur(x: Tensor, radius: Tensor) -> Tensor:
 CROP_LENGTH = 5
 
 
-def crop_rows(plan: Plan) -> np.ndarray:
+def crop_rows(plan: ViewParams) -> np.ndarray:
     """int64 [views, CROP_LENGTH]: top, left, height, width and flip of each window."""
     return np.array(plan.crops, dtype=np.int64)
 

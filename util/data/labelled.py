@@ -94,12 +94,12 @@ def labelled_loader(
     size: Size,
     in_chans: int,
     num_workers: int,
-    patience: float,
+    loader_timeout: float,
     skip_bad: bool = False,
 ) -> Loader:
     """Centre views and labels of at most `most` images, those that `drawn` names."""
     dataset = LabelledDataset(source, drawn(source, most), size, in_chans, skip_bad)
-    return Loader(dataset, batch_size=_BATCH, num_workers=num_workers, patience=patience)
+    return Loader(dataset, batch_size=_BATCH, num_workers=num_workers, loader_timeout=loader_timeout)
 
 
 def drawn(source: ImageSource, most: int) -> list[int]:

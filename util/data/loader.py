@@ -20,7 +20,7 @@ from util.runtime.errors import LOADERS_DEATH, kill_loaders
 
 
 class Loader(DataLoader):
-    """A DataLoader that never waits for a batch for longer than `patience` seconds (0: for ever).
+    """A DataLoader that never waits for a batch for longer than `loader_timeout` seconds (0: for ever).
 
     DataLoader's own `timeout` ends once a loader process has announced a batch; one that hangs before it has handed
     over the batch's memory would be waited for without end. An alarm sees that too; only the main thread can have one.
@@ -33,12 +33,12 @@ class Loader(DataLoader):
         RuntimeError: while iterating, a loader process died or hung; see `util.runtime.errors.loaders_death`.
     """
 
-    def __init__(self, dataset, *, patience: float = 600.0, **settings: Any):
+    def __init__(self, dataset, *, loader_timeout: float = 600.0, **settings: Any):
         if settings.get("num_workers") and sys.platform == "linux":
             # others get copies of the names and cannot map cached images; from 3.14 on they are Python's default
             settings["multiprocessing_context"] = "fork"
         super().__init__(dataset, worker_init_fn=ignore_sigterm, **settings)
-        self.patience = patience
+        self.loader_timeout = loader_timeout
 
     def __iter__(self) -> Iterator:
         if isinstance(self.dataset, PretrainStream):  # its reader's order follows from what this draws
@@ -69,12 +69,12 @@ class Loader(DataLoader):
     @contextlib.contextmanager
     def _watch(self) -> Iterator[None]:
         def on_alarm(number: int, frame: FrameType | None) -> None:
-            raise RuntimeError(f"{LOADERS_DEATH}: no batch came in {self.patience:g} seconds")
+            raise RuntimeError(f"{LOADERS_DEATH}: no batch came in {self.loader_timeout:g} seconds")
 
-        timed = self.patience and threading.current_thread() is threading.main_thread()
+        timed = self.loader_timeout and threading.current_thread() is threading.main_thread()
         if timed:
             before = signal.signal(signal.SIGALRM, on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, self.patience)
+            signal.setitimer(signal.ITIMER_REAL, self.loader_timeout)
         try:
             yield
         except Exception as error:
@@ -112,7 +112,7 @@ def training_loader(dataset, order: BatchOrder, num_workers: int, pin_memory: bo
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and not stream,  # a stream's epoch reaches new workers only
-        patience=timeout,
+        loader_timeout=timeout,
         collate_fn=as_it_is if isinstance(dataset, DrawnDataset) else None,
         **(dict(batch_size=order.batch_size, drop_last=True) if stream else dict(batch_sampler=order)),
     )

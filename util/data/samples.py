@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from util.data.decode import MAY_BE_SKIPPED, MOST_BAD_IN_A_ROW, decode, load_image
 from util.data.device_views import crop_rows, photometry_row
 from util.data.sources import BadImage, ImageSource
-from util.data.views import Plan, TwoViews, sample_generator
+from util.data.views import TwoViews, ViewParams, sample_generator
 from util.runtime.errors import UserError
 
 
@@ -76,7 +76,7 @@ def make_sample(
     return Batch(views.cut(image, plan), noise, *numbers, torch.tensor(photometry_of(plan)))
 
 
-def photometry_of(plan: Plan) -> list[float]:
+def photometry_of(plan: ViewParams) -> list[float]:
     """The row of util/data/device_views.py, empty where there is no photometry."""
     return [] if plan.photometry is None else photometry_row(plan.photometry)
 

@@ -178,7 +178,7 @@ def blur(image: Tensor, radius: float) -> Tensor:
 # --------------------------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class ViewParams(NamedTuple):
     """What was drawn for the views of one image."""
 
     crops: tuple[Crop, ...]  # of each view
@@ -204,14 +204,14 @@ class TwoViews:
             views[1] = apply_photometry(views[1], plan.photometry)
         return views
 
-    def draw(self, image_size: Size, rng: np.random.Generator) -> Plan:
+    def draw(self, image_size: Size, rng: np.random.Generator) -> ViewParams:
         """View u first, so that it is the same whether or not there is a view v."""
         crops = [self.draw_crop(image_size, rng)]
         photometry = None
         if self.num_views == 2:
             crops.append(crops[0] if self.shared_crop else self.draw_crop(image_size, rng))
             photometry = draw_photometry(rng) if self.photometric else None
-        return Plan(tuple(crops), photometry)
+        return ViewParams(tuple(crops), photometry)
 
     def draw_crop(self, image_size: Size, rng: np.random.Generator) -> Crop:
         """A window in the original image for RRC, and for SRC in the resized one with its reflected border."""
@@ -220,7 +220,7 @@ class TwoViews:
         h, w = cover_size(image_size, self.size)
         return draw_simple_crop(rng, (h + 2 * REFLECT_PAD, w + 2 * REFLECT_PAD), self.size, self.hflip)
 
-    def cut(self, image: Tensor, plan: Plan) -> Tensor:
+    def cut(self, image: Tensor, plan: ViewParams) -> Tensor:
         """The windows of an image [C, h, w], at the size of a view: [num_views, C, H, W]."""
         if self.crop == "src":  # once, for both views
             image = reflect_border(self.fit(image))

@@ -34,7 +34,7 @@ def append_result(
         stage: `pretrain`, `finetune`, `linprobe`, `segment`, `probe`, ...
         metrics: by name; accuracies in %.
         seconds: it took; of a run that was interrupted all parts together.
-        on: what `made_on` says of the machine.
+        on: what `hardware_info` says of the machine.
     """
     commit, dirty = git_state(ROOT)
     line = json.dumps(
@@ -59,7 +59,7 @@ def append_result(
         file.write(("\n" if cut_short else "") + line + "\n")
 
 
-def made_on(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+def hardware_info(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """Of a result: the processors, and the type of numbers they computed in (None: fp32)."""
     return {**machine(device), "processes": world_size(), "precision": name_of(dtype), "torch": torch.__version__}
 

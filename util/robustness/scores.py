@@ -141,9 +141,9 @@ def look_at(classifier: NamedClassifier, task: Task, places: Sequence[int], look
     loader = Loader(
         images_of(classifier, task, places, share, look),
         batch_size=look.batch_size,
-        num_workers=look.loading.loader_workers,
+        num_workers=look.loading.resolved_num_workers,
         pin_memory=look.loading.pins(device),
-        patience=look.loading.loader_timeout,
+        loader_timeout=look.loading.loader_timeout,
     )
     batches = progress(loader, len(share), title, "images", lambda batch: len(batch[1])) if is_main() else loader
     prepare = input_of(classifier, task, look)

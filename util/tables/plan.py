@@ -360,14 +360,14 @@ def _flops_per_image(main: str, config: Any) -> int:
     with torch.device("meta"):
         classifier = Classifier if main == "finetune" else LinearProbe
         model = classifier(**config.model_arguments(1000))  # classes: no matter
-    return classifier_flops(model, (config.in_chans, *config.image_size))
+    return classifier_flops(model, (config.in_chans, *config.resolved_input_size))
 
 
 @functools.cache
 def _encoder_flops(config: PretrainConfig) -> int:
     with torch.device("meta"):
         student = config.student_type(**config.model_arguments)
-    return features_flops(student, (config.in_chans, *config.image_size))
+    return features_flops(student, (config.in_chans, *config.resolved_input_size))
 
 
 class Clock:

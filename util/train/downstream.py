@@ -20,7 +20,7 @@ from util.config.same_run import KIND, kind_of
 from util.data.loader import training_loader
 from util.data.samples import BatchOrder
 from util.optim.optimizer import build_optimizer
-from util.results.results import append_result, made_on
+from util.results.results import append_result, hardware_info
 from util.runtime.amp import autocast_dtype, choose_attention, grad_scaler
 from util.runtime.distributed import Processes, is_main, start_processes
 from util.runtime.errors import UserError
@@ -28,12 +28,12 @@ from util.runtime.sharding import check_sharding, shard
 from util.train.cost import classifier_flops, count_parameters
 from util.train.evaluation import Evaluation, Scores
 from util.train.run import (
-    begin_or_go_on,
     check_batch,
     checkpoint_to_resume,
     fit_to_processes,
     open_log,
     open_store,
+    restore_state,
     resumes,
     train,
     transform_blocks,
@@ -128,9 +128,9 @@ def other_normalisation(run: Mapping[str, Any], config: PixelConfig) -> str:
         return ""  # no run of ours, or the first layer was resampled, which is said already
     given = {name: tuple(run.get(name) or ()) for name in ("mean", "std")}
     before = PixelConfig(in_chans=config.in_chans, **given)
-    if (before.pixel_mean, before.pixel_std) == (config.pixel_mean, config.pixel_std):
+    if (before.resolved_mean, before.resolved_std) == (config.resolved_mean, config.resolved_std):
         return ""
-    flags = as_flags({"mean": list(before.pixel_mean), "std": list(before.pixel_std)})
+    flags = as_flags({"mean": list(before.resolved_mean), "std": list(before.resolved_std)})
     return f"; pixels were normalised by other numbers there, {' '.join(flags)}: give the same here"
 
 
@@ -187,12 +187,12 @@ def train_and_evaluate(
         return evaluation.alone(stage, said)
     resumed = checkpoint_to_resume(config, store)
     begins = resumed is None
-    binding = begin_or_go_on(trainer.state, config, source, resumed)
+    binding = restore_state(trainer.state, config, source, resumed)
     del resumed  # as large as the run's state, and nobody's any more
     loader = training_loader(
         make_dataset(),
         order,
-        config.loader_workers,
+        config.resolved_num_workers,
         config.pins(trainer.device),
         config.loader_timeout,
     )
@@ -213,7 +213,7 @@ def train_and_evaluate(
     scores = evaluation.latest
     if is_main() and scores is not None:
         metrics = scores.values | {f"best_{evaluation.metric}": state.best_metric}
-        about = made_on(trainer.device, trainer.dtype)
+        about = hardware_info(trainer.device, trainer.dtype)
         append_result(config.output_dir, stage, as_dict(config), metrics, log.seconds, about)
     log.close()
     return scores
@@ -229,7 +229,7 @@ def show_plan(trainer: Trainer, images: str, order: BatchOrder, make_dataset: Ca
         return
     config = trainer.config
     print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
-    flops = classifier_flops(trainer.state.model, (config.in_chans, *config.image_size))
+    flops = classifier_flops(trainer.state.model, (config.in_chans, *config.resolved_input_size))
     per_epoch, total = order.updates_per_epoch, trainer.total_updates
     whole = per_epoch and total % per_epoch == 0
     spread = f"{per_epoch} per epoch x {total // per_epoch} epochs =" if whole else f"{per_epoch} per epoch, in all"

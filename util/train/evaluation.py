@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from util.config.groups import as_dict
 from util.data.loader import Loader
 from util.figures.pictures import confusion_picture
-from util.results.results import append_result, made_on
+from util.results.results import append_result, hardware_info
 from util.runtime.distributed import Processes, is_main
 from util.runtime.logs import RunLog
 from util.train.trainer import Trainer
@@ -77,7 +77,7 @@ class Evaluation:
             self.draw(self.describe(scores), "eval", None)
             if config.per_class:
                 print(self.write_classes(scores))
-            about, seconds = made_on(self.trainer.device, self.trainer.dtype), time.monotonic() - begin
+            about, seconds = hardware_info(self.trainer.device, self.trainer.dtype), time.monotonic() - begin
             append_result(config.output_dir, f"{stage}-eval", as_dict(config), scores.values, seconds, about)
         return scores
 
@@ -95,10 +95,10 @@ def evaluation_loader(dataset: Dataset, trainer: Trainer, batch_size: int | None
     return Loader(
         dataset,
         batch_size=batch_size,
-        num_workers=config.loader_workers,
+        num_workers=config.resolved_num_workers,
         pin_memory=config.pins(trainer.device),
-        persistent_workers=config.loader_workers > 0,
-        patience=config.loader_timeout,
+        persistent_workers=config.resolved_num_workers > 0,
+        loader_timeout=config.loader_timeout,
     )
 
 

@@ -33,7 +33,7 @@ class Monitor:
     output_dir: Path
     device: torch.device
     num_workers: int
-    patience: float  # seconds to wait for a batch, 0: for ever
+    loader_timeout: float  # seconds to wait for a batch, 0: for ever
     skip_bad: bool  # as the training
 
     @torch.no_grad()
@@ -63,13 +63,13 @@ class Monitor:
 
     def features(self, student: Student, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled features [N, D] and labels [N] of at most `most_images` images."""
-        about = (self.size, self.in_chans, self.num_workers, self.patience, self.skip_bad)
+        about = (self.size, self.in_chans, self.num_workers, self.loader_timeout, self.skip_bad)
         loader = labelled_loader(source, self.most_images, *about)
         return extract_features(lambda pixels: student.features(self.normalise(pixels.to(self.device))), loader)
 
     def picture(self, student: Student) -> np.ndarray:
         """Reconstructions of the same images with the same masks, each time."""
-        about = (self.size, self.in_chans, 0, self.patience, self.skip_bad)
+        about = (self.size, self.in_chans, 0, self.loader_timeout, self.skip_bad)
         loader = labelled_loader(self.val or self.train, PICTURES, *about)
         images = self.normalise(next(iter(loader))[0].to(self.device))
         noise = torch.rand(len(images), student.num_patches, generator=torch.Generator().manual_seed(0))

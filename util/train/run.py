@@ -60,7 +60,7 @@ def writable_folder(path: str | Path, flag: str) -> Path:
     return path
 
 
-def begin_or_go_on(
+def restore_state(
     state: TrainState, config: Any, source: ImageSource, resumed: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Give the state what a checkpoint holds, if there is one; the settings that it must share with the run.
@@ -68,9 +68,9 @@ def begin_or_go_on(
     Raises:
         UserError: they differ.
     """
-    binding = config.binding_settings(len(source)) | {NAMES: fingerprint(source)}
+    binding = config.resume_settings(len(source)) | {NAMES: fingerprint(source)}
     if isinstance(source, IterableDataset):  # its parts are dealt to them
-        binding["num_workers"] = config.loader_workers
+        binding["num_workers"] = config.resolved_num_workers
     if resumed is not None:
         check_same_run(binding, resumed, config.elastic)
         state.load_state_dict(resumed)
@@ -235,7 +235,7 @@ def train(
         barrier()
 
     trainer.before_end = settle
-    state.note_metric(store.best_metric)
+    state.record_metric(store.best_metric)
     first_epoch, order.start_update = divmod(state.updates, order.updates_per_epoch)
     stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
     over = trainer.finished  # killed between its last checkpoint and its result, or called again
@@ -264,7 +264,7 @@ def train(
                     save(trainer, store, None, binding)
                     store.wait()
                 raise
-            state.note_metric(metric)
+            state.record_metric(metric)
             if (
                 last
                 or (epoch + 1) % config.save_freq == 0
@@ -275,7 +275,7 @@ def train(
             if last:
                 break
         if over:
-            state.note_metric(look(-(-state.updates // order.updates_per_epoch), True))
+            state.record_metric(look(-(-state.updates // order.updates_per_epoch), True))
         settle()
     finally:
         store.unlock()

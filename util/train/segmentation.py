@@ -92,12 +92,12 @@ def open_masked(config: SegmentConfig) -> MaskedImages:
 def train_dataset(config: SegmentConfig, source: MaskedSource) -> MaskedDataset:
     """Augmented training samples."""
     view = JointView(
-        size=config.image_size,
+        size=config.resolved_input_size,
         scale_range=config.scale_range,
         most_of_a_class=config.most_of_a_class,
         hflip=config.hflip,
         photometric=config.photometric,
-        fill=tuple(round(255 * mean) for mean in config.pixel_mean),
+        fill=tuple(round(255 * mean) for mean in config.resolved_mean),
     )
     return MaskedDataset(source, view, config.in_chans, config.seed, config.on_bad_image == "skip")
 
@@ -111,6 +111,8 @@ def count_pixels(source: MaskedSource, config: SegmentConfig, split: str, indice
     trained = split == "training"
     skip_bad, fix = config.on_bad_image == "skip" and trained, MAY_BE_SKIPPED if trained else MUST_BE_READ
     dataset = PixelCount(source, indices, skip_bad, fix)
-    loader = Loader(dataset, batch_size=None, num_workers=config.loader_workers, patience=config.loader_timeout)
+    loader = Loader(
+        dataset, batch_size=None, num_workers=config.resolved_num_workers, loader_timeout=config.loader_timeout
+    )
     counts = progress(loader, len(indices), f"looking at {split} masks", "masks") if is_main() else loader
     return sum((np.asarray(count) for count in counts), start=np.zeros(256, dtype=np.int64))

@@ -80,7 +80,7 @@ class TrainState:
             followed = {name.removeprefix(EMA_PREFIX): x for name, x in state["model_ema"].items()}
             self.model_ema.load_state_dict(cut_weights(followed, self.model_ema))
 
-    def note_metric(self, metric: float | None) -> None:
+    def record_metric(self, metric: float | None) -> None:
         """Remember the value by which the best checkpoint is chosen, if it is higher than all before."""
         if metric is not None:
             self.best_metric = metric if self.best_metric is None else max(self.best_metric, metric)
@@ -122,19 +122,19 @@ class Trainer:
         """One optimiser step on the mean loss over `accum_iter` batches of equal size."""
         raise NotImplementedError
 
-    def bring(self, batches: list[Batch]) -> list[Batch]:
+    def to_device(self, batches: list[Batch]) -> list[Batch]:
         """The batches on the device; on a GPU copied and augmented beside the update that it still computes."""
         if self._side is None:
-            return [self.to_device(batch) for batch in batches]
+            return [self.batch_to_device(batch) for batch in batches]
         with torch.cuda.stream(self._side):
-            brought = [self.to_device(batch) for batch in batches]
+            brought = [self.batch_to_device(batch) for batch in batches]
         now = torch.cuda.current_stream(self.device)
         now.wait_stream(self._side)
         for tensor in (x for batch in brought for x in batch if x.is_cuda):
             tensor.record_stream(now)  # its memory is not given away before the update has read it
         return brought
 
-    def to_device(self, batch: Batch) -> Batch:
+    def batch_to_device(self, batch: Batch) -> Batch:
         """One batch; sample numbers stay on the CPU, where they are read."""
         raise NotImplementedError
 
@@ -145,7 +145,7 @@ class Trainer:
         if self.config.on_nonfinite == "skip":
             self._statistics = [buffer.clone() for buffer in self.state.model.buffers()]
 
-    def note(self, **losses: Tensor) -> None:
+    def record(self, **losses: Tensor) -> None:
         """Add the losses of one part of the update, 0-dim, to what is logged and watched."""
         for name, loss in losses.items():
             self._losses[name] = self._losses.get(name, 0) + loss.detach()
@@ -304,7 +304,7 @@ def train_one_epoch(
             break
         trainer.before_update()
         trainer.bad_images += report_bad_images(batches, source, log)
-        trainer.update(trainer.bring(batches))
+        trainer.update(trainer.to_device(batches))
         stopwatch.updates += 1
         if state.updates % config.print_freq == 0:
             log_interval(trainer, stopwatch, epoch, log)

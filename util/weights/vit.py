@@ -138,7 +138,7 @@ def open_vit(
         model=model.requires_grad_(False).eval().to(device),
         size=tuple(model.patch_embed.img_size),
         in_chans=pixels.in_chans,
-        normalise=Normalise(pixels.pixel_mean, pixels.pixel_std, device),
+        normalise=Normalise(pixels.resolved_mean, pixels.resolved_std, device),
         said=said,
         weights=weights,
     )
