@@ -77,7 +77,7 @@ def named_files() -> dict[str, str]:
     """Paths in code that look like files of this repository -> a page that names each."""
     looks = r"(?<![\w/.-])((?:util|scripts|recipes|tests|docs|tables)/[\w./-]+|(?:main|engine|models)_\w+\.py)"
     found = {}
-    for path in LIVING:
+    for path in [*LIVING, ROOT / "docs" / "tour.ipynb"]:
         for target in re.findall(looks, "\n".join(code(path))):
             found.setdefault(target.rstrip("."), name_of(path))
     return found
