@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
 
 import main_finetune
 import main_linprobe
@@ -19,6 +22,11 @@ from shared.calls import caller
 from shared.flags import SMALL, TINY, TINY_CLASSIFIER, TINY_SEGMENTER
 from shared.images import write_images, write_masked
 from util.runtime.errors import run_main
+
+settings.register_profile("fixed", derandomize=True)  # a test that passes once passes for ever
+settings.load_profile("fixed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell, and its children, ignore it
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where cores are shared
 
 
 @pytest.fixture

@@ -213,6 +213,8 @@ class CheckpointStore:
 
 
 _held_locks: weakref.WeakSet[TextIO] = weakref.WeakSet()
+# data loader workers may outlive the process that forked them, and would hold its locks
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held_locks])
 
 
 def lock_folder(folder: Path) -> TextIO:
