@@ -12,7 +12,8 @@ from main_pretrain import build_state
 from shared.bench import CPU, FORMS, variants
 from shared.calls import one_line
 from util.bench.baseline import PlainTrainer
-from util.bench.step import Stepper, check_losses, measure
+from util.bench.measure import check_losses, measure
+from util.bench.step import Stepper
 from util.runtime.errors import RunError
 
 
@@ -111,6 +112,6 @@ def test_a_flag_of_speed_leaves_the_losses(flags):
 
 
 def test_other_work_is_not_held_against_a_variant():
-    found = variants("--forms mae --variants ours", "batch_size=4,6", "mask_ratio=0.5,0.75")
-    assert len({variant.work for variant in found}) == 4
-    assert len(check_losses([Stepper(variant) for variant in found], 1)) == 4
+    rows = variants("--forms mae --variants ours", "batch_size=4,6", "mask_ratio=0.5,0.75")
+    assert len({variant.work for variant in rows}) == 4
+    assert len(check_losses([Stepper(variant) for variant in rows], 1)) == 4

@@ -212,6 +212,31 @@ class LimitsConfig:
         check_report(self.json)
 
 
+@dataclass(frozen=True)
+class SavingConfig:
+    """Measure what saving checkpoints costs."""
+
+    model: str = "lut_vit_base_patch16"
+    """model name of main_pretrain.py"""
+    folder: str = ""
+    """folder for the checkpoints, two at a time; default: the system's temporary folder"""
+    device: str = "auto"
+    """device of the state and the updates; auto: the GPU if there is one, else the CPU"""
+    device_seconds: float = 0.0
+    """seconds that an update on a CPU sleeps, as it would wait for a GPU; 0: the CPU computes the update"""
+    repeats: int = 3
+    """saves of each kind; the medians are shown"""
+    epoch_minutes: float = 5.0
+    """length of the epoch whose share is shown"""
+    limit_percent: float | None = None
+    """exit with an error if a save in the background costs more of an epoch; default: no limit"""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.device_seconds < 1, "device_seconds", self.device_seconds, "must lie in [0, 1)")
+        check(self.repeats >= 1, "repeats", self.repeats, "must be 1 or more")
+        check(self.epoch_minutes > 0, "epoch_minutes", self.epoch_minutes, "must be above 0")
+
+
 def measured_settings() -> list[str]:
     """Return the flags that say what is measured, without those that say how."""
     return [*(field.name for field in dataclasses.fields(PretrainConfig)), "depth"]

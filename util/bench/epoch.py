@@ -23,6 +23,7 @@ from util.bench.timing import compiled_graphs, patched, run_alone
 from util.config.groups import as_dict
 from util.config.pretrain import PretrainConfig
 from util.runtime.logs import LOG_FILE
+from util.train import run as train_run
 from util.train.monitor import Monitor
 from util.train.run import writable_folder
 
@@ -69,8 +70,8 @@ def timed_parts(seconds: dict[str, float], graphs: list[int]) -> Iterator[None]:
 
     with (
         patched(PretrainTrainer, "update", counts_graphs),
-        patched(run, "save", adds_to("saving")),
-        patched(run, "train_one_epoch", adds_to("epochs")),
+        patched(train_run, "save", adds_to("saving")),
+        patched(train_run, "train_one_epoch", adds_to("epochs")),
         patched(Monitor, "look", adds_to("evaluation")),
     ):
         yield
