@@ -13,7 +13,8 @@ import torch
 
 from shared.checkpoints import save_lut
 from shared.runs import complete, pretraining_lines, write_run
-from util.report.report import attention, report
+from util.report.attention import attention_maps
+from util.report.report import report
 from util.results.run_folder import open_runs
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -109,7 +110,7 @@ def page(tmp_path_factory) -> Path:
     labels = ["LUT </script><b>", "a rather long name of a run, without a chance to fit on a phone" + "_x" * 40]
     runs = open_runs([str(folder / "lut"), str(folder / "mae")], labels)
     path = folder / "report.html"
-    path.write_text(report(runs, "Two <runs>", attention(runs, (), torch.device("cpu"))), encoding="utf-8")
+    path.write_text(report(runs, "Two <runs>", attention_maps(runs, (), torch.device("cpu"))), encoding="utf-8")
     return path
 
 
