@@ -19,7 +19,7 @@ from util.results.results import read_results
 from util.runtime.errors import UserError
 from util.runtime.files import manifest_path
 from util.runtime.logs import LOG_FILE
-from util.runtime.reading import Unreadable, as_count, as_number, name_lines, read_json_lines, read_mapping
+from util.runtime.reading import Unreadable, as_count, as_number, name_lines, read_bytes, read_json_lines, read_mapping
 from util.weights.checkpoint import checkpoints_in, complete_checkpoints, read_manifest
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
@@ -243,7 +243,11 @@ def read_log(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
 def read_or_remark(path: Path, remarks: list[str]) -> dict[str, Any]:
     """Return the mapping in a file; an empty one and a remark if it cannot be read."""
     try:
-        return read_mapping(path)
+        values = read_mapping(path)
+        if values and path.suffix == ".yaml" and not read_bytes(path).endswith(b"\n"):  # `epochs: 400` cut to 40
+            key, _ = values.popitem()
+            remarks.append(f"{path.name} is cut short, {key} and what followed are left out")
+        return values
     except FileNotFoundError:
         remarks.append(f"{path.name} is missing")
     except Unreadable as error:
