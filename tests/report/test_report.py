@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import struct
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,6 +66,26 @@ def test_a_film_fits_its_budget_and_skips_what_is_broken(tmp_path):
         assert 0 < sum(len(data) for _, data in frames) <= budget
         assert {frames[-1][0], whole[-1][0]} == {whole[-1][0]}
     assert encode_frames(paths, 10)[0] == []
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def enormous_png() -> bytes:
+    """Some bytes that announce 300,000 x 300,000 pixels."""
+    head = struct.pack(">IIBBBBB", 300_000, 300_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + head
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(
+    "content", [EPS, enormous_png(), b"", b"P6 9 9 255 ", None], ids=["eps", "huge", "empty", "ppm", "pipe"]
+)
+def test_pictures_of_other_formats_are_never_opened(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    path = tmp_path / "reconstruction-0001.png"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    assert encode_frames([(1, path)], 10**6) == ([], [path.name])
 
 
 def test_heat_lies_over_the_grey_image_patch_by_patch():
