@@ -37,6 +37,7 @@ from util.config.command_line import parse_config
 from util.config.groups import as_dict, check
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
+from util.runtime.files import writable_folder
 
 if TYPE_CHECKING:
     from util.bench.step import StepperProcess
@@ -69,7 +70,6 @@ def step(arguments: list[str]) -> None:
     from util.bench.measure import measure
     from util.bench.step import StepperProcess
     from util.bench.variant import step_variants
-    from util.train.run import writable_folder
 
     if config.sweep:
         sweep(config, arguments, program)
@@ -148,7 +148,6 @@ def sweep(config: StepConfig, arguments: list[str], program: str) -> None:
     from util.bench.plot import plot_sweep
     from util.bench.step import StepperProcess
     from util.bench.variant import step_variants
-    from util.train.run import writable_folder
 
     flag, _, values = config.sweep_axis.partition("=")
     picture = Path(config.plot or (str(Path(config.json).with_suffix(".png")) if config.json else f"bench-{flag}.png"))
@@ -304,7 +303,6 @@ def limits(arguments: list[str]) -> None:
     """Measure the peak rates of the machine."""
     config = parse_config(LimitsConfig, arguments, f"{PROGRAM} limits")
     from util.bench.limits import DTYPES, decode_rate, disk_write, matrix_peaks, memory_bandwidth
-    from util.train.run import writable_folder
 
     device = choose_device(config.device)
     folder = writable_folder(config.folder, "folder")

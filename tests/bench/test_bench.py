@@ -16,7 +16,6 @@ from PIL import Image
 import util.bench.limits
 import util.bench.measure
 import util.bench.variant
-from main_pretrain import build_state
 from scripts import bench
 from shared.bench import CPU, FORMS, TINY, variants
 from shared.calls import script_caller
@@ -35,6 +34,7 @@ from util.data.device_views import Normalise
 from util.data.sources import ArraySource
 from util.figures.figure import number_log_axis
 from util.runtime.errors import RunError
+from util.train.pretraining import build_state
 
 
 @pytest.fixture

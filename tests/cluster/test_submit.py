@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from main_pretrain import build_state
 from scripts import submit
 from shared.calls import script_caller
 from shared.flags import TINY, TINY_CLASSIFIER
@@ -24,6 +23,7 @@ from util.cluster.jobs import requeue_lines
 from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
 from util.runtime.files import ROOT
+from util.train.pretraining import build_state
 
 
 @pytest.fixture

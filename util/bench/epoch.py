@@ -22,10 +22,10 @@ from util.bench.config import EpochConfig
 from util.bench.timing import compiled_graphs, patched, run_alone
 from util.config.groups import as_dict
 from util.config.pretrain import PretrainConfig
+from util.runtime.files import writable_folder
 from util.runtime.logs import LOG_FILE
 from util.train import run as train_run
 from util.train.monitor import Monitor
-from util.train.run import writable_folder
 
 PARTS = ("training", "data wait", "saving", "evaluation", "start")
 
@@ -72,7 +72,7 @@ def timed_parts(seconds: dict[str, float], graphs: list[int]) -> Iterator[None]:
         patched(PretrainTrainer, "update", counts_graphs),
         patched(train_run, "save", adds_to("saving")),
         patched(train_run, "train_one_epoch", adds_to("epochs")),
-        patched(Monitor, "look", adds_to("evaluation")),
+        patched(Monitor, "evaluate", adds_to("evaluation")),
     ):
         yield
 

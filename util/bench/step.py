@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from engine_pretrain import PretrainTrainer
-from main_pretrain import build_loader, build_state, build_trainer, cached
+from engine_pretrain import PretrainTrainer, build_trainer
 from util.bench.baseline import PlainBatch, PlainTrainer
 from util.bench.config import StepConfig
 from util.bench.counting import count_flops, count_traffic
@@ -29,6 +28,7 @@ from util.data.sources import ArraySource, ImageSource
 from util.runtime.errors import RunError, UserError
 from util.runtime.logs import peak_memory_bytes
 from util.runtime.stop import end_with_parent
+from util.train.pretraining import build_loader, build_state, cached
 
 DISTINCT_IMAGES = 64  # largest number of different images in a batch; larger batches repeat them
 DISTINCT_UPDATES = 2  # number of updates after which the batches repeat
@@ -39,8 +39,8 @@ class Stepper:
     """A variant with its models on the device and its batches in the memory of the host."""
 
     def __init__(self, variant: Variant):
-        config = variant.config
         self.variant, self.device = variant, variant.device
+        config = self.config
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         state, _ = build_state(config, variant.dtype, self.device)
@@ -57,9 +57,11 @@ class Stepper:
 
     @property
     def config(self) -> StepConfig:
-        """Return the settings that make the batches; the plain variant augments on the host and caches nothing."""
-        plain = dict(cache="none", augment_on="worker") if self.variant.kind == "plain" else {}
-        return dataclasses.replace(self.variant.config, num_workers=0, **plain)
+        """Return the settings that make models and batches; the plain variant uses none of the optimisations."""
+        plain = dict(cache="none", augment_on="worker", compile="none", checkpoint_activations=False)
+        return dataclasses.replace(
+            self.variant.config, num_workers=0, **(plain if self.variant.kind == "plain" else {})
+        )
 
     def batches(self, size: int) -> list[list]:
         """Return the batches of DISTINCT_UPDATES updates, one list per update."""
