@@ -5,6 +5,7 @@ A stage that fails, hangs or is killed never stops the next one, and what it has
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -64,7 +65,9 @@ def run_stages(stages: Sequence[Stage], folder: Path, minutes: float) -> list[di
         seconds = min(stage.seconds, deadline - time.monotonic())
         print(f"{stage.name}: {stage.title} (at most {max(seconds, 0):.0f} s)", flush=True)
         if seconds < LEAST_SECONDS:
-            results.append({"stage": stage.name, "title": stage.title, "state": "not started", "seconds": 0, "rows": []})
+            results.append(
+                {"stage": stage.name, "title": stage.title, "state": "not started", "seconds": 0, "rows": []}
+            )
         else:
             results.append(run_stage(stage, folder, seconds))
         print(f"{stage.name}: {results[-1]['state']}, {results[-1]['seconds']:.0f} s", flush=True)
@@ -84,10 +87,8 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             state = f"stopped after {seconds:.0f} s"
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # data loader workers too
-            except ProcessLookupError:
-                pass
             process.wait()
     rows_file = folder / f"{stage.name}.jsonl"
     lines = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []
@@ -112,7 +113,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
             + (f"<table><tr>{head}</tr>{table}</table>" if names else "")
             + (f"<pre>{log}</pre>" if log else "")
         )
-    style = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}td:first-child{text-align:left}"
+    style = (
+        "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}td:first-child{text-align:left}"
+    )
     return (
         f'<!doctype html><meta charset="utf-8"><title>GPU check</title><style>{style}</style><h1>GPU check</h1>'
         + "".join(sections)
