@@ -43,7 +43,7 @@ from util.report.page import Section, page
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
 from util.runtime.logs import aligned
-from util.weights.interop import Weights
+from util.weights.layouts import Weights
 from util.weights.vit import NamedViT, open_vit
 
 # --------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def main() -> None:
         sections.append(Section(study.title, study.text, [path.read_bytes() for path in pictures], study.table))
     if command == "compare":
         data = config.dataset or config.data_path or "digits"
-        facts = [*(f"{vit.label}: {vit.said}" for vit in vits), f"Data: {len(images.order)} images of {data}"]
+        facts = [*(f"{vit.label}: {vit.origin}" for vit in vits), f"Data: {len(images.order)} images of {data}"]
         write_page(" and ".join(vit.label for vit in vits), facts, sections, folder / "compare.html")
 
 
@@ -255,7 +255,7 @@ def open_models(config: AnalyzeConfig) -> list[NamedViT]:
     vits = []
     for name, which, label in zip(config.checkpoint, weights, labels, strict=True):
         vits.append(open_vit(name, which, label, config.input_size, config.num_heads, device))
-        print(f"{vits[-1].label}: {vits[-1].said}", flush=True)
+        print(f"{vits[-1].label}: {vits[-1].origin}", flush=True)
     return vits
 
 
@@ -265,7 +265,7 @@ def write(study: Study, folder: Path, name: str, config: AnalyzeConfig, vits: li
     try:
         for path, figure in zip(pictures, study.figures.values(), strict=True):
             save_figure(figure, path)
-        models = [{"label": vit.label, "input_size": list(vit.size), "weights": vit.said} for vit in vits]
+        models = [{"label": vit.label, "input_size": list(vit.size), "weights": vit.origin} for vit in vits]
         numbers = {"command": name, "config": as_dict(config), "opened": models, **study.numbers}
         text = json.dumps(numbers, default=plain, allow_nan=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")

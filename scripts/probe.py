@@ -46,7 +46,8 @@ from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, run_main
 from util.runtime.progress import with_progress
 from util.weights.checkpoint import load_checkpoint
-from util.weights.interop import PATCH_KERNEL, load_weights, weights_in
+from util.weights.interop import load_weights, weights_in
+from util.weights.layouts import PATCH_KERNEL
 
 ROWS = {"random": "random", "student": "student", "momentum": "momentum encoder"}
 

@@ -53,7 +53,7 @@ from util.runtime.logs import format_duration
 from util.tables.formats import commented
 from util.train.run import writable_folder
 from util.weights.classifiers import NamedClassifier, open_classifier
-from util.weights.interop import Weights
+from util.weights.layouts import Weights
 from util.weights.vit import TIMM
 
 
@@ -273,7 +273,7 @@ def announce(
     """What is going to happen."""
     titles = column_titles()
     mean, std = classifier.normalise.mean, classifier.normalise.std
-    print(f"{classifier.label}: {classifier.said}; {classifier.size[0]} x {classifier.size[1]} pixels")
+    print(f"{classifier.label}: {classifier.origin}; {classifier.size[0]} x {classifier.size[1]} pixels")
     print(f"pixels normalised by mean {' '.join(map(str, mean))} and std {' '.join(map(str, std))}")
     for tasks in passes:
         lacking = f" ({tasks[0].lacking})" if tasks[0].lacking else ""

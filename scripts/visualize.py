@@ -132,7 +132,7 @@ def opened(config: VisualizeConfig, path: Path) -> NamedViT:
 def draw(config: VisualizeConfig, images: Images) -> list[dict]:
     """One picture; the errors."""
     vit = opened(config, Path(config.checkpoint))
-    print(vit.said)
+    print(vit.origin)
     found = reconstructions(vit, images, config.mask_ratio, config.seed)
     save_figure(reconstruction_figure(vit, images, found, f"Reconstructions by {vit.label}"), config.path)
     return reconstruction_numbers(images, found)

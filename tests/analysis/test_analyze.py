@@ -109,7 +109,7 @@ def test_another_image_size_resamples_positions(run):
     vit = opened(run, size=(48, 32))
     assert vit.size == (48, 32)
     assert grid_of(vit.model) == (6, 4)
-    assert "pos_embed: 4 x 4 to 6 x 4 patches" in vit.said
+    assert "pos_embed: 4 x 4 to 6 x 4 patches" in vit.origin
     assert tokens_of(vit.model, torch.randn(1, 1, 48, 32)).shape == (1, 25, 96)
     with pytest.raises(UserError, match="--input_size 30: no multiple of the patch, 8 pixels, try 32"):
         opened(run, size=(30,))
@@ -328,7 +328,7 @@ def test_a_timm_file_with_other_classes_has_none_here(tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "vit.pth")
     vit = opened(f"timm:test_vit={tmp_path / 'vit.pth'}")
     assert not is_classifier(vit.model)
-    assert "not used: head.weight, head.bias" in vit.said
+    assert "not used: head.weight, head.bias" in vit.origin
 
 
 def test_unlabelled_images_and_models_of_other_shapes(run_analyze, run, tmp_path):

@@ -19,7 +19,8 @@ from util.runtime.errors import run_main
 from util.runtime.files import ROOT
 from util.weights.checkpoint import load_checkpoint
 from util.weights.export import overlay_beside
-from util.weights.interop import load_weights, part_of, read_weights
+from util.weights.interop import load_weights, read_weights
+from util.weights.layouts import part_of
 
 DATA = ROOT / "tests" / "files"
 RELEASE = DATA / "release_lut_tiny.pth"
