@@ -36,7 +36,7 @@ def main() -> None:
     # ---- model: images -> logits -----------------------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = Classifier(**config.model_arguments(num_classes))
-    said = start_from(model, config)
+    said = start_from(model, config, run.data.class_names)
     model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if config.model_ema else None
     state = fresh_state(model, run, average)

@@ -34,7 +34,7 @@ def main() -> None:
     # ---- model: images -> frozen features -> logits ----------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = LinearProbe(**config.model_arguments(run.data.num_classes))
-    said = start_from(model, config)
+    said = start_from(model, config, run.data.class_names)
     model = synchronise_batch_norm(model, device).to(device)
     state = fresh_state(model, run, build=lars)
 

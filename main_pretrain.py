@@ -156,7 +156,9 @@ def build_state(
     torch.manual_seed(config.seed)  # the same weights on every rank
     student = config.student_type(**config.model_arguments).to(device)
     starts = config.init_from and not resumes(config)
-    report = load_weights(student, Path(config.init_from), config.init_weights) if starts else None
+    report = None
+    if starts:
+        report = load_weights(student, Path(config.init_from), config.init_weights, num_heads=config.num_heads)
     momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
     for model in filter(None, (student, momentum_encoder)):
         choose_attention(model, dtype, device)

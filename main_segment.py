@@ -35,7 +35,7 @@ def main() -> None:
     # ---- model: images -> logits of each pixel ---------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = UperNet(**config.model_arguments(run.data.num_classes))
-    said = start_from(model, config)
+    said = start_from(model, config, run.data.class_names)
     model = synchronise_batch_norm(model, device).to(device)
     state = fresh_state(model, run)
 

@@ -62,8 +62,8 @@ class AnalyzeConfig:
     weights: tuple[Weights, ...] = ()
     """which of the two encoders: one for all checkpoints, or one for each; default: student, or of a classifier with
     --model_ema its moving average (momentum)"""
-    num_heads: int | None = None
-    """attention heads; default: of the run's settings, or of the known model of that width"""
+    num_heads: tuple[int, ...] = ()
+    """attention heads: one number for all checkpoints, or one for each; default: as each file or its layout tells"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
     """pixels, one number or height and width (224, 480); default: the model's own. Positions are resampled"""
     image: tuple[str, ...] = ()
@@ -95,6 +95,7 @@ class AnalyzeConfig:
         check(len(self.label) in (0, count), "label", self.label, f"give one for each of {count} checkpoints, or none")
         fix = f"give one for all, or one for each of {count} checkpoints"
         check(len(self.weights) in (0, 1, count), "weights", self.weights, fix)
+        check(len(self.num_heads) in (0, 1, count), "num_heads", self.num_heads, fix)
         check_image_size(self.input_size)
         check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
         for flag in ("most_images", "show", "batch_size"):
@@ -252,9 +253,10 @@ def open_models(config: AnalyzeConfig) -> list[NamedViT]:
     device, count = choose_device(config.device), len(config.checkpoint)
     weights = config.weights * count if len(config.weights) == 1 else config.weights or (None,) * count
     labels = config.label or ("",) * count
+    heads = config.num_heads * count if len(config.num_heads) == 1 else config.num_heads or (None,) * count
     vits = []
-    for name, which, label in zip(config.checkpoint, weights, labels, strict=True):
-        vits.append(open_vit(name, which, label, config.input_size, config.num_heads, device))
+    for name, which, label, number in zip(config.checkpoint, weights, labels, heads, strict=True):
+        vits.append(open_vit(name, which, label, config.input_size, number, device))
         print(f"{vits[-1].label}: {vits[-1].origin}", flush=True)
     return vits
 

@@ -47,7 +47,8 @@ from util.runtime.errors import UserError, run_main
 from util.runtime.progress import with_progress
 from util.weights.checkpoint import load_checkpoint
 from util.weights.interop import load_weights, weights_in
-from util.weights.layouts import PATCH_KERNEL
+from util.weights.layouts import PATCH_KERNEL, check_shapes
+from util.weights.run_state import check_sizes
 
 ROWS = {"random": "random", "student": "student", "momentum": "momentum encoder"}
 
@@ -114,20 +115,22 @@ def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConf
     """The run's settings, or those that the flags give for a file of another program; its patches tell themselves."""
     file = weights_in(checkpoint, "student", f"checkpoint {config.checkpoint}")
     saved, kernel = file.config, file.state.get(PATCH_KERNEL)
-    flags = ("model", "data_path", "dataset", "val_path", "input_size", "mean", "std")
+    flags = ("model", "num_heads", "data_path", "dataset", "val_path", "input_size", "mean", "std")
     given = {name: value for name in flags if (value := getattr(config, name))}
     if saved is not None and "mask_ratio" in saved:
         run = config_from_dict(PretrainConfig, saved | {"recipe": ""})
         if "data_path" in given or config.dataset == "digits":
             given |= {name: getattr(config, name) for name in ("data_path", "dataset", "val_path")}
+        check_sizes(run, file.state, f"checkpoint {config.checkpoint}")
         return config_from_dict(PretrainConfig, vars(run) | given)
     if saved is not None and "model" in saved:  # a classifier's
         where = () if "data_path" in given or config.dataset == "digits" else ("data_path", "dataset", "val_path")
-        seen = {name: saved[name] for name in (*where, "input_size", "mean", "std") if saved.get(name)}
+        seen = {name: saved[name] for name in (*where, "num_heads", "input_size", "mean", "std") if saved.get(name)}
         given = {"model": f"lut_{saved['model'].removeprefix('lut_').removeprefix('mae_')}"} | seen | given
     if "model" not in given:
         raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")
     if kernel is not None:
+        check_shapes(file.state, f"checkpoint {config.checkpoint}")
         given |= {"in_chans": kernel.shape[1], "patch_size": kernel.shape[-1]}
     return config_from_dict(PretrainConfig, given)
 
@@ -145,7 +148,7 @@ def encoders(
         if weights in config.encoders:
             encoder, path = Encoder(**random.shape), Path(config.checkpoint)
             file = weights_in(checkpoint, weights, f"checkpoint {path}")
-            report = load_weights(encoder, path, flag="checkpoint", file=file)
+            report = load_weights(encoder, path, flag="checkpoint", file=file, num_heads=config.num_heads)
             yield ROWS[weights], encoder, f"{config.checkpoint}: {report}"
 
 

@@ -30,7 +30,7 @@ from util.config.command_line import parse_config
 from util.config.groups import DataConfig, check, check_choice, check_image_size
 from util.data.device_views import Normalise
 from util.results.results import append_result, hardware_info
-from util.robustness.imagenet import NUM_CLASSES
+from util.robustness.imagenet import NUM_CLASSES, imagenet_folders
 from util.robustness.scores import Look, examples, in_passes, places_of, scores_of_pass
 from util.robustness.sets import COLUMNS, IMAGE_SETS, Task, find_below, flags_of, plan_tasks
 from util.robustness.view import (
@@ -52,6 +52,7 @@ from util.runtime.files import sha256_of
 from util.runtime.logs import format_duration
 from util.tables.formats import commented
 from util.train.run import writable_folder
+from util.weights.classes import class_permutation, reorder_classes
 from util.weights.classifiers import NamedClassifier, open_classifier
 from util.weights.layouts import Weights
 from util.weights.vit import TIMM
@@ -69,7 +70,7 @@ class RobustnessConfig:
     weights: Weights | None = None
     """momentum: the moving average of a run with --model_ema, which is the default there"""
     num_heads: int | None = None
-    """attention heads; default: of the run's settings, or of the known model of that width"""
+    """attention heads; default: as the file or its layout tells"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
     """pixels, one number or height and width; default: the model's own"""
     mean: tuple[float, ...] = ()
@@ -199,6 +200,8 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> tuple[dict[s
         config.checkpoint, config.weights, config.label, config.input_size, config.num_heads, processes.device,
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
+    where = f"CHECKPOINT {config.checkpoint}"
+    reorder_classes(classifier.model, class_permutation(classifier.class_names, list(imagenet_folders()), where))
     classifier = with_given_pixels(classifier, config, processes.device)
     choose_attention(classifier.model, dtype, processes.device)
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given

@@ -56,7 +56,7 @@ class VisualizeConfig:
     target: Target = "run"
     """what the decoder predicts, normalised patches (trained with --norm_pix_loss) or pixels; run: as the file says"""
     num_heads: int | None = None
-    """attention heads of the encoder; default: of the run's settings, or of the known model of that width"""
+    """attention heads of the encoder; default: as the file or its layout tells"""
     decoder_num_heads: int | None = None
     """attention heads of the decoder; default: of the known model of that width"""
 

@@ -40,14 +40,17 @@ from util.train.run import (
 )
 from util.train.trainer import Trainer, TrainState
 from util.weights.checkpoint import load_checkpoint
-from util.weights.interop import load_weights
+from util.weights.classes import class_permutation, mapping_remark, reorder_classes
+from util.weights.interop import load_weights, read_weights, weights_in
+from util.weights.layouts import check_shapes
+from util.weights.run_state import run_settings
 
 Config = TypeVar("Config")
 
 # what --eval takes over from the run that it evaluates, where neither flags nor a recipe say otherwise
 OF_THE_RUN = (
     *("model", "patch_size", "input_size", "in_chans", "mean", "std"),
-    *("global_pool", "cls_token", "head_width"),
+    *("global_pool", "cls_token", "head_width", "num_heads"),
 )
 
 
@@ -64,13 +67,14 @@ def parse_downstream(config_type: type[Config], arguments: Sequence[str], progra
     if "--eval" in arguments and len(given) == 1:
         ((flag, path),) = given.items()
         checkpoint = load_checkpoint(Path(path), f"--{flag}")
-        saved = checkpoint.get("config")
+        check_shapes(weights_in(checkpoint, None, where := f"--{flag} {path}").state, where)  # before a model is built
+        saved = run_settings(checkpoint)
         stage, own = (checkpoint.get("binding_settings") or {}).get(KIND), kind_of(config_type)
         if stage not in (None, own):
             fix = "train one from it first" if stage == "pretrain" else f"evaluate it by main_{stage}.py"
             raise UserError(f"--{flag} {path}: is of {stage}, and --eval here wants a model of {own}; {fix}")
         known = {field.name for field in dataclasses.fields(config_type)}
-        if isinstance(saved, dict):
+        if saved is not None:
             of_the_run = {name: saved.get(name) for name in OF_THE_RUN if name in known}
             of_the_run |= {"weights": "momentum"} if saved.get("model_ema") is True else {}
             before = as_flags({name: value for name, value in of_the_run.items() if value not in (None, [])})
@@ -108,17 +112,29 @@ def training_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
     return order
 
 
-def start_from(model: torch.nn.Module, config: DownstreamConfig) -> str:
-    """Load --finetune, or with --eval the whole model of --finetune or --resume; what to say of it."""
+def start_from(model: torch.nn.Module, config: DownstreamConfig, class_names: Sequence[str] | None = None) -> str:
+    """Load --finetune, or with --eval the whole model of --finetune or --resume; return the line of the log about it.
+
+    Args:
+        class_names: of the data; the logits of a model that is evaluated are put into their order.
+
+    Raises:
+        UserError: the file does not fit the model, or with --eval has other classes than the data.
+    """
     if config.eval:
         flag, path = ("--resume", config.resume) if config.resume else ("--finetune", config.finetune)
-        return f"{flag} {path}: {load_weights(model, Path(path), config.weights, flag, whole=True)}"
+        where = f"{flag} {path}"
+        file = read_weights(Path(path), config.weights, flag)
+        permutation = class_permutation(file.class_names, class_names, where)
+        report = load_weights(model, Path(path), flag=flag, whole=True, file=file, num_heads=config.num_heads)
+        reorder_classes(model, permutation)
+        return f"{where}: {report}{mapping_remark(permutation, file.class_names)}"
     if not config.finetune:
         check(config.weights == "student", "weights", config.weights, "is of --finetune, which is not given")
         return "no --finetune: from scratch"
     if resumes(config):
         return f"--finetune {config.finetune}: not read, a checkpoint of this run takes its place"
-    report = load_weights(model, Path(config.finetune), config.weights, "--finetune")
+    report = load_weights(model, Path(config.finetune), config.weights, "--finetune", num_heads=config.num_heads)
     return f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}"
 
 
@@ -161,6 +177,7 @@ def fresh_state(
         transform_blocks(model, config)
     state = TrainState(model, average, build(model, config), grad_scaler(prepared.dtype, device), skeleton=skeleton)
     state.updates = config.start_epoch * prepared.order.updates_per_epoch
+    state.class_names = prepared.data.class_names
     return state
 
 

@@ -29,6 +29,7 @@ from util.runtime.sharding import is_sharded
 from util.train.cost import count_parameters
 from util.train.trainer import Trainer, TrainState, train_one_epoch
 from util.weights.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
+from util.weights.run_state import CLASS_NAMES, check_moments, check_resumable
 
 # `look(epochs, last)` after each epoch, on all ranks: the value by which the best checkpoint is chosen, or None
 Look = Callable[[int, bool], float | None]
@@ -73,7 +74,14 @@ def restore_state(
         binding["num_workers"] = config.resolved_num_workers
     if resumed is not None:
         check_same_run(binding, resumed, config.elastic)
-        state.load_state_dict(resumed)
+        try:
+            state.load_state_dict(resumed)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"--resume: the checkpoint does not fit this run's model and optimiser ({reason})"
+            ) from error
+        check_moments(state.optimizer, "--resume")
     return binding
 
 
@@ -95,8 +103,10 @@ def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] 
 
 def find_checkpoint(config: Any, store: CheckpointStore) -> dict[str, Any] | None:
     """See `checkpoint_to_resume`; of this process alone."""
+    start_flag = "--finetune" if hasattr(config, "finetune") else "--init_from"
     if config.resume:
         state = load_checkpoint(Path(config.resume), flag="--resume")
+        check_resumable(state, f"--resume {config.resume}", start_flag)
         # they would count as the newest of this run
         later = [path.name for path, about in store.list(with_best=True) if about.step > state.get("updates", 0)]
         if later:
@@ -113,6 +123,7 @@ def find_checkpoint(config: Any, store: CheckpointStore) -> dict[str, Any] | Non
             f"--output_dir {config.output_dir}: holds {found[1].name} of an earlier run;"
             " add --auto_resume to go on with it, or choose another folder"
         )
+    check_resumable(found[0], f"--auto_resume {found[1]}", start_flag)
     return found[0]
 
 
@@ -292,6 +303,7 @@ def save(trainer: Trainer, store: CheckpointStore, metric: float | None, binding
     if is_main():
         epoch, rest = divmod(state.updates, trainer.updates_per_epoch)
         about = {"epoch": epoch - 1, "config": as_dict(trainer.config), "binding_settings": binding}
+        about |= {} if state.class_names is None else {CLASS_NAMES: list(state.class_names)}
         name_after = epoch if rest else epoch - 1  # the epoch under way, or the last one finished
         write = store.save_in_background if trainer.config.save_in_background else store.save
         write(saved | about, epoch=name_after, step=state.updates, metric=metric, mid_epoch=rest > 0)

@@ -47,6 +47,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     updates: int = 0  # optimiser steps of the whole run so far
     best_metric: float | None = None  # the highest that an evaluation or monitor has found, where rank 0 knows it
+    class_names: list[str] | None = None  # of a classifier, in the order of its logits
     skeleton: nn.Module | None = None  # with --parallel fsdp: the model without numbers, see util/runtime/sharding.py
 
     def state_dict(self) -> dict[str, Any]:

@@ -54,13 +54,11 @@ def reorder_classes(model: nn.Module, permutation: Sequence[int] | None) -> None
     if permutation is None:
         return
     order = torch.as_tensor(permutation)
-    classifiers = [model.head] + [getattr(model, name).classifier for name in SEGMENTERS if hasattr(model, name)]
-    for layer in (
-        layer for part in classifiers for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)
-    ):
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.copy_(parameter[order.to(parameter.device)])
+    parts = [model.get_classifier()] + [getattr(model, name).classifier for name in SEGMENTERS if hasattr(model, name)]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    with torch.no_grad():
+        for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+            parameter.copy_(parameter[order.to(parameter.device)])
 
 
 def mapping_remark(permutation: Sequence[int] | None, saved_names: Sequence[str] | None) -> str:

@@ -166,7 +166,6 @@ def load_weights(
     if file.layout.startswith(DINOV2):
         raise UserError(f"{where}: {dinov2_description(file.state)}")
     check_shapes(file.state, where)
-    remark = check_heads(model, file, num_heads, where)
     positions_are_fixed = isinstance(model, Student)
     state, resampled = resample_to_model(
         file.state, own, model.patch_embed.grid_size, file.config, computes_positions=positions_are_fixed
@@ -177,6 +176,7 @@ def load_weights(
         if name not in state or state[name].shape != tensor.shape
     }
     check_match(file, state, own, wrong, whole, where)
+    remark = check_heads(model, file, num_heads, where)
     incomplete = {part_of(name) for name in wrong}
     loaded = {name: state[name] for name in own if part_of(name) not in incomplete}
     model.load_state_dict(loaded, strict=False)

@@ -6,6 +6,7 @@ Sizes and kinds are checked here for every tensor; what a run's own state must h
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ PATHS = [type("PosixPath", (PurePosixPath,), {"__module__": module}) for module 
 
 MOST_PICKLED = 8 * 2**20  # bytes of names, shapes and settings; a ViT-H with its optimiser has less than 1 MiB
 MOST_DEPTH = 32  # containers inside each other; an optimiser's state has 4
+MOST_CONTAINERS = 100_000  # dicts or lists in a pickle
+TOO_DEEP = f"holds more than {MOST_DEPTH} containers inside each other, is it a checkpoint?"
+NESTED = re.compile(rb"([\x85-\x87(\[\]{}])\1{255}")  # opcodes of containers, without anything between them
 SHOWN = 6  # names in a message
 
 
@@ -62,14 +66,15 @@ def read_pickle(path: Path, where: str) -> Any:
     """A file of torch.save, with torch's list of harmless types alone."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            check_archive(archive.infolist(), path.stat().st_size, where)
+            check_archive(archive, path.stat().st_size, where)
     with torch.serialization.safe_globals([argparse.Namespace, *PATHS]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kinds of tensors that are refused just after
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_archive(members: list[zipfile.ZipInfo], size: int, where: str) -> None:
-    """UserError if the members of a zip file would unpack to more than the file, of `size` bytes, holds."""
+def check_archive(archive: zipfile.ZipFile, size: int, where: str) -> None:
+    """UserError if a zip file, of `size` bytes, would unpack to more, or if its pickle is too long or too deep."""
+    members = archive.infolist()
     if sum(member.file_size for member in members) > size:
         raise UserError(f"{where}: unpacks to more than its {size} bytes, torch.save writes no such file")
     for member in members:
@@ -78,6 +83,13 @@ def check_archive(members: list[zipfile.ZipInfo], size: int, where: str) -> None
                 f"{where}: describes its tensors in {member.file_size} bytes, more than the {MOST_PICKLED} allowed;"
                 " save the weights alone"
             )
+        if member.filename.endswith("data.pkl") and is_nested(archive.read(member)):
+            raise UserError(f"{where}: {TOO_DEEP}")
+
+
+def is_nested(pickled: bytes) -> bool:
+    """True if a pickle makes so many containers that unpickling would take seconds before their depth is known."""
+    return NESTED.search(pickled) is not None or max(pickled.count(opcode) for opcode in b"}]") > MOST_CONTAINERS
 
 
 def check_tensors(state: dict[str, Any], size: int, where: str) -> None:
@@ -125,7 +137,7 @@ def all_tensors(state: dict[str, Any], where: str) -> Iterator[tuple[str, Tensor
         if not isinstance(value, dict | list | tuple | set) or id(value) in entered:
             continue
         if depth == MOST_DEPTH:
-            raise UserError(f"{where}: holds more than {MOST_DEPTH} containers inside each other, is it a checkpoint?")
+            raise UserError(f"{where}: {TOO_DEEP}")
         entered.add(id(value))
         items = value.items() if isinstance(value, dict) else enumerate(value)
         pending += [(f"{name}.{key}" if name else str(key), each, depth + 1) for key, each in items]

@@ -18,6 +18,7 @@ from util.weights.reader import printable, shortened
 
 RESUME_SETTINGS = "binding_settings"  # only runs of ours write this key
 CLASS_NAMES = "class_names"
+PARTS_OF_BLOCKS = ("blocks", "decoder_blocks")
 MOST_UPDATES = 10**12
 MOST_CLASSES = 100_000
 
@@ -73,6 +74,36 @@ def check_resumable(state: Mapping[str, Any], where: str, start_flag: str) -> No
         raise UserError(f"{where}: lacks {', '.join(lacking)}; start from its weights by {start_flag}")
     for key in ("model", "model_ema"):
         check_finite(state.get(key) or {}, f"{where}: {key}")
+
+
+def check_sizes(run: PretrainConfig, state: Mapping[str, Tensor], where: str) -> None:
+    """Compare the sizes that a run's settings give with those of its tensors, before a model of these sizes is built.
+
+    Args:
+        run: settings that the checkpoint carries, perhaps with flags over them.
+        state: the student's tensors.
+
+    Raises:
+        UserError: with the names of the settings and both values.
+    """
+    blocks, decoder = (len({n.split(".")[1] for n in state if n.startswith(f"{part}.")}) for part in PARTS_OF_BLOCKS)
+    matrices = {name: x for name, x in state.items() if x.ndim == 2 and x.numel()}
+    head, predictor = ([x for n, x in matrices.items() if n.startswith(part)] for part in ("head.", "predictor."))
+    kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    pairs: dict[str, tuple[int, int]] = {"model (blocks)": (run.architecture["depth"], blocks)}
+    if kernel is not None and kernel.ndim == 4:
+        pairs["model (width)"] = (run.architecture["embed_dim"], len(kernel))
+        pairs["patch_size"] = (run.resolved_patch_size, kernel.shape[-1])
+    if positions is not None and positions.ndim == 3:
+        pairs["input_size (patches)"] = (run.num_patches, positions.shape[1] - 1)
+    if run.method == "mae" and run.w_mim > 0:
+        pairs["decoder_depth"] = (run.model_arguments["decoder_depth"], decoder)
+    if run.has_momentum_encoder:
+        pairs |= {"head_depth": (run.head_depth, len(head)), "predictor_depth": (run.predictor_depth, len(predictor))}
+        pairs |= {"head_mlp_dim": (run.head_mlp_dim, len(head[0]))} if len(head) > 1 else {}
+    wrong = [f"{name} {setting}, in the tensors {own}" for name, (setting, own) in pairs.items() if setting != own]
+    if wrong:
+        raise UserError(f"{where}: settings and weights do not belong together: {shortened(wrong)}")
 
 
 def check_moments(optimizer: torch.optim.Optimizer, where: str) -> None:
