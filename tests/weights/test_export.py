@@ -179,7 +179,7 @@ def test_our_own_checkpoint_needs_no_more_flags(tmp_path, run_convert, pretrain,
 WRONG = {
     "README --to mae --output OUT.pth": "README: cannot be read as a checkpoint",
     "RELEASE --to timm --output OUT.pth --num_heads 3": "--to timm writes a .safetensors file",
-    "RELEASE --to timm --output OUT.safetensors": "--num_heads: no known model is 24 wide",
+    "RELEASE --to timm --output OUT.safetensors": "IN does not tell its attention heads (LUT, student, 24 wide)",
     "RELEASE --to timm --output OUT.safetensors --num_heads 5": "--num_heads 5: does not divide the width 24",
     "RELEASE --to timm --output OUT.safetensors --num_heads 0": "--num_heads 0: does not divide the width 24",
     "RELEASE --to timm --output OUT.safetensors --input_size 32 64 96": "--input_size 32 64 96: give one number",
