@@ -79,10 +79,6 @@ def main() -> None:
         usage = write(config, file, output)
     except OSError as error:
         raise RunError(f"--output {output}: cannot be written ({error.strerror or error}), choose another") from error
-    except RuntimeError as error:  # torch's writer of zip files turns a full disk into one
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        raise RunError(f"--output {output}: cannot be written (is the disk full?), choose another") from error
     if is_linear_probe(file.state):
         usage += "\nleft out: the head of the linear probe, whose BatchNorm no other program has"
     print(f"{config.input} ({file.layout}, {len(file.state)} tensors) -> {output}\n{usage}")

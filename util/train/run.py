@@ -29,6 +29,7 @@ from util.runtime.sharding import is_sharded
 from util.train.cost import count_parameters
 from util.train.trainer import Trainer, TrainState, train_one_epoch
 from util.weights.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
+from util.weights.reader import printable
 from util.weights.run_state import CLASS_NAMES, check_moments, check_resumable
 
 # `look(epochs, last)` after each epoch, on all ranks: the value by which the best checkpoint is chosen, or None
@@ -77,7 +78,7 @@ def restore_state(
         try:
             state.load_state_dict(resumed)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = printable(" ".join(str(error).split()), most=300)
             raise UserError(
                 f"--resume: the checkpoint does not fit this run's model and optimiser ({reason})"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import tempfile
@@ -145,7 +146,9 @@ def write_mae(file: WeightsFile, num_heads: int | None, output: Path) -> str:
     heads = num_heads or file.num_heads
     saved |= {"num_heads": heads} if heads else {}
     saved |= {CLASS_NAMES: file.class_names} if file.class_names and "head.weight" in state else {}
-    write_durably(output, lambda stream: torch.save(saved, stream))
+    buffer = io.BytesIO()  # torch's writer turns a full disk into errors of many kinds
+    torch.save(saved, buffer)
+    write_durably(output, lambda stream: stream.write(buffer.getbuffer()))
     return f"{len(state)} tensors under `model`"
 
 

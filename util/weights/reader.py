@@ -143,10 +143,10 @@ def all_tensors(state: dict[str, Any], where: str) -> Iterator[tuple[str, Tensor
         pending += [(f"{name}.{key}" if name else str(key), each, depth + 1) for key, each in items]
 
 
-def printable(name: object) -> str:
-    """A name from a file as one short line without control characters."""
+def printable(name: object, most: int = 100) -> str:
+    """A text from a file as one line of at most `most` characters, without control characters."""
     text = str(name)
-    text = text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
+    text = text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[-most // 4 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

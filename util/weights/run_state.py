@@ -73,7 +73,15 @@ def check_resumable(state: Mapping[str, Any], where: str, start_flag: str) -> No
     if lacking:
         raise UserError(f"{where}: lacks {', '.join(lacking)}; start from its weights by {start_flag}")
     for key in ("model", "model_ema"):
-        check_finite(state.get(key) or {}, f"{where}: {key}")
+        tensors = state.get(key) or {}
+        integers = [
+            str(name)
+            for name, x in tensors.items()
+            if not (isinstance(x, Tensor) and (x.is_floating_point() or str(name).endswith("num_batches_tracked")))
+        ]
+        if integers:
+            raise UserError(f"{where}: weights that are no floating-point numbers: {shortened(integers)}")
+        check_finite(tensors, f"{where}: {key}")
 
 
 def check_sizes(run: PretrainConfig, state: Mapping[str, Tensor], where: str) -> None:
