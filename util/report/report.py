@@ -14,7 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from util.analysis.images import Images, find_images
-from util.analysis.studies import known_heads, look
+from util.analysis.studies import attention_of_queries, known_heads
 from util.data.folders import SPLIT_NAMES
 from util.data.sources import BadImage
 from util.figures.figure import heat_over
@@ -110,7 +110,10 @@ def attention(runs: Sequence[RunFolder], files: Sequence[str], device: torch.dev
         images = images_for(runs, files)
         rows, columns = grid_of(vits[0].model)
         place = ((rows // 2 + 0.5) / rows, (columns // 2 + 0.5) / columns)
-        seen = [look(vit, images, block_number(vit.model, -1, ""), known_heads(vit, ()), [place]) for vit in vits]
+        seen = [
+            attention_of_queries(vit, images, block_number(vit.model, -1, ""), known_heads(vit, ()), [place])
+            for vit in vits
+        ]
     except (UserError, BadImage, OSError) as error:
         if files:
             raise
