@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -17,6 +18,10 @@ from util.runtime.files import ROOT
 from util.runtime.logs import git_state, machine
 
 RESULTS_FILE = "results.jsonl"
+_OLD_PROBE_KEY = re.compile(
+    r"(random|student|momentum)(?: encoder)?, "
+    r"(?:(?P<knn>kNN, k \d+)|logistic, (?P<labels>\d+) labels/class|(?P<logistic>logistic, all labels)|linear, sweep)"
+)
 
 
 def append_result(
@@ -32,7 +37,7 @@ def append_result(
     Args:
         output_dir: the run's; made where it is not there.
         stage: `pretrain`, `finetune`, `linprobe`, `segment`, `probe`, ...
-        metrics: by name; accuracies in %.
+        metrics: by identifier, as `top1` or `student/knn`; accuracies in %.
         seconds: it took; of a run that was interrupted all parts together.
         on: what `hardware_info` says of the machine.
     """
@@ -73,7 +78,7 @@ def as_compared(line: Mapping[str, Any]) -> list[Any]:
 def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's `results.jsonl`, oldest first; none where it did not finish.
 
-    A line that a crash cut short is named on stderr and does not count.
+    A line that a crash cut short is named on stderr and does not count. Old names of metrics become today's.
     """
     path = Path(output_dir) / RESULTS_FILE
     found = []
@@ -84,7 +89,18 @@ def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             line = None
         if isinstance(line, dict) and {"stage", "metrics", "config"} <= line.keys():
-            found.append(line)
+            found.append(line | {"metrics": {renamed_metric(name): value for name, value in line["metrics"].items()}})
         else:
             print(f"WARNING: {path}, line {number}: is cut short or no result, it does not count", file=sys.stderr)
     return found
+
+
+def renamed_metric(name: str) -> str:
+    """Return today's identifier of a metric; scripts/probe.py used to write "student, kNN, k 20" for `student/knn`."""
+    match = _OLD_PROBE_KEY.fullmatch(name)
+    if match is None:
+        return name
+    encoder, labels = match[1], match["labels"]
+    if labels:
+        return f"{encoder}/logistic_{labels}_per_class"
+    return f"{encoder}/{'knn' if match['knn'] else 'logistic' if match['logistic'] else 'linear_sweep'}"
