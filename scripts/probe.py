@@ -3,12 +3,13 @@
     python scripts/probe.py RUN/checkpoint-59.pth
     python scripts/probe.py RUN/checkpoint-59.pth --attentive
     python scripts/probe.py mae_pretrain_vit_base.pth --model mae_vit_base_patch16 --data_path IMAGENET --sweep
+    python scripts/probe.py RUN/checkpoint-59.pth --dense --data_path CAMVID
 
 The data set is the run's, or that of --data_path / --dataset. Rows: a random encoder of the same shape, the student,
 the momentum encoder. Columns: kNN; logistic regression on standardised features with few and with all labels; with
 --sweep linear heads of all pairs of learning rate and weight decay; with --attentive linear heads on the cls token and
-on the mean of the patch tokens, and attentive heads, all trained at once. Numbers are in % of the validation images. A
-linear probe by MAE's protocol is main_linprobe.py.
+on the mean of the patch tokens, and attentive heads, all trained at once. Numbers are in % of the validation images.
+--dense probes patch tokens on masks instead, in % mIoU. A linear probe by MAE's protocol is main_linprobe.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from models_encoder import Encoder, patchify
 from models_vit import Pool
+from util.analysis.dense import CentreMasks, dense_probe, extract_patches
 from util.analysis.head_sweep import FrozenTokens, Grid, ViewDataset, sweep_heads
 from util.analysis.probe import (
     check_hold_out,
@@ -44,6 +46,8 @@ from util.config.probe import ProbeConfig
 from util.data.datasets import find_validation, open_images
 from util.data.device_views import Normalise
 from util.data.labelled import drawn, labelled_loader
+from util.data.loader import Loader
+from util.data.masks import MaskedSource, find_classes, find_layout, pair_up
 from util.data.sources import ImageSource, same_classes
 from util.data.views import TwoViews
 from util.results.results import append_result, hardware_info
@@ -53,15 +57,18 @@ from util.runtime.progress import with_progress
 from util.weights.checkpoint import load_checkpoint
 from util.weights.interop import PATCH_KERNEL, load_weights, weights_in
 
+DENSE_BATCH = 32  # images
 NAMES = {"random": "random", "student": "student", "momentum": "momentum encoder"}
-TITLES = {  # of the columns, by metric; settings are filled in
+TITLES = {  # of the columns; logistic_few: logistic_10_per_class and the like
     "knn": "kNN, k {knn_k}",
-    "logistic_few": "logistic, {labels_per_class} labels/class",
+    "logistic_few": "logistic, {per_class} labels/class",
     "logistic": "logistic, all labels",
     "linear_sweep": "linear, sweep",
     "linear_cls": "linear on cls",
     "linear_mean": "linear on mean patch",
     "attentive": "attentive",
+    "dense_knn": "dense kNN, k {knn_k}",
+    "dense_logistic": "dense logistic",
 }
 Scores = dict[str, tuple[float, str]]  # accuracy in % of each metric, and how it is shown
 
@@ -84,19 +91,22 @@ def main() -> None:
     device = choose_device(config.device)
     checkpoint = load_checkpoint(Path(config.checkpoint), "checkpoint")
     run = settings_of(checkpoint, config)
-    train, val = open_splits(run)
-    per_class = check_labels(config, train)
+    train, val = open_masks(config) if config.dense else open_splits(run)
+    per_class = 0 if config.dense else check_labels(config, train)
     data = ProbeData(train, val, run, Normalise(run.resolved_mean, run.resolved_std, device), device)
     print_images(config, data)
     results: dict[str, float] = {}
     for weights, encoder, report in encoders(run, checkpoint, config):
         print(f"{NAMES[weights]}: {report}", file=sys.stderr)
         encoder = encoder.to(device).eval().requires_grad_(False)
-        row = scores(config, per_class, data, encoder, NAMES[weights])
+        if config.dense:
+            row = dense_scores(config, data, encoder, NAMES[weights])
+        else:
+            row = scores(config, per_class, data, encoder, NAMES[weights])
         if not results:
-            settings = {"knn_k": config.knn_k, "labels_per_class": per_class}
             titles = [TITLES["logistic_few" if name.endswith("_per_class") else name] for name in row]
-            print(f"{'encoder':<18}" + "".join(f"{title.format(**settings):>28}" for title in titles))
+            titles = [title.format(knn_k=config.knn_k, per_class=per_class) for title in titles]
+            print(f"{'encoder':<18}" + "".join(f"{title:>28}" for title in titles))
         print(f"{NAMES[weights]:<18}" + "".join(f"{text:>28}" for _, text in row.values()), flush=True)
         results |= {f"{weights}/{name}": value for name, (value, _) in row.items()}
     if not results:
@@ -119,6 +129,17 @@ def open_splits(run: PretrainConfig) -> tuple[ImageSource, ImageSource]:
     if not same_classes(train, val):
         data = f"--data_path {run.data_path}" if run.data_path else f"--dataset {run.dataset}"
         raise UserError(f"{data}: a probe needs train/ and val/ with the same class folders")
+    return train, val
+
+
+def open_masks(config: ProbeConfig) -> tuple[MaskedSource, MaskedSource]:
+    """Open training and validation images with masks, as main_segment.py does."""
+    layout = find_layout(config.data_path)
+    classes = find_classes(layout, config.classes, config.first_label, config.ignore_index)
+    train, val = (
+        pair_up(*layout.folders(split), classes, config.image_suffix, config.mask_suffix, ("--data_path",) * 2)
+        for split in ("train", "val")
+    )
     return train, val
 
 
@@ -269,6 +290,23 @@ def attentive_scores(config: ProbeConfig, data: ProbeData, encoder: Encoder, nam
         kind: (head.accuracy, f"{head.accuracy:.1f} (lr {head.lr:g}, wd {head.weight_decay:g})")
         for kind, head in best.items()
     }
+
+
+def dense_scores(config: ProbeConfig, data: ProbeData, encoder: Encoder, name: str) -> Scores:
+    """Return the mIoU of the dense probes of one encoder."""
+    size, in_chans, p = data.run.resolved_input_size, data.run.in_chans, encoder.patch_size
+    splits = []
+    for source in (data.train, data.val):
+        dataset = CentreMasks(source, drawn(source, config.most_images), size, in_chans)
+        loader = Loader(
+            dataset, batch_size=DENSE_BATCH, num_workers=config.num_workers, loader_timeout=config.loader_timeout
+        )
+        batches = with_progress(loader, f"patches, {name}")
+        splits.append(
+            extract_patches(lambda pixels: tokens(encoder, data, pixels)[:, 1:], batches, p, len(source.classes.names))
+        )
+    row = dense_probe(*splits, config.dense_patches, config.knn_k, config.knn_temperature, seed=0)
+    return {key: (score.miou, f"{score.miou:.1f} ({score.accuracy:.1f} of pixels)") for key, score in row.items()}
 
 
 if __name__ == "__main__":

@@ -72,20 +72,29 @@ def knn_accuracy(
         train_features, test_features: [N, D] each, not necessarily normalised.
         train_labels, test_labels: [N] each, any integers.
     """
+    predicted = knn_predictions(train_features, train_labels, test_features, k, temperature)
+    return 100 * (predicted == test_labels).sum().item() / len(test_features)
+
+
+@torch.no_grad()
+def knn_predictions(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int, temperature: float
+) -> Tensor:
+    """Return the labels [N] that `knn_accuracy` compares."""
     classes, train_classes = train_labels.unique(return_inverse=True)
     train_features = F.normalize(train_features.float(), dim=1)
     test_features = F.normalize(test_features.float(), dim=1)
     k = min(k, len(train_features))
     chunk = max(1, MAX_SIMILARITIES // len(train_features))
-    correct = 0
-    for features, labels in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
+    predicted = []
+    for features in test_features.split(chunk):
         similarities, neighbours = (features @ train_features.T).topk(k, dim=1)  # [chunk, k]
         # relative to the nearest, so that a small temperature does not overflow; the vote is the same
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(features), len(classes))
         votes.scatter_add_(1, train_classes[neighbours], weights)
-        correct += (classes[votes.argmax(dim=1)] == labels).sum().item()
-    return 100 * correct / len(test_features)
+        predicted.append(classes[votes.argmax(dim=1)])
+    return torch.cat(predicted)
 
 
 @torch.no_grad()
@@ -156,12 +165,17 @@ def logistic_probe_accuracy(
     Raises:
         UserError: the training labels hold fewer than two classes.
     """
+    predicted = logistic_predictions(train_features, train_labels, test_features, seed)
+    return 100 * (predicted == test_labels.cpu()).double().mean().item()
+
+
+def logistic_predictions(train_features: Tensor, train_labels: Tensor, test_features: Tensor, seed: int) -> Tensor:
+    """Return the labels [N] that `logistic_probe_accuracy` compares; the same errors are raised."""
     classes = train_labels.unique()
     if len(classes) < 2:
         raise UserError(f"a logistic probe needs two classes, its training labels hold {classes.tolist()}")
     train_x, test_x = train_features.double().cpu().numpy(), test_features.double().cpu().numpy()
-    train_y, test_y = train_labels.cpu().numpy(), test_labels.cpu().numpy()
-
+    train_y = train_labels.cpu().numpy()
     held_out = hold_out(train_labels, seed).numpy()
     best_c, best_correct = PROBE_C_WITHOUT_CHOICE, -1
     if held_out.any():
@@ -170,7 +184,7 @@ def logistic_probe_accuracy(
             correct = int((probe.predict(train_x[held_out]) == train_y[held_out]).sum())
             if correct > best_correct:
                 best_c, best_correct = c, correct
-    return 100 * float(_fit_probe(train_x, train_y, best_c).score(test_x, test_y))
+    return torch.from_numpy(_fit_probe(train_x, train_y, best_c).predict(test_x))
 
 
 class Sweep(NamedTuple):

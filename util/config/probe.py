@@ -74,6 +74,21 @@ class ProbeConfig:
     """images per update"""
     attentive_augment: bool = False
     """random crops and flips of the training images, encoded anew in every epoch"""
+    dense: bool = False
+    """only kNN and logistic regression of patch tokens on masks, in % mIoU; --data_path is a folder with images/ and
+    masks/ as for main_segment.py"""
+    dense_patches: int = 20_000
+    """most training patches that --dense fits, drawn at random"""
+    classes: str = ""
+    """--dense: file with the names of the classes; default: in the folder of --data_path"""
+    first_label: int | None = None
+    """--dense: number of the first class in the masks; default: 0, in ADE20K's layout 1"""
+    ignore_index: tuple[int, ...] = ()
+    """--dense: numbers in masks that are no class; default: as the class file says, else 255, in ADE20K's layout 0"""
+    image_suffix: str = ""
+    """--dense: end of an image's name beyond its mask's, without the extension: _leftImg8bit"""
+    mask_suffix: str = ""
+    """--dense: end of a mask's name beyond its image's: _gtFine_labelTrainIds"""
     token_memory: float = 4.0
     """GiB for tokens of --attentive; tokens that do not fit are encoded anew in every epoch"""
     attentive_seed: int = 0
@@ -91,7 +106,15 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.encoders), "encoders", "", "give at least one")
-        for flag in ("repeats", "most_images", "knn_k", "sweep_epochs", "attentive_queries", "attentive_epochs"):
+        for flag in (
+            "repeats",
+            "most_images",
+            "knn_k",
+            "sweep_epochs",
+            "attentive_queries",
+            "attentive_epochs",
+            "dense_patches",
+        ):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         check(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
         timeout = self.loader_timeout
@@ -100,6 +123,8 @@ class ProbeConfig:
         check(self.labels_per_class >= 0, "labels_per_class", self.labels_per_class, "must be 0 or more")
         check(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")
         check(self.attentive_batch_size >= 2, "attentive_batch_size", self.attentive_batch_size, "must be 2 or more")
+        check(not (self.dense and (self.sweep or self.attentive)), "dense", "", "leave out --sweep and --attentive")
+        check(not self.dense or bool(self.data_path), "dense", "", "add --data_path with the images and masks")
         check(self.token_memory >= 0, "token_memory", self.token_memory, "must be 0 or more")
         check(0 <= self.attentive_seed < 2**32, "attentive_seed", self.attentive_seed, "must lie in 0..2^32 - 1")
         for name in ("sweep", "attentive"):
