@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from util.figures.fonts import use_any_script
 from util.runtime.files import write_durably
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ DPI = 150
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG and make its folder; a write that fails leaves an older file unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    use_any_script(figure)
     write_durably(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from models_encoder import patch_statistics, patchify, unpatchify
+from util.figures.fonts import use_any_script
 from util.runtime.files import write_durably
 
 GAP = 2  # white pixels between cells
@@ -124,4 +125,5 @@ def confusion_picture(confusion: np.ndarray, names: Sequence[str], path: Path) -
                 colour = "white" if share > 0.5 else "black"
                 axes.text(column, row, confusion[row, column], ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, shrink=0.7, label="share of the true class")
+    use_any_script(figure)
     figure.savefig(path)

@@ -11,6 +11,7 @@ import numpy as np
 
 from util.data.masks import IGNORED
 from util.figures.figure import Cell, picture_grid
+from util.figures.fonts import use_any_script
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,6 +125,7 @@ def as_array(figure: Figure) -> np.ndarray:
     """Render a figure to pixels, uint8 [height, width, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    use_any_script(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
