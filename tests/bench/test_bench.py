@@ -19,7 +19,7 @@ import util.bench.limits
 import util.bench.step
 from main_pretrain import build_state
 from scripts import bench
-from shared.bench import CPU, FORMS, TINY, variants
+from shared.bench import CPU, FORMS, TINY_STEP, variants
 from shared.calls import script_caller
 from shared.images import write_images
 from util.bench.config import EpochConfig, LoaderConfig, StepConfig
@@ -428,7 +428,7 @@ def test_a_logarithmic_axis_has_numbers_whatever_it_spans(low, high):
 
 @pytest.mark.slow
 def test_a_sweep_of_steps(call, small_machine, tmp_path):
-    status, shown, _ = call(f"step {TINY} --forms asymmetric --sweep batch=4 --json out.json")
+    status, shown, _ = call(f"step {TINY_STEP} --forms asymmetric --sweep batch=4 --json out.json")
     assert status == 0
     assert "times as fast as asymmetric plain" in shown
     report = json.loads((tmp_path / "out.json").read_text())

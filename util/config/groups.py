@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from models_lut import ARCHITECTURES
+from models_architectures import ARCHITECTURES
 from util.runtime.distributed import world_size
 from util.runtime.errors import UserError
 
@@ -75,7 +75,7 @@ class ModelConfig:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """See models_lut.ARCHITECTURES."""
+        """See models_architectures.ARCHITECTURES."""
         return ARCHITECTURES[self.architecture_name]
 
     @property

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, MODELS, Steering, Student, num_visible_patches
+from models_architectures import MODELS
+from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, Steering, Student
+from models_masking import num_visible_patches
 from models_simmim import METHODS
 from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig, check, check_choice
 from util.config.same_run import resume_settings

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from models_lut import ARCHITECTURES
+from models_architectures import ARCHITECTURES
 from util.config.groups import (
     DownstreamConfig,
     ModelConfig,
