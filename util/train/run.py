@@ -26,6 +26,7 @@ from util.runtime.distributed import Processes, barrier, check_in_sync, from_all
 from util.runtime.errors import Requeue, UserError
 from util.runtime.logs import RunLog, format_duration, write_run_info
 from util.runtime.sharding import is_sharded
+from util.runtime.stop import how_to_continue
 from util.train.cost import count_parameters
 from util.train.trainer import Trainer, TrainState, train_one_epoch
 from util.weights.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
@@ -253,7 +254,7 @@ def train(
                     save(trainer, store, None, binding)
                 settle()
                 when = f"and saved after update {state.updates}" if state.updates else "before the first update"
-                raise Requeue(f"stopped by {trainer.stop.reason} {when}; to be requeued")
+                raise Requeue(f"stopped by {trainer.stop.reason} {when}; {how_to_continue()}")
             order.start_update = 0
 
             last = trainer.finished
