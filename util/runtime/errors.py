@@ -163,6 +163,8 @@ def call_main(program: str, main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that the encoding lacks are printed with escapes
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see util/runtime/before_torch.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()  # else a closed pipe would be met while Python shuts down
