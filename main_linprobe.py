@@ -10,6 +10,8 @@ hurry. `--help` lists all flags; to go on after an interruption, run the same co
 
 from __future__ import annotations
 
+import util.runtime.before_torch  # noqa: F401
+
 import sys
 from pathlib import Path
 

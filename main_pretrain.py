@@ -9,6 +9,8 @@ command with --auto_resume.
 
 from __future__ import annotations
 
+import util.runtime.before_torch  # noqa: F401
+
 import sys
 import time
 from pathlib import Path

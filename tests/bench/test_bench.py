@@ -89,7 +89,7 @@ def test_depth_is_that_of_the_encoder():
         ("step --forms mae mae", "--forms mae mae: give each once"),
         ("step --vary compil=true,false", "--vary compil: unknown, did you mean compile?"),
         ("step --vary rounds=1,2", "--vary rounds: unknown"),
-        ("step --vary compile=maybe", "invalid choice 'maybe'"),
+        ("step --vary compile=maybe", "--compile maybe: unknown"),
         ("step --vary amp", "write name=value,value"),
         ("step --vary batch_size=8,-1", "--batch_size -1"),
         ("step --model mae_vit_nano_patch4 --forms asymmetric", "--forms asymmetric: alpha is 0"),

@@ -86,7 +86,7 @@ WRONG = {
     "--model-ema-dekay 0.9": ("--model-ema-dekay", "--model_ema_decay"),
     "--no_norm_pix_los": ("--no_norm_pix_los", "--no_norm_pix_loss"),
     "--epochs 1.5": ("--epochs", "1.5"),
-    "--views both": ("--views", "'both'", "asymmetric", "symmetric"),
+    "--views both": ("--views both: unknown", "asymmetric", "symmetric"),
     "--batch_size": ("--batch_size",),
     "--recipe paper_vit_bse": ("--recipe paper_vit_bse", "did you mean paper_vit_base?"),
     "--recipe=cifar-lut": ("--recipe cifar-lut", "did you mean cifar_lut?"),

@@ -251,7 +251,7 @@ REFUSED = {
     "--infonce_temperature 0.1": "--infonce_temperature 0.1: --distance cosine has none; take infonce",
     "--distance infonce --infonce_temperature 0": "--infonce_temperature 0.0: must be above 0, and finite",
     "--distance infonce --batch_size 1": "--batch_size 1: --distance infonce needs two images at least",
-    "--distance euclid": "invalid choice 'euclid'",
+    "--distance euclid": "--distance euclid: unknown",
     "--method simmim --decoder_depth 2": "--decoder_depth 2: SimMIM's decoder is one linear layer",
     "--method simmim --model mae_vit_nano_patch4": "take lut_vit_nano_patch4, and --alpha 0",
     "--mask_unit 12": "--mask_unit 12: must be a multiple of the patch, 8 pixels",

@@ -22,7 +22,17 @@ from util.config.same_run import NAMES, check_same_run
 from util.data.samples import BatchOrder
 from util.data.sources import ImageSource, fingerprint
 from util.runtime.amp import name_of
-from util.runtime.distributed import Processes, barrier, check_in_sync, from_all_ranks, is_main, main_says, world_size
+from util.runtime.compile_cache import use_compile_cache
+from util.runtime.distributed import (
+    Processes,
+    barrier,
+    check_in_sync,
+    from_all_ranks,
+    is_main,
+    main_says,
+    rank,
+    world_size,
+)
 from util.runtime.errors import Requeue, UserError
 from util.runtime.logs import RunLog, format_duration, write_run_info
 from util.runtime.sharding import is_sharded
@@ -226,6 +236,8 @@ def train(
         Requeue: on all ranks together, after a checkpoint: a signal or --max_minutes asked for an early stop.
     """
     config, state = trainer.config, trainer.state
+    if config.compile != "none":
+        use_compile_cache(config.output_dir, rank())
     trainer.stop.listen()
     trainer.before_update = store.raise_failure
 
