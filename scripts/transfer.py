@@ -34,6 +34,7 @@ from util.config.groups import check
 from util.data.published import DATASETS, download
 from util.figures.figure import save_figure
 from util.runtime.errors import RunError, UserError, run_main
+from util.runtime.files import writable_folder
 from util.tables.formats import commented
 from util.tables.plan import Clock, Run, share_done
 from util.tables.runner import print_plan, run_all
@@ -55,7 +56,6 @@ from util.tables.transfer import (
     targets,
 )
 from util.tables.transfer_view import alone, beside_paper, heat_maps
-from util.train.run import writable_folder
 from util.weights.checkpoint import check_file, lock_folder
 
 TABLES = ("2", "3")

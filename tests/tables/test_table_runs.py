@@ -181,9 +181,7 @@ def test_a_results_file_cut_short_counts_as_not_finished(call, tmp_path):
     status, shown, said = call("show B --scale tiny")
     assert status == 0
     assert "60.0" in shown
-    assert said.splitlines() == [
-        f"WARNING: {path.relative_to(tmp_path)}, line 2: is cut short or no result, it does not count"
-    ]
+    assert said.splitlines() == [f"WARNING: {path.relative_to(tmp_path)}, line 2: cut short or not a result, left out"]
     path.write_text(whole[: len(whole) // 2])
     assert "60.0" not in call("show B --scale tiny")[1]
     append_result(path.parent, "finetune", {}, {"top1": 61.0}, 1.0, {})  # begins a line of its own

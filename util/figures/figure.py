@@ -19,6 +19,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from util.figures.fonts import use_any_script
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -34,6 +36,7 @@ MOST_NAMED_CLASSES = 20
 def save_figure(figure: Figure, path: Path) -> None:
     """As PNG, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    use_any_script(figure)
     figure.savefig(path, dpi=DPI)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from models_encoder import patch_statistics, patchify, unpatchify
+from util.figures.fonts import use_any_script
 
 GAP = 2  # white pixels between cells
 MIN_CELL_SIDE = 128  # smaller images are enlarged until their longer side is about this
@@ -114,4 +115,5 @@ def confusion_picture(confusion: np.ndarray, names: Sequence[str], path: Path) -
                 colour = "white" if share > 0.5 else "black"
                 axes.text(column, row, confusion[row, column], ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, shrink=0.7, label="share of the true class")
+    use_any_script(figure)
     figure.savefig(path)

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from util.data.masks import IGNORED
 from util.figures.figure import Cell, picture_grid
+from util.figures.fonts import use_any_script
 
 OPACITY = 0.65  # of a mask over its image
 MOST_IN_LEGEND = 40
@@ -120,6 +121,7 @@ def as_array(figure: Figure) -> np.ndarray:
     """The pixels of a figure, uint8 [height, width, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    use_any_script(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

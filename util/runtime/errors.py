@@ -42,14 +42,17 @@ class Requeue(Exception):
 # --------------------------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """Escape control and format characters except newline and tab: names of files, classes and tensors may hold any.
+def printable(text: str, keep: str = "") -> str:
+    """Escape control and format characters except those in `keep`; any script stays as it is.
 
-    An escape sequence in a name would otherwise move the cursor, rename the window or hide text.
+    Names of files, classes and tensors may hold escape sequences, by which a terminal would move the cursor, rename the
+    window or hide text.
     """
+    unsafe = ("Cc", "Cf", "Cs", "Zl", "Zp")  # also characters that reverse the direction of the text around them
+    keep += "\u200c\u200d"  # joiners, with which Persian, Indian scripts and emoji are written
     return "".join(
-        character.encode("unicode_escape", "surrogatepass").decode()
-        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t"
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in unsafe and character not in keep
         else character
         for character in text
     )
@@ -91,6 +94,7 @@ EXHAUSTED = {
 CURES = {
     errno.EPIPE: "the program that reads our output has ended; write to a file to keep all of it",
     errno.ENOENT: "was the folder deleted or renamed in the meantime?",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "was the folder replaced in the meantime?",
     errno.EISDIR: "a folder lies where a file is expected; move it away",
     errno.EACCES: "change its permissions, or choose another place",

@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from util.runtime.errors import printable
+from util.runtime.errors import UserError, printable
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the checkout, or of the installed copy
 TEMPORARY = ".unfinished-"  # prefix of a file that no reader takes for a finished one
@@ -90,3 +91,14 @@ def sha256_of(file: BinaryIO) -> str:
 def manifest_path(path: Path) -> Path:
     """Return the path of a checkpoint's manifest."""
     return path.with_name(f"{path.name}.json")
+
+
+def writable_folder(path: str | Path, flag: str) -> Path:
+    """Return the folder that a flag names, made if need be; raise UserError where it cannot be written."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # its name is one that no process of another machine takes
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: cannot be written ({error.strerror}), choose another") from error
+    return path

@@ -26,6 +26,7 @@ import yaml
 from util.runtime.distributed import world_size
 from util.runtime.errors import one_line, printable
 from util.runtime.files import ROOT, set_aside, write_durably
+from util.runtime.reading import Unreadable, as_count, as_number, parse_json
 
 LOG_FILE = "log.jsonl"
 COMMIT_FILE = "COMMIT"
@@ -109,7 +110,7 @@ class RunLog:
         """Print a message, above the progress line if there is one."""
         if self._enabled:
             start = "\r" + ERASE_TO_END_OF_LINE if self._live else ""
-            print(start + printable(message), flush=True)
+            print(start + printable(message, keep="\n\t"), flush=True)
             self._live = False
 
     def text_of_any_rank(self, message: str) -> None:
@@ -117,7 +118,7 @@ class RunLog:
         if self._enabled:
             self.text(message)
         else:
-            print(printable(message), file=sys.stderr, flush=True)
+            print(printable(message, keep="\n\t"), file=sys.stderr, flush=True)
 
     def progress(self, **fields: Any) -> None:
         """Show the progress line; the fields are those of `format_progress`.
@@ -201,18 +202,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # only macOS counts in bytes
 
 
-def write_run_info(output_dir: str | Path, config: Mapping[str, Any]) -> None:
+def write_run_info(output_dir: str | Path, config: Mapping[str, Any], **facts: Any) -> None:
     """Write what made this run: `config.yaml`, and `run.json` with source, versions and command line.
 
     Args:
         config: nested dicts; values that YAML has no type for (such as paths) are written as strings.
+        facts: further entries of `run.json`, as the stage and the updates per epoch.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(config, default=str))  # tuples to lists, paths to strings
     texts = {
         "config.yaml": yaml.safe_dump(plain, sort_keys=False, allow_unicode=True),
-        "run.json": json.dumps(run_info(), indent=2) + "\n",
+        "run.json": json.dumps(run_info() | facts, indent=2) + "\n",
     }
     for name, text in texts.items():
         set_aside(output_dir / name)
@@ -281,16 +283,17 @@ def _drop_lines_after(path: Path, step: int) -> float:
     if damaged:
         lines = "1 damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
         print(f"WARNING: {printable(str(path))}: {lines} left out", file=sys.stderr)
-    return seconds if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0
+    seconds = as_number(seconds)
+    return seconds if seconds is not None and math.isfinite(seconds) else 0.0
 
 
 def _log_line(text: bytes) -> dict[str, Any] | None:
-    """Parse a line of a log; None if it is cut short, not UTF-8, not a JSON object or without a step."""
+    """Parse a line of a log; None if it is cut short, not JSON in UTF-8, not an object or without a step."""
     try:
-        line = json.loads(text.decode("utf-8")) if text.endswith(b"\n") else None
-    except (ValueError, RecursionError):
+        line = parse_json(text) if text.endswith(b"\n") else None
+    except Unreadable:
         return None
-    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+    return line if isinstance(line, dict) and as_count(line.get("step")) is not None else None
 
 
 def _silence_tensorboard_thread() -> None:
