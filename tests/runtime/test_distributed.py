@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import time
 
 import pytest
@@ -13,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from shared.calls import one_line
-from shared.ranks import in_two_processes
+from shared.ranks import Ranks, command, in_two_processes, with_preface
 from util.runtime.distributed import (
     SyncBatchNorm,
     broadcast_module,
@@ -298,6 +299,36 @@ def test_ranks_with_other_data_or_settings_are_refused_by_name(tmp_path):
         for (message, seconds), (name, value) in zip(found, SAME.items(), strict=True):
             assert message.startswith(f"{name}: is {value} on rank 0 but other on rank 1;")
             assert seconds < 1
+
+
+OTHER = {  # what rank 1 does otherwise, in Python before its program, and the fact that is named
+    "--seed": ("sys.argv += ['--seed', '1']", "seed: is 0 on rank 0 but 1 on rank 1;"),
+    "--blr": ("sys.argv += ['--blr', '1e-3']", "peak lr: is "),
+    "--decoder_depth": ("sys.argv += ['--decoder_depth', '2']", "decoder_depth: is 1 on rank 0 but 2 on rank 1;"),
+    "batch": ("sys.argv += ['--accum_iter', '2']", "effective batch: is 16 on rank 0 but 32 on rank 1;"),
+    "images": ("sys.argv += ['--data_path', 'FEWER']", "number of images: is 32 on rank 0 but 30 on rank 1;"),
+    "names": ("sys.argv += ['--data_path', 'RENAMED']", "names of the images: is "),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", OTHER)
+def test_a_run_whose_ranks_differ_is_refused_on_all_of_them(flat_folder, tmp_path, other):
+    shutil.copytree(flat_folder, fewer := tmp_path / "FEWER")
+    for path in list(fewer.glob("*.png"))[:2]:
+        path.unlink()
+    shutil.copytree(flat_folder, renamed := tmp_path / "RENAMED")
+    next(renamed.glob("*.png")).rename(renamed / "other.png")
+    code, message = OTHER[other]
+    code = code.replace("FEWER", str(fewer)).replace("RENAMED", str(renamed))
+    preface = f"import os\nif os.environ['RANK'] == '1': {code}"
+    with Ranks(with_preface(preface, command(flat_folder, tmp_path / "run")), 2) as ranks:
+        ends = ranks.finish()
+    for status, text in ends:
+        assert status == 2
+        assert f"main_pretrain.py: error: {message}" in text
+        assert len(text.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_rank_has_nothing_to_compare():

@@ -143,6 +143,17 @@ def kill_loaders() -> None:
         loader.kill()
 
 
+def ignore_unfinished_loaders() -> None:
+    """Print no traceback when Python deletes a DataLoader that could not start all of its processes."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if "DataLoaderIter" not in repr(unraisable.object):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
 # --------------------------------------------------------------------------------------------------------
 # The end of every command
 # --------------------------------------------------------------------------------------------------------
@@ -189,6 +200,7 @@ def call_main(program: str, main: Callable[[], None]) -> None:
             discard_stdout()
         message = explain(error)
         if message is not None:
+            ignore_unfinished_loaders()
             exit_with_error(program, message, RUN_ERROR_STATUS)
         traceback.print_exc()
         attach = "the lines above, the command, and the run's config.yaml and run.json"

@@ -26,6 +26,7 @@ from util.runtime.distributed import (
     Processes,
     barrier,
     check_in_sync,
+    check_same_on_all_ranks,
     is_main,
     main_says,
     start_processes,
@@ -101,8 +102,9 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         return run
     run.store = store_of(config)
     if not config.eval:
-        run.checkpoint = checkpoint_to_resume(config, run.store)
         run.shared_settings = settings_to_share(config, data.train)
+        check_same_on_all_ranks({name: str(value) for name, value in run.shared_settings.items()})
+        run.checkpoint = checkpoint_to_resume(config, run.store)
         if run.checkpoint is not None:
             check_same_run(run.shared_settings, run.checkpoint, config.elastic)
     return run
