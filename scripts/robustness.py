@@ -48,10 +48,9 @@ from util.robustness.view import (
 from util.runtime.amp import autocast_dtype, choose_attention
 from util.runtime.distributed import Processes, is_main, start_processes, stop_processes
 from util.runtime.errors import RunError, UserError, run_main
-from util.runtime.files import sha256_of
+from util.runtime.files import sha256_of, writable_folder
 from util.runtime.logs import format_duration
 from util.tables.formats import commented
-from util.train.run import writable_folder
 from util.weights.classes import class_permutation, reorder_classes
 from util.weights.classifiers import NamedClassifier, open_classifier
 from util.weights.layouts import Weights
@@ -200,8 +199,8 @@ def evaluate_all(config: RobustnessConfig, processes: Processes) -> tuple[dict[s
         config.checkpoint, config.weights, config.label, config.input_size, config.num_heads, processes.device,
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
-    where = f"CHECKPOINT {config.checkpoint}"
-    reorder_classes(classifier.model, class_permutation(classifier.class_names, list(imagenet_folders()), where))
+    permutation = class_permutation(classifier.class_names, list(imagenet_folders()), f"CHECKPOINT {config.checkpoint}")
+    reorder_classes(classifier.model, permutation)
     classifier = with_given_pixels(classifier, config, processes.device)
     choose_attention(classifier.model, dtype, processes.device)
     paths = (find_below(Path(config.data_root)) if config.data_root else {}) | config.given

@@ -19,7 +19,9 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from models_lut import ARCHITECTURES, LUT, Encoder
+from models_architectures import ARCHITECTURES
+from models_encoder import Encoder
+from models_lut import LUT
 from models_vit import Classifier, Pool
 from util.data.views import crop_share
 from util.runtime.errors import UserError

@@ -25,7 +25,7 @@ from util.weights.layouts import (
     layout_of,
     part_of,
 )
-from util.weights.reader import printable, shortened
+from util.weights.reader import short_name, shortened
 from util.weights.resampling import resample_to_model
 from util.weights.run_state import check_finite, class_names_in, run_settings
 
@@ -235,7 +235,7 @@ def check_match(
             f" {shortened(refused)};"
             f" the file ({file.layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
             + "; fine-tuned on the mean of the tokens it has no last norm: take the pre-training's file" * pooled
-            + (f"; the run that wrote it had --model {printable(run_model)}" if run_model else "")
+            + (f"; the run that wrote it had --model {short_name(run_model)}" if run_model else "")
         )
     surplus = [name for name in state if name not in own and name.split(".")[0] in PASSED_THROUGH]
     if surplus:

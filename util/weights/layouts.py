@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor
 
-from models_lut import ARCHITECTURES
+from models_architectures import ARCHITECTURES
 from util.runtime.errors import UserError
-from util.weights.reader import printable
+from util.weights.reader import short_name
 
 Weights = Literal["student", "momentum"]
 PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
@@ -95,11 +95,11 @@ def without_wrappers(state: Mapping[object, object], where: str) -> dict[str, Te
         if not isinstance(tensor, Tensor):
             continue
         if not isinstance(name, str):
-            raise UserError(f"{where}: names a tensor {printable(name)}, not by a text; is it a checkpoint?")
+            raise UserError(f"{where}: names a tensor {short_name(name)}, not by a text; is it a checkpoint?")
         bare = WRAPPERS_WITHIN.sub("", name[WRAPPERS.match(name).end() :])
         if bare in tensors:
             raise UserError(
-                f"{where}: holds two networks: two tensors are named {printable(bare)} without the prefixes of"
+                f"{where}: holds two networks: two tensors are named {short_name(bare)} without the prefixes of"
                 " wrappers; save one of them alone"
             )
         tensors[bare] = tensor
@@ -247,6 +247,6 @@ def depth_of(state: Mapping[str, Tensor], where: str) -> int:
     gaps = [number for number in range(depth) if str(number) not in texts]
     if gaps or not depth:
         others = sorted(texts - {str(number) for number in range(depth)})
-        surplus = f"blocks.{printable(others[0])} is there, " if others else ""
+        surplus = f"blocks.{short_name(others[0])} is there, " if others else ""
         raise UserError(f"{where}: {surplus}blocks.{gaps[0] if gaps else 0} is missing; is the file complete?")
     return depth

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from util.runtime.errors import UserError
+from util.runtime.errors import UserError, printable
 
 # `args` of other programs may hold paths; Python 3.13 moved their class into pathlib._local
 PATHS = [type("PosixPath", (PurePosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")]
@@ -98,11 +98,11 @@ def check_tensors(state: dict[str, Any], size: int, where: str) -> None:
     for name, tensor in all_tensors(state, where):
         kind = unusual_kind(tensor)
         if kind:
-            raise UserError(f"{where}: {printable(name)} is a {kind} tensor, save it as an ordinary one")
+            raise UserError(f"{where}: {short_name(name)} is a {kind} tensor, save it as an ordinary one")
         storage = tensor.untyped_storage()
         if tensor.numel() * tensor.element_size() > storage.nbytes():
             raise UserError(
-                f"{where}: {printable(name)} announces the shape {list(tensor.shape)} but holds {storage.nbytes()}"
+                f"{where}: {short_name(name)} announces the shape {list(tensor.shape)} but holds {storage.nbytes()}"
                 " bytes; save it with .contiguous()"
             )
         storages[storage.data_ptr()] = storage.nbytes()
@@ -143,14 +143,14 @@ def all_tensors(state: dict[str, Any], where: str) -> Iterator[tuple[str, Tensor
         pending += [(f"{name}.{key}" if name else str(key), each, depth + 1) for key, each in items]
 
 
-def printable(name: object, most: int = 100) -> str:
+def short_name(name: object, most: int = 100) -> str:
     """A text from a file as one line of at most `most` characters, without control characters."""
     text = str(name)
     text = text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[-most // 4 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text)
 
 
 def shortened(names: list[str], most: int = SHOWN) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more
+    return ", ".join(map(short_name, names[:most])) + more

@@ -14,7 +14,7 @@ from util.config.classifier import FinetuneConfig, LinprobeConfig
 from util.config.pretrain import PretrainConfig
 from util.config.segment import SegmentConfig
 from util.runtime.errors import UserError
-from util.weights.reader import printable, shortened
+from util.weights.reader import short_name, shortened
 
 RESUME_SETTINGS = "binding_settings"  # only runs of ours write this key
 CLASS_NAMES = "class_names"
@@ -120,7 +120,9 @@ def check_moments(optimizer: torch.optim.Optimizer, where: str) -> None:
         for name, moment in moments.items():
             if isinstance(moment, Tensor) and moment.ndim and moment.shape != parameter.shape:
                 shapes = f"{list(moment.shape)} for a parameter {list(parameter.shape)}"
-                raise UserError(f"{where}: the optimizer's {printable(name)} is {shapes}; the file is of another model")
+                raise UserError(
+                    f"{where}: the optimizer's {short_name(name)} is {shapes}; the file is of another model"
+                )
 
 
 def check_finite(state: Mapping[str, Any], where: str) -> None:
@@ -216,5 +218,5 @@ def shown(value: object) -> str:
         return f"a tensor {list(value.shape)}"
     if isinstance(value, str | int | float | None):
         digits = isinstance(value, int) and value.bit_length() > 200
-        return "a huge number" if digits else printable(repr(value))
+        return "a huge number" if digits else short_name(repr(value))
     return f"a {type(value).__name__}"
