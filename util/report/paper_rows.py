@@ -13,8 +13,10 @@ from util.data.datasets import published_names
 from util.report.parts import data_of
 from util.results.run_folder import RunFolder, as_number, read_mapping
 from util.runtime.errors import UserError
-from util.tables.plan import Options, Outcome, deviations, outcome_in, read_scale, work_behind
-from util.tables.tables import ALL_STAGES, FOLDER, PRETRAIN, SEGMENT, STAGES, Column, Row, Table, load_tables, read_yaml
+from util.tables.outcomes import Outcome, deviations, outcome_in
+from util.tables.plan import Options, read_scale, work_behind
+from util.tables.schema import read_yaml
+from util.tables.tables import ALL_STAGES, FOLDER, PRETRAIN, SEGMENT, STAGES, Column, Row, Table, load_tables
 from util.tables.view import MISSING, Against, Cell, Filled, fill, grid
 
 
