@@ -43,7 +43,7 @@ from util.config.groups import as_dict, check
 from util.data.datasets import open_images
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
-from util.train.run import writable_folder
+from util.runtime.files import writable_folder
 
 PROGRAM = Path(__file__).name
 

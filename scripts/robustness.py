@@ -187,7 +187,7 @@ def evaluate(config: RobustnessConfig, processes: Processes) -> tuple[Mapping[st
     from util.robustness.imagenet import NUM_CLASSES
     from util.robustness.scores import PassSettings
     from util.runtime.amp import autocast_dtype, choose_attention
-    from util.train.run import writable_folder
+    from util.runtime.files import writable_folder
     from util.weights.classifiers import open_classifier
 
     dtype, folder = autocast_dtype(config.amp, processes.device), Path(config.output_dir)

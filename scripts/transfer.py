@@ -295,7 +295,7 @@ def delete_checkpoints(flags: RunFlags, run: Run) -> None:
 @contextlib.contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
     """Keep other commands from writing to these data sets' folders meanwhile."""
-    from util.train.run import writable_folder
+    from util.runtime.files import writable_folder
     from util.weights.checkpoint import lock_folder
 
     with contextlib.ExitStack() as stack:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import util.bench.baseline
-from main_pretrain import build_state
 from shared.bench import CPU, FORMS, variants
 from shared.calls import one_line
 from util.bench.baseline import PlainTrainer
 from util.bench.step import Stepper, check_losses, measure
 from util.runtime.errors import RunError
+from util.train.pretraining import build_state
 
 
 # ---- the plain baseline does what ours does -----------------------------------------------------------------

@@ -17,7 +17,6 @@ from PIL import Image
 
 import util.bench.limits
 import util.bench.step
-from main_pretrain import build_state
 from scripts import bench
 from shared.bench import CPU, FORMS, TINY, variants
 from shared.calls import script_caller
@@ -38,6 +37,7 @@ from util.data.sources import ArraySource
 from util.figures.figure import number_log_axis
 from util.runtime.errors import RunError
 from util.train.cost import pretrain_cost
+from util.train.pretraining import build_state
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
 """Reconstruction grids, pixel by pixel against loops."""
 
+import resource
+import signal
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from util.figures.figure import new_figure, save_figure
 from util.figures.pictures import GAP, as_grid, reconstruction_cells, save_png
 
 MEANS, STDS = [0.4, 0.5, 0.6, 0.3], [0.2, 0.25, 0.3, 0.1]
@@ -104,3 +109,27 @@ def test_save_png_round_trip(tmp_path):
     array = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
     save_png(array, tmp_path / "new" / "picture.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "picture.png")), array)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("kind", ["picture", "figure"])
+def test_a_disk_that_is_full_leaves_the_older_picture(tmp_path, kind):
+    def write():
+        if kind == "picture":
+            save_png(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), tmp_path / "a.png")
+        else:
+            save_figure(new_figure(2, 2, "title", "caption"), tmp_path / "a.png")
+
+    write()
+    before = (tmp_path / "a.png").read_bytes()
+    assert len(before) > 2000
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from main_pretrain import build_state
 from models_encoder import patchify
 from models_lut import LUT, MomentumEncoder, Steering, independent_noise, mask_from_noise, mask_squares
 from shared.calls import one_line
@@ -21,6 +20,7 @@ from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
 from util.config.same_run import check_same_run
 from util.runtime.errors import UserError
+from util.train.pretraining import build_state
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ from util.tables.cost import TimeEstimate, flops
 from util.tables.plan import parse_flags, plan_runs, read_scale, work_behind
 from util.tables.tables import FOLDER, PRETRAIN, PROBE, STAGES, Score, find_tables, load_tables, read_score
 from util.tables.view import fill, text_table
-from util.train.run import share_batch
+from util.train.resume import share_batch
 
 OURS = [(table, row) for table in TABLES.values() for row in table.rows if row.recipes]
 

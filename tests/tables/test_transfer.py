@@ -302,6 +302,16 @@ def test_a_chosen_cell_is_shown_with_its_accuracy_on_the_test_images(call, tmp_p
     assert [path.parent.parent.name for path in left] == ["lr_0.002-wd_0.05"]
 
 
+@pytest.mark.parametrize(("name", "noted"), [("aircraft", True), ("dogs", False)])
+def test_the_banner_of_aircraft_is_said_beside_its_numbers(call, tmp_path, name, noted):
+    """The images of FGVC-Aircraft end in a banner of 20 pixels, which the reader of our data keeps.
+
+    Source: the data set's page (Maji et al. 2013) says that the lowest 20 pixels are a banner with the copyright.
+    """
+    finish(tmp_path / "output/transfer/LUT" / name / "test", 1e-3, 0.05, 80.0)
+    assert ("keep the banner of 20 pixels" in call("show")[1]) == noted
+
+
 def test_the_retrained_choice_is_no_result_of_a_grid_judged_by_the_test(call, tmp_path):
     out = tmp_path / "output" / "transfer" / "LUT" / "dogs" / "holdout_0.2"
     finish(out, 1e-3, 0.05, 91.0)

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import models_lut
-from main_pretrain import build_state, build_trainer
+from engine_pretrain import build_trainer
 from models_lut import LUT
 from shared.ranks import in_two_processes
 from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
 from util.data.samples import Batch
 from util.train.cost import count_parameters, pretrain_cost
+from util.train.pretraining import build_state
 from util.weights.export import write_mae
 from util.weights.interop import load_weights, part_of, read_weights
 

@@ -172,7 +172,9 @@ def test_a_resumed_run_ends_bit_equal(pretrain, flat_folder, tmp_path, stop_afte
 
 @pytest.mark.parametrize("stop_after", [3, 4])  # at the epoch's end; in the middle of one
 def test_a_stream_resumes_with_what_it_has_not_had(pretrain, tmp_path, monkeypatch, capsys, stop_after):
-    monkeypatch.setattr("main_pretrain.open_images", lambda *_: Numbers(bad={5}))  # twelve, one of them unreadable
+    monkeypatch.setattr(
+        "util.train.pretraining.open_images", lambda *_: Numbers(bad={5})
+    )  # twelve, one of them unreadable
     flags = "--dataset wds/x --batch_size 4 --on_bad_image skip"
     expected = pretrain(flags, output=tmp_path / "whole")
     pretrain(flags, "--max_steps", str(stop_after))

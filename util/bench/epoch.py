@@ -22,9 +22,10 @@ from util.bench.config import EpochConfig
 from util.bench.timing import compiled_graphs, patched, run_alone
 from util.config.groups import as_dict
 from util.config.pretrain import PretrainConfig
+from util.runtime.files import writable_folder
 from util.runtime.logs import LOG_FILE
+from util.train import run as run_module
 from util.train.monitor import Monitor
-from util.train.run import writable_folder
 
 PARTS = ("training", "data wait", "saving", "evaluation", "start")
 
@@ -74,9 +75,9 @@ def timed_run(settings: dict[str, Any], images_per_update: int, folder: str) -> 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(PretrainTrainer, "update", counts))
-        stack.enter_context(patched(run, "save", adds_to("saving")))
-        stack.enter_context(patched(run, "train_one_epoch", adds_to("epochs")))
-        stack.enter_context(patched(Monitor, "look", adds_to("evaluation")))
+        stack.enter_context(patched(run_module, "save", adds_to("saving")))
+        stack.enter_context(patched(run_module, "train_one_epoch", adds_to("epochs")))
+        stack.enter_context(patched(Monitor, "evaluate", adds_to("evaluation")))
         argv = [program, "--recipe", str(recipe), "--output_dir", str(run)]
         stack.enter_context(patched(sys, "argv", lambda _: argv))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import IterableDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from main_pretrain import build_loader, cached
 from util.bench.config import LoaderConfig
 from util.bench.pil_pipeline import PilDataset, jpeg
 from util.data.datasets import open_images
@@ -22,6 +21,7 @@ from util.data.samples import BatchOrder
 from util.data.sources import ImageSource
 from util.runtime.errors import UserError
 from util.runtime.progress import progress
+from util.train.pretraining import build_loader, cached
 
 # The settings that the pipeline of released code follows; other flags are none of its business.
 PIL_KNOWS = ("crop", "photometric", "hflip", "mean", "std", "in_chans", "input_size", "model", "alpha", "batch_size",

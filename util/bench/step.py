@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from engine_pretrain import PretrainTrainer
-from main_pretrain import build_loader, build_state, build_trainer, cached
+from engine_pretrain import PretrainTrainer, build_trainer
 from util.bench.baseline import PlainBatch, PlainTrainer
 from util.bench.config import Form, Kind, StepConfig, titled
 from util.bench.counting import count_flops, count_traffic
@@ -32,6 +31,7 @@ from util.runtime.distributed import choose_device
 from util.runtime.errors import RunError, UserError
 from util.runtime.logs import peak_memory_bytes
 from util.runtime.stop import end_with_parent
+from util.train.pretraining import build_loader, build_state, cached
 
 MOST_DISTINCT_IMAGES = 64  # of a batch; larger ones repeat them
 DISTINCT_UPDATES = 2  # batches are used again after so many
@@ -297,7 +297,7 @@ def boundaries(trainer: PretrainTrainer, mark: Callable[[str], None]) -> Iterato
         for name, wrap in {
             "context_targets": marked("data", "target"),
             "model": marked(after="student"),
-            "note": marked("backward"),  # the losses are noted as soon as their gradient is there
+            "record": marked("backward"),  # the losses are recorded as soon as their gradient is there
             "step_optimizer": marked(after="optimiser"),
             "update": marked(after="momentum"),
         }.items():

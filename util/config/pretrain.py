@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import arg
 
@@ -19,6 +19,8 @@ from util.runtime.distributed import world_size
 @dataclass(frozen=True)
 class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     """Pre-train LUT, or MAE (--alpha 0), or either with SimMIM in MAE's place. The step: Section 3 of the paper."""
+
+    eval: ClassVar[bool] = False  # there is no --eval: only trainings on labels have it
 
     # the model
     model: str = "lut_vit_base_patch16"

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
@@ -42,7 +43,7 @@ class Requeue(Exception):
 
 def exit_with_error(program: str, message: str, status: int) -> NoReturn:
     """Print `program: error: message` as one line on stderr and exit."""
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -127,6 +128,21 @@ def call_main(program: str, main: Callable[[], None]) -> None:
     except Requeue as stop:
         print(f"{program}: {stop}", file=sys.stderr)
         raise SystemExit(REQUEUE_STATUS) from None
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters, escape sequences among them, and lone surrogates as visible escapes.
+
+    Names of files, classes and tensors may hold them, and a terminal would obey. Any script stays as it is.
+    """
+    unsafe = ("Cc", "Cf", "Cs", "Zl", "Zp")  # also characters that reverse the direction of the text around them
+    joiners = "\u200c\u200d"  # which Persian, Indian scripts and emoji are written with
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in unsafe and character not in joiners
+        else character
+        for character in text
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

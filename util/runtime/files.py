@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from util.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or of what was installed
 TEMPORARY = ".unfinished-"  # prefix; no reader ever takes such a file for a checkpoint
@@ -70,3 +73,14 @@ def sha256_of(file: BinaryIO) -> str:
 def manifest_path(path: Path) -> Path:
     """Where the manifest of a checkpoint lies."""
     return path.with_name(f"{path.name}.json")
+
+
+def writable_folder(path: str | Path, flag: str) -> Path:
+    """Return the folder that a flag names, made if need be; raise UserError where it cannot be written."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # its name is one that no process of another machine takes
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: cannot be written ({error.strerror}), choose another") from error
+    return path

@@ -189,11 +189,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # only macOS counts in bytes
 
 
-def write_run_info(output_dir: str | Path, config: Mapping[str, Any]) -> None:
+def write_run_info(output_dir: str | Path, config: Mapping[str, Any], **facts: Any) -> None:
     """Write what made this run: `config.yaml`, and `run.json` with source, versions and command line.
 
     Args:
         config: nested dicts; values that YAML has no type for (such as paths) are written as strings.
+        facts: further entries of `run.json`, as the stage and the updates per epoch.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def write_run_info(output_dir: str | Path, config: Mapping[str, Any]) -> None:
     (output_dir / "config.yaml").write_text(
         yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    (output_dir / "run.json").write_text(json.dumps(run_info(), indent=2) + "\n", encoding="utf-8")
+    (output_dir / "run.json").write_text(json.dumps(run_info() | facts, indent=2) + "\n", encoding="utf-8")
 
 
 def run_info() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from util.config.groups import check_choice
 from util.runtime.errors import UserError
 from util.tables.schema import Key, check_mapping, read_yaml
 from util.tables.tables import FOLDER, PRETRAIN, PROBE, STAGES, Column, Row, Table
+from util.train.resume import share_batch
 
 Settings = Mapping[str, Any]  # a recipe's name under `recipe`, and fields on top of it
 
@@ -231,8 +232,6 @@ def batch_changes(config: Any, extra: Sequence[str], planned: int, processes: in
     """
     if processes == planned or any(flag.startswith(("--batch_size", "--accum_iter")) for flag in extra):
         return {}
-    from util.train.run import share_batch  # imports the trainer, which `tables.py show` does without
-
     images = config.batch_size * config.accum_iter * planned
     batch_size, accum_iter = share_batch(images, processes, config.batch_size, f"--processes {processes}")
     return {"batch_size": batch_size, "accum_iter": accum_iter}

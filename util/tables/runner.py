@@ -25,7 +25,7 @@ from util.tables.plan import Run
 from util.tables.tables import STAGES
 
 OUTPUT_FILE = "output.txt"  # in the folder of a run: all that its process prints
-POLL_SECONDS = 0.5  # between two looks at a run's log
+POLL_SECONDS = 0.5  # between two readings of a run's log
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED_STATUS = 128 + signal.SIGINT
 
