@@ -206,7 +206,7 @@ def evaluate(config: RobustnessConfig, processes: Processes) -> tuple[Mapping[st
     pixels = {"mean": config.mean, "std": config.std}
     identity = evaluation.identity_of(classifier, config.checkpoint, config.num_heads, pixels)
     settings = {task.key: evaluation.settings_of(task, identity, paths, pass_settings) for task in tasks}
-    lines = [] if config.again else read_lines(folder)
+    lines = read_lines(folder) if folder.is_dir() and not config.again else []
     plan = evaluation.plan_passes(tasks, missing, settings, lines)
     if is_main():
         evaluation.print_plan(classifier, plan)
