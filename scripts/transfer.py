@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.config.command_line import parse_command, words
+from util.config.command_line import parse_command, split_like_shell
 from util.config.groups import check
 from util.runtime.errors import RunError, run_main
 from util.tables.formats import Style, as_note, print_table
@@ -141,7 +141,7 @@ class PlanFlags(GridFlags):
             weight_decays=read_values("weight_decays", self.weight_decays, allow_zero=True),
             seeds=self.seeds,
             holdout=self.holdout,
-            extra=tuple(words("finetune_flags", self.finetune_flags)),
+            extra=tuple(split_like_shell("finetune_flags", self.finetune_flags)),
             processes=self.processes or 1,
         )
 

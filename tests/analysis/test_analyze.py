@@ -304,6 +304,19 @@ def test_compare_writes_everything_and_a_page_that_needs_no_network(run_analyze,
     assert shown in html
 
 
+def test_compare_leaves_out_what_the_data_do_not_allow(run_analyze, run, other):
+    flags = ("--checkpoint", other, run, "--most_images", 5, "--show", 1, "--input_size", 16, "--last_layers", 1)
+    status, printed, _, folder = run_analyze("compare", *flags)
+    assert status == 0
+    spectrum = "spectrum is left out: the spectrum of 96 features needs more than 96 images, there are 5"
+    features = "features is left out: --neighbours 5: needs 7 images or more, there are 5"
+    html = (folder / "compare.html").read_text()
+    for reason in (spectrum, features):
+        assert reason in printed
+        assert reason in html
+    assert {path.stem for path in folder.glob("*.json")} == {"attention", "gradcam", "distance"}
+
+
 class Page(HTMLParser):
     """What a page holds and refers to; tags have to be closed in order."""
 

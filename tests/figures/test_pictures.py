@@ -99,6 +99,18 @@ def test_small_images_are_enlarged_by_whole_factors(side, factor):
     assert grid.shape == (side * factor, 4 * (side * factor + GAP) - GAP, 3)
 
 
+def test_titles_stand_above_their_columns_and_leave_the_cells():
+    cells = np.full((2, 3, 40, 50, 3), 200, dtype=np.uint8)
+    plain, titled = as_grid(cells), as_grid(cells, ("image", "masked", "two\nlines"))
+    head = titled[: len(titled) - len(plain)]
+    assert np.array_equal(titled[len(head) :], plain)
+    width = 2 * 50 + GAP
+    inked = [(head[:, column * width : (column + 1) * width] < 100).any(axis=(1, 2)) for column in range(3)]
+    assert all(ink.any() for ink in inked)
+    assert not inked[0][len(head) // 2 + GAP :].any()  # one line
+    assert inked[2][len(head) // 2 + GAP :].any()  # two
+
+
 def test_bfloat16_prediction_with_a_graph():
     prediction = torch.zeros(1, 4, 16, dtype=torch.bfloat16, requires_grad=True)
     grid = reconstruction_grid(torch.zeros(1, 1, 8, 8), torch.ones(1, 4), prediction, 4, [0.5], [1], True)

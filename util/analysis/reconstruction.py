@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_encoder import patch_statistics
-from models_lut import ARCHITECTURES, LUT, Student, num_visible_patches, patchify
+from models_architectures import ARCHITECTURES
+from models_encoder import patch_statistics, patchify
+from models_lut import LUT, Student
+from models_masking import num_visible_patches
 from models_simmim import SimMIM
 from util.analysis.images import Images, wrap_name
 from util.config.groups import DataConfig, check, config_from_dict
 from util.config.pretrain import PretrainConfig
 from util.data.device_views import Normalise
 from util.figures.figure import Cell, picture_grid
-from util.figures.pictures import reconstruction_cells
+from util.figures.pictures import RECONSTRUCTION_COLUMNS, reconstruction_cells
 from util.runtime.errors import UserError
 from util.weights.export import shape_of
 from util.weights.interop import WeightsFile, load_weights, read_weights
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Target = Literal["run", "normalised", "pixels"]
-COLUMNS = ("image", "masked", "reconstruction", "reconstruction,\nvisible pasted in")
 
 # --------------------------------------------------------------------------------------------------------
 # Opening
@@ -189,7 +190,7 @@ def reconstruction_figure(vit: NamedViT, images: Images, reconstructed: Sequence
         f" Error: mean {kind} error on hidden patches, as trained."
         " No loss trains the prediction of visible patches (third column)."
     )
-    return picture_grid(rows, COLUMNS, names, title, caption, cell_inches=1.6)
+    return picture_grid(rows, RECONSTRUCTION_COLUMNS, names, title, caption, cell_inches=1.6)
 
 
 def reconstruction_numbers(images: Images, reconstructed: Sequence[Reconstruction]) -> list[dict[str, Any]]:

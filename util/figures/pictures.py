@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from models_encoder import patch_statistics, patchify, unpatchify
@@ -16,20 +16,31 @@ from util.runtime.files import write_durably
 
 GAP = 2  # white pixels between cells
 MIN_CELL_SIDE = 128  # smaller images are enlarged until their longer side is about this
+TITLE_PIXELS = 13  # height of a line above the columns
 HIDDEN_GREY = 0.5
+RECONSTRUCTION_COLUMNS = ("image", "masked", "reconstruction", "reconstruction,\nvisible pasted in")
 MAX_NAMED_CLASSES = 40  # the names of more classes are too small to read
 
 
-def as_grid(cells: np.ndarray) -> np.ndarray:
+def as_grid(cells: np.ndarray, column_titles: Sequence[str] = ()) -> np.ndarray:
     """Join pictures uint8 [rows, columns, H, W, 3] into one [height, width, 3] with white gaps.
 
-    Small pictures are enlarged by an integer factor, so that pixels stay sharp.
+    Small pictures are enlarged by an integer factor, so that pixels stay sharp. Titles stand above the columns.
     """
     factor = max(1, MIN_CELL_SIDE // max(cells.shape[2:4]))
     cells = cells.repeat(factor, axis=2).repeat(factor, axis=3)
     cells = np.pad(cells, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     rows, columns, height, width, _ = cells.shape
-    return cells.swapaxes(1, 2).reshape(rows * height, columns * width, 3)[:-GAP, :-GAP]
+    grid = cells.swapaxes(1, 2).reshape(rows * height, columns * width, 3)[:-GAP, :-GAP]
+    if not column_titles:
+        return grid
+    lines = max(title.count("\n") + 1 for title in column_titles)
+    head = Image.new("RGB", (grid.shape[1], lines * TITLE_PIXELS + 2 * GAP), "white")
+    draw = ImageDraw.Draw(head)
+    for column, title in enumerate(column_titles):
+        for number, line in enumerate(title.split("\n")):
+            draw.text((column * width + GAP, GAP + number * TITLE_PIXELS), line, fill="black")
+    return np.concatenate([np.asarray(head), grid])
 
 
 @torch.no_grad()
