@@ -249,7 +249,7 @@ WRONG = {
     "run B --scale tiny --submit": "--submit: there is no sbatch here",
     "run B --scale tiny --submit -- --cluster local": "--cluster local: runs on this machine need no --submit",
     "run B --scale tiny --submit -- --seeds 1 2": "--seeds 1 2: leave it out behind --submit",
-    "run B --scale tiny --processes 4 --submit": "--processes 4: the launcher starts 8, leave it out",
+    "run B --scale tiny --processes 4 --submit": "--processes 4: the launcher starts 8 processes, leave it out",
     "show 4 --curves x.png": "--curves x.png: draws one table, 4 is 6",
     "show 4 --picture x.png": "--picture x.png: draws one table, 4 is 6",
     "show 4c --format html": "--format html: unknown",
