@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from scripts import submit
-from util.config.command_line import parse_command, words
+from util.config.command_line import parse_command, split_like_shell
 from util.config.groups import check
 from util.data.published import DATASETS, download
 from util.figures.figure import save_figure
@@ -143,7 +143,7 @@ class PlanFlags(GridFlags):
             weight_decays=read_values("weight_decays", self.weight_decays, zero=True),
             seeds=self.seeds,
             holdout=self.holdout,
-            extra=tuple(words("finetune_flags", self.finetune_flags)),
+            extra=tuple(split_like_shell("finetune_flags", self.finetune_flags)),
             processes=self.processes or 1,
         )
 

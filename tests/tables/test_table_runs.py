@@ -242,7 +242,7 @@ WRONG = {
     "run B --scale tiny --processes 4 --submit": "--processes 4: the launcher starts 8, leave it out",
     "show 4 --curves x.png": "--curves x.png: draws one table, 4 is 6",
     "show 4 --picture x.png": "--picture x.png: draws one table, 4 is 6",
-    "show 4c --format html": "invalid choice",
+    "show 4c --format html": "--format html: unknown",
 }
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_encoder import patch_statistics
-from models_lut import ARCHITECTURES, LUT, Student, num_visible_patches, patchify
+from models_architectures import ARCHITECTURES
+from models_encoder import patch_statistics, patchify
+from models_lut import LUT, Student
+from models_masking import num_visible_patches
 from models_simmim import SimMIM
 from util.analysis.images import Images, wrap_name
 from util.config.groups import DataConfig, check, config_from_dict

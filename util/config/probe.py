@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from models_vit import Pool
-from util.config.groups import check, check_image_size
+from util.config.groups import check, check_image_size, check_limits, check_loader_timeout
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ProbeConfig:
     """Probe the frozen encoders of a checkpoint, beside a random encoder of the same shape."""
 
     checkpoint: Positional[str]
-    """a checkpoint of ours, MAE's, LUT's release or timm's; one of another program needs --model and a data set"""
+    """a checkpoint of ours, MAE's, LUT's release or timm's; those of other programs need --model and a data set"""
     model: str = ""
     """a model of main_pretrain.py; default: that of the run"""
     data_path: str = ""
@@ -117,8 +117,8 @@ class ProbeConfig:
         ):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         check(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
-        timeout = self.loader_timeout
-        check(0 <= timeout < math.inf, "loader_timeout", timeout, "must be 0 (never) or more, and finite")
+        check_limits(self)
+        check_loader_timeout(self.loader_timeout)
         check_image_size(self.input_size)
         check(self.labels_per_class >= 0, "labels_per_class", self.labels_per_class, "must be 0 or more")
         check(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")

@@ -21,10 +21,12 @@ from util.data.loader import training_loader
 from util.data.samples import BatchOrder
 from util.results.results import append_result, hardware_info, read_results
 from util.runtime.amp import autocast_dtype, name_of
+from util.runtime.compile_cache import use_compile_cache
 from util.runtime.distributed import (
     Processes,
     barrier,
     check_in_sync,
+    check_same_on_all_ranks,
     is_main,
     main_says,
     start_processes,
@@ -33,6 +35,7 @@ from util.runtime.distributed import (
 from util.runtime.errors import Requeue, UserError
 from util.runtime.logs import RunLog, format_duration, write_run_info
 from util.runtime.sharding import check_sharding
+from util.runtime.stop import how_to_continue
 from util.train.cost import count_parameters
 from util.train.evaluation import Evaluation
 from util.train.resume import checkpoint_to_resume, lock_output, settings_to_share, share_saved_batch, store_of
@@ -99,8 +102,9 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         return run
     run.store = store_of(config)
     if not config.eval:
-        run.checkpoint = checkpoint_to_resume(config, run.store)
         run.shared_settings = settings_to_share(config, data.train)
+        check_same_on_all_ranks({name: str(value) for name, value in run.shared_settings.items()})
+        run.checkpoint = checkpoint_to_resume(config, run.store)
         if run.checkpoint is not None:
             check_same_run(run.shared_settings, run.checkpoint, config.elastic)
     return run
@@ -188,6 +192,8 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
 def train(run: Run, trainer: Trainer, loader: DataLoader, evaluation: Evaluation, log: RunLog) -> None:
     """Train all epochs from the state's update on, with an evaluation and a checkpoint between them."""
     state, order, store = trainer.state, run.order, run.store
+    if run.config.compile != "none":
+        use_compile_cache(run.config.output_dir, run.processes.rank)
     if state.updates == 0 and evaluation.at_start:
         evaluation.evaluate_epoch(
             0, log
@@ -277,7 +283,7 @@ def save_and_stop(run: Run, trainer: Trainer) -> None:
         save(run, trainer, metric=None)
     wait_for_saves(store)
     when = f"and saved after update {state.updates}" if state.updates else "before the first update"
-    raise Requeue(f"stopped by {trainer.stop.reason} {when}; to be requeued")
+    raise Requeue(f"stopped by {trainer.stop.reason} {when}; {how_to_continue()}")
 
 
 def wait_for_saves(store: CheckpointStore) -> None:

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from util.runtime.errors import RunError, UserError, loaders_death
+from util.runtime.errors import RunError, UserError, explain, loaders_death
 from util.runtime.files import TEMPORARY, manifest_path, sha256_of, write_durably
 from util.runtime.reading import Unreadable, as_count, read_mapping
 
@@ -133,9 +133,8 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             if loaders_death(error) is not None:
                 raise
-            raise RunError(
-                f"{path} could not be saved ({error}); the checkpoints before it are untouched, free some space"
-            ) from error
+            cause = explain(error) or f"free some space ({error})"
+            raise RunError(f"{path} could not be saved, older checkpoints are untouched: {cause}") from error
         self.delete_old(newest=path)
         return path
 
