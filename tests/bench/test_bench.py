@@ -17,7 +17,7 @@ import util.bench.limits
 import util.bench.measure
 import util.bench.variant
 from scripts import bench
-from shared.bench import CPU, FORMS, TINY, variants
+from shared.bench import CPU, FORMS, TINY_STEP, variants
 from shared.calls import script_caller
 from shared.images import write_images
 from util.bench.config import EpochConfig, LoaderConfig, StepConfig
@@ -86,7 +86,7 @@ def test_depth_is_that_of_the_encoder():
         ("step --forms mae mae", "--forms mae mae: give each once"),
         ("step --vary compil=true,false", "--vary compil: unknown, did you mean compile?"),
         ("step --vary rounds=1,2", "--vary rounds: unknown"),
-        ("step --vary compile=maybe", "invalid choice 'maybe'"),
+        ("step --vary compile=maybe", "--compile maybe: unknown"),
         ("step --vary amp", "write name=value,value"),
         ("step --vary batch_size=8,-1", "--batch_size -1"),
         ("step --model mae_vit_nano_patch4 --forms asymmetric", "--forms asymmetric: alpha is 0"),
@@ -314,7 +314,7 @@ def test_a_logarithmic_axis_has_numbers_whatever_it_spans(low, high):
 
 @pytest.mark.slow
 def test_a_sweep_of_steps(call, small_machine, tmp_path):
-    status, shown, _ = call(f"step {TINY} --forms asymmetric --sweep batch=4 --json out.json")
+    status, shown, _ = call(f"step {TINY_STEP} --forms asymmetric --sweep batch=4 --json out.json")
     assert status == 0
     assert "times as fast as asymmetric plain" in shown
     report = json.loads((tmp_path / "out.json").read_text())
