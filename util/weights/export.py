@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from models_lut import ARCHITECTURES
+from models_position_bias import transfer_part
 from util.data.views import crop_share
 from util.runtime.errors import UserError
 from util.weights.interop import PATCH_KERNEL, POSITIONS, WeightsFile, is_square, part_of
@@ -78,9 +79,17 @@ def shape_of(file: WeightsFile, num_heads: int | None, img_size: tuple[int, ...]
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that a ViT has: the encoder, and the head of a classifier; no decoder, no projector."""
+    refuse_added_layers(state)
     classifier = "head.weight" in state
     kept = ("encoder", "fc_norm", "head") if classifier else ("encoder",)
     return {name: x.contiguous() for name, x in state.items() if part_of(name) in kept}
+
+
+def refuse_added_layers(state: dict[str, Tensor]) -> None:
+    """Raise UserError where a model has layers, added for its transfer, that MAE's and timm's plain ViT lack."""
+    added = sorted({part for name in state if (part := transfer_part(name))})
+    if added:
+        raise UserError(f"IN: holds {' and '.join(added)}, which a plain ViT has not; export a model without them")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -90,6 +99,7 @@ def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_mae(file: WeightsFile, output: Path) -> str:
     """A .pth with the tensors that MAE knows under its key `model`; what to say."""
+    refuse_added_layers(file.state)
     kept = ("encoder", "decoder") if "decoder_embed.weight" in file.state else ("encoder",)  # SimMIM's is not MAE's
     state = {n: x for n, x in file.state.items() if part_of(n) in kept}
     if "head.weight" in file.state:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models_encoder import fixed_positions
 from models_lut import Student
+from models_position_bias import SHARED, TABLE, resampled_tables, transfer_part
 from util.runtime.errors import UserError
 from util.weights.checkpoint import load_checkpoint
 
@@ -31,7 +32,7 @@ OTHER_PARTS = (
     *("neck", "decode_head", "auxiliary_head", "momentum_encoder"),
 )
 # what an encoder's tokens pass through: its features are others where the file has more of it than the model
-PASSED_THROUGH = ("blocks", "patch_embed", "norm_pre", "reg_token", "dist_token")
+PASSED_THROUGH = ("blocks", "patch_embed", "norm_pre", "reg_token", "dist_token", SHARED)
 PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
 
 
@@ -154,9 +155,11 @@ def tensors_of(state: object) -> dict[str, Tensor]:
 
 
 def part_of(name: str) -> str:
-    """`encoder`, `decoder` (MAE's) or one of `OTHER_PARTS`: what is loaded as a whole or not at all."""
+    """`encoder`, `decoder` (MAE's), a `transfer_part` or one of `OTHER_PARTS`: loaded as a whole or not at all."""
     if name.startswith("decoder") or name == "mask_token":
         return "decoder"
+    if added := transfer_part(name):
+        return added
     part = name.split(".")[0]
     return part if part in OTHER_PARTS else "encoder"
 
@@ -205,6 +208,7 @@ def load_weights(
         raise UserError(
             f"{flag} {path}: another encoder ({layout}), {len(surplus)} of its tensors have no place in the model's:"
             f" {shortened(surplus)}; take a model of that depth, if there is one with such layers"
+            + "; fine-tuning and segmentation have --rel_pos_bias" * any(name.endswith(TABLE) for name in surplus)
         )
     incomplete = {part_of(name) for name in wrong}
     loaded = {name: state[name] for name in own if part_of(name) not in incomplete}
@@ -250,6 +254,9 @@ def fit(
         grid = grid_of(positions, patch, (config or {}).get("input_size"), positions.shape == own[name].shape)
         if grid is not None and grid != tuple(grid_size):
             state[name], how = resample_positions(positions, grid, grid_size, sines)
+            if name == POSITIONS:
+                state |= (tables := resampled_tables(state, grid, grid_size))
+                resampled |= dict.fromkeys(tables, "interpolated")
             resampled[name] = f"{' x '.join(map(str, grid))} to {' x '.join(map(str, grid_size))} patches, {how}"
     return state, resampled
 
