@@ -50,7 +50,9 @@ def watched_attention(model: AnyViT, layers: Sequence[int], see: Callable[[int, 
     """
 
     def hook_of(layer: int) -> Callable:
-        return lambda attention, inputs: see(layer, softmax_attention(attention, inputs[0], bias_of_block(model, layer)))
+        return lambda attention, inputs: see(
+            layer, softmax_attention(attention, inputs[0], bias_of_block(model, layer))
+        )
 
     handles = [model.blocks[layer].attn.register_forward_pre_hook(hook_of(layer)) for layer in layers]
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -32,8 +33,33 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     return groups
 
 
+class Lars(Optimizer):
+    """SGD with momentum whose steps are rescaled layer by layer (You et al. 2017), in the form that MAE probes with.
+
+    A step is g + weight_decay * w, times trust_coefficient * |w| / |g + weight_decay * w| where a group is `adapted`
+    and neither norm is 0. (timm's form divides by |g| + weight_decay * |w|; the two agree without weight decay.)
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, trust_coefficient: float):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, trust_coefficient=trust_coefficient))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take one step on the gradients."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                step = p.grad.add(p, alpha=group["weight_decay"])
+                if group["adapted"]:
+                    weight_norm, step_norm = p.norm(), step.norm()
+                    ratio = group["trust_coefficient"] * weight_norm / step_norm
+                    step *= torch.where((weight_norm > 0) & (step_norm > 0), ratio, 1.0)
+                velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                velocity.mul_(group["momentum"]).add_(step)
+                p.sub_(velocity * group["lr"])
+
+
 def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
-    """LARS (You et al. 2017) as MoCo v3 and MAE probe with: momentum .9, trust coefficient .001.
+    """LARS as MoCo v3 and MAE probe with: momentum .9, trust coefficient .001.
 
     Biases and 1-D parameters are neither decayed nor adapted. Parameters without gradients are left out.
     """
@@ -41,12 +67,12 @@ def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
     adapted = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
     groups = [
-        dict(params=adapted, weight_decay=weight_decay, always_adapt=True),
-        dict(params=plain, weight_decay=0.0, always_adapt=False),
+        dict(params=adapted, weight_decay=weight_decay, adapted=True),
+        dict(params=plain, weight_decay=0.0, adapted=False),
     ]
     for group in groups:
         group["lr_scale"] = 1.0
-    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
+    return Lars(groups, lr=lr, momentum=0.9, trust_coefficient=0.001)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

@@ -208,7 +208,8 @@ def load_weights(
         raise UserError(
             f"{flag} {path}: another encoder ({layout}), {len(surplus)} of its tensors have no place in the model's:"
             f" {shortened(surplus)}; take a model of that depth, if there is one with such layers"
-            + "; fine-tuning and segmentation have --rel_pos_bias" * any(name.endswith(TABLE) for name in surplus)
+            + "; fine-tuning and segmentation have --rel_pos_bias"
+            * any(name.endswith(TABLE) for name in surplus)
         )
     incomplete = {part_of(name) for name in wrong}
     loaded = {name: state[name] for name in own if part_of(name) not in incomplete}

@@ -174,7 +174,9 @@ def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
     state, run = file.state, file.config or {}
     if "head.weight" in state:
         pool = "avg" if "fc_norm.weight" in state else "token"
-        return Classifier(architecture, num_classes=len(state["head.weight"]), pool=pool, **added_layers(state), **common)
+        return Classifier(
+            architecture, num_classes=len(state["head.weight"]), pool=pool, **added_layers(state), **common
+        )
     if is_linear_probe(state):
         pool = "avg" if run.get("global_pool") and not run.get("cls_token") else "token"
         return LinearProbe(architecture, num_classes=len(state["head.1.weight"]), pool=pool, **common)
