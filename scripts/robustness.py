@@ -1,6 +1,6 @@
 """Robustness of an ImageNet-1k classifier: Table 5 of the paper, its twelve columns, with the paper's rows beside ours.
 
-    python scripts/robustness.py TUNED/checkpoint-best.pth --data_root DATA
+    python scripts/robustness.py TUNED/checkpoint-99.pth --data_root DATA
     python scripts/robustness.py mae_finetuned_vit_base.pth --imagenet IMAGENET --imagenet_v2 V2 --objectnet OBJECTNET
     torchrun --nproc_per_node=8 scripts/robustness.py timm:deit_base_patch16_224=DEIT.pth --data_root DATA
     python scripts/robustness.py --format markdown --picture table5.png          # what --output_dir holds already

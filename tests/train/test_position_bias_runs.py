@@ -1,4 +1,4 @@
-"""Runs with a relative position bias: resume, --eval, another input size, processes, checkpoints that lack the setting."""
+"""Runs with a relative position bias: resume, --eval, another input size, processes, older checkpoints."""
 
 from __future__ import annotations
 

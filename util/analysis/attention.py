@@ -34,7 +34,7 @@ from util.weights.vit import AnyViT, grid_of, logits_of, num_heads_of, num_prefi
 
 
 def softmax_attention(attention: Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """S = softmax(QKᵀ/√d + bias) per head, float32 [B, h, N, N], a row per query; `x` [B, N, D] is the layer's input."""
+    """S = softmax(QKᵀ/√d + bias) per head, float32 [B, h, N, N], a row per query; `x` [B, N, D] is the input."""
     q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, N, d]
     q, k = attention.q_norm(q).float(), attention.k_norm(k).float()
     logits = q * attention.scale @ k.transpose(-2, -1)
