@@ -11,6 +11,8 @@ command with --auto_resume.
 
 from __future__ import annotations
 
+import util.runtime.before_torch  # noqa: F401
+
 import copy
 import sys
 from pathlib import Path

@@ -11,6 +11,8 @@ computes the features once. `--help` lists all flags; to go on after an interrup
 
 from __future__ import annotations
 
+import util.runtime.before_torch  # noqa: F401
+
 import sys
 from pathlib import Path
 

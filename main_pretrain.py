@@ -9,6 +9,8 @@ command with --auto_resume.
 
 from __future__ import annotations
 
+import util.runtime.before_torch  # noqa: F401
+
 import sys
 from dataclasses import replace
 from pathlib import Path

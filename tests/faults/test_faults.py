@@ -36,7 +36,7 @@ from shared.ranks import (
 from util.runtime.errors import REQUEUE_STATUS, run_main
 from util.runtime.files import writable_folder
 from util.runtime.logs import RunLog
-from util.runtime.stop import StopRequest
+from util.runtime.stop import SCHEDULER_SIGNALS, StopRequest
 from util.train.monitor import Monitor, MonitorScores
 from util.train.state import TrainState
 from util.weights.checkpoint import CheckpointStore, load_checkpoint
@@ -46,7 +46,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks i
 
 @pytest.fixture(autouse=True)
 def _signals_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    before = {number: signal.getsignal(number) for number in (*SCHEDULER_SIGNALS, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -170,7 +170,7 @@ def test_a_stop_before_the_first_update_saves_nothing(pretrain, flat_folder, tmp
     with pytest.raises(SystemExit) as stop:
         pretrain("--data_path", flat_folder)
     assert stop.value.code == REQUEUE_STATUS
-    assert "before the first update; to be requeued" in capsys.readouterr().err
+    assert "before the first update; run the same command with --auto_resume" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
@@ -214,7 +214,8 @@ def test_a_full_disk_at_the_log_is_one_line(small_disk, capsys):
         log.close()
     assert stop.value.code == 1
     assert capsys.readouterr().err == (
-        "x: error: No space left on device; checkpoints are whole, free some space and go on from the last one\n"
+        "x: error: the disk is full: free some space and run the same command again; checkpoints that were written"
+        " before are intact (OSError: [Errno 28] No space left on device)\n"
     )
 
 
@@ -300,7 +301,7 @@ run_main("main_pretrain.py", main)
     ("error", "expected", "words"),
     [
         ("UserError('--this: is wrong')", 2, "main_pretrain.py: error: --this: is wrong"),
-        ("ValueError('a bug')", 1, "ValueError: a bug"),
+        ("ValueError('a bug')", 1, "the command, and the run's config.yaml and run.json"),
         ("SystemExit('words')", 1, "words"),
     ],
 )

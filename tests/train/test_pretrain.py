@@ -233,7 +233,7 @@ WRONG = {
     "--input_size 36": "--input_size 36 36: must be a multiple of the patch, 8 pixels",
     "--model lut_vit_bsae_patch16": "did you mean lut_vit_base_patch16?",
     "--recipe quickstrat": "did you mean quickstart?",
-    "--epochs 3 4": "4: stands behind no flag that takes it",
+    "--epochs 3 4": "4: no flag takes this value",
     "--bach_size 4": "--bach_size: unknown flag, did you mean --batch_size?",
     "--batch_size 64": "= 64 images per update, but the data set has 32",
     "--data_path nowhere": "--data_path nowhere: there is no such file or folder",
@@ -317,7 +317,7 @@ def test_bf16_where_it_cannot(pretrain, flat_folder, capsys):
         "": "--data_path: is missing, give a folder or .tar of images, or --dataset digits",
         "--data_path FOLDER --dataset digits": "FOLDER: --dataset digits has images of its own, leave one of them out",
         "--data_path FOLDER --log_dir FOLDER/image-000.png": "--log_dir FOLDER/image-000.png: cannot be written",
-        "--data_path FOLDER --device mps": "--device mps: is of no use here",
+        "--data_path FOLDER --device mps": "--device mps: is not supported",
         "--data_path FOLDER --init_from FOLDER": "--init_from FOLDER: is a folder, give a checkpoint in it",
     }.items(),
 )
@@ -387,7 +387,7 @@ def test_resume_knows_its_images_by_their_names_wherever_they_lie(pretrain, flat
     (flat_folder / "image-003.png").rename(flat_folder / "another.png")
     with pytest.raises(SystemExit):
         pretrain("--data_path", flat_folder, "--auto_resume")
-    assert "--resume: other images or classes than the checkpoint's, by their names" in capsys.readouterr().err
+    assert "--resume: the names of images or classes differ from the checkpoint's" in capsys.readouterr().err
     assert losses(pretrain("--data_path", tmp_path / "copy", "--auto_resume"))
 
 

@@ -47,7 +47,7 @@ class Loader(DataLoader):
 
     def _watched(self) -> Iterator:
         # a forked process blocks what is blocked here: before torch's handler is there, and before ours follows it
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
             with self._watch():  # processes that live on are asked here whether they are ready
                 batches = super().__iter__()

@@ -13,15 +13,15 @@ from torch.optim import AdamW, Optimizer
 def build_optimizer(
     model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0
 ) -> AdamW:
-    """Fused AdamW on the `parameter_groups`."""
+    """Build fused AdamW on the `parameter_groups`."""
     return AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr, betas=betas, fused=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """No weight decay on biases, 1-D parameters and what `model.no_weight_decay` names.
+    """Group the parameters by weight decay and depth.
 
-    Each group carries `lr_scale`: 1, or with `layer_decay` < 1 the scale of its depth (`model.group_matcher`),
-    1 for all that lies behind the encoder's blocks.
+    Biases, 1-D parameters and what `model.no_weight_decay` names are not decayed. Each group has an `lr_scale`: with
+    `layer_decay` < 1 that of its depth (`model.group_matcher`), else and for everything after the encoder's blocks 1.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if layer_decay < 1.0:
@@ -36,12 +36,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 class Lars(Optimizer):
     """SGD with momentum whose steps are rescaled layer by layer (You et al. 2017), in the form that MAE probes with.
 
-    A step is g + weight_decay * w, times trust_coefficient * |w| / |g + weight_decay * w| where a group is `adapted`
-    and neither norm is 0. (timm's form divides by |g| + weight_decay * |w|; the two agree without weight decay.)
+    A step is g + weight_decay * w, times trust_coeff * |w| / |g + weight_decay * w| where a group has
+    `always_adapt` and neither norm is 0. timm's Lars divides by |g| + weight_decay * |w|, which is the same without
+    weight decay; its states load here.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, trust_coefficient: float):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, trust_coefficient=trust_coefficient))
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, trust_coeff: float):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, trust_coeff=trust_coeff))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -49,17 +50,19 @@ class Lars(Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 step = p.grad.add(p, alpha=group["weight_decay"])
-                if group["adapted"]:
+                if group["always_adapt"]:
                     weight_norm, step_norm = p.norm(), step.norm()
-                    ratio = group["trust_coefficient"] * weight_norm / step_norm
+                    ratio = group["trust_coeff"] * weight_norm / step_norm
                     step *= torch.where((weight_norm > 0) & (step_norm > 0), ratio, 1.0)
-                velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                velocity = self.state[p]["momentum_buffer"]
                 velocity.mul_(group["momentum"]).add_(step)
                 p.sub_(velocity * group["lr"])
 
 
 def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
-    """LARS as MoCo v3 and MAE probe with: momentum .9, trust coefficient .001.
+    """Build LARS as MoCo v3 and MAE use it for probes: momentum .9, trust coefficient .001.
 
     Biases and 1-D parameters are neither decayed nor adapted. Parameters without gradients are left out.
     """
@@ -67,15 +70,13 @@ def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
     adapted = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
     groups = [
-        dict(params=adapted, weight_decay=weight_decay, adapted=True),
-        dict(params=plain, weight_decay=0.0, adapted=False),
+        dict(params=adapted, weight_decay=weight_decay, always_adapt=True, lr_scale=1.0),
+        dict(params=plain, weight_decay=0.0, always_adapt=False, lr_scale=1.0),
     ]
-    for group in groups:
-        group["lr_scale"] = 1.0
-    return Lars(groups, lr=lr, momentum=0.9, trust_coefficient=0.001)
+    return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set each group's rate to lr x its scale."""
+    """Set each group's learning rate to lr times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

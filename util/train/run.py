@@ -21,18 +21,22 @@ from util.data.loader import training_loader
 from util.data.samples import BatchOrder
 from util.results.results import append_result, hardware_info, read_results
 from util.runtime.amp import autocast_dtype, name_of
+from util.runtime.compile_cache import use_compile_cache
 from util.runtime.distributed import (
     Processes,
     barrier,
     check_in_sync,
+    check_same_on_all_ranks,
     is_main,
     main_says,
     start_processes,
+    stop_processes,
     world_size,
 )
 from util.runtime.errors import Requeue, UserError
 from util.runtime.logs import RunLog, format_duration, write_run_info
 from util.runtime.sharding import check_sharding
+from util.runtime.stop import how_to_continue
 from util.train.cost import count_parameters
 from util.train.evaluation import Evaluation
 from util.train.resume import checkpoint_to_resume, lock_output, settings_to_share, share_saved_batch, store_of
@@ -90,6 +94,11 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         UserError: for all that can be wrong with the input.
     """
     processes = start_processes(config.device, config.dist_backend)
+    if config.print_config:
+        if is_main():
+            print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+        stop_processes()
+        raise SystemExit(0)
     dtype = autocast_dtype(config.amp, processes.device)
     check_sharding(config.parallel, dtype, processes.device)
     data = open_data(config, processes)
@@ -99,8 +108,9 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         return run
     run.store = store_of(config)
     if not config.eval:
-        run.checkpoint = checkpoint_to_resume(config, run.store)
         run.shared_settings = settings_to_share(config, data.train)
+        check_same_on_all_ranks({name: str(value) for name, value in run.shared_settings.items()})
+        run.checkpoint = checkpoint_to_resume(config, run.store)
         if run.checkpoint is not None:
             check_same_run(run.shared_settings, run.checkpoint, config.elastic)
     return run
@@ -174,7 +184,7 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
             updates_per_epoch=trainer.updates_per_epoch,
             total_updates=trainer.last_update,
         )
-    log.text(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+    log.text(f"settings: {config.output_dir}/config.yaml (the same command with --print_config prints them)")
     log.text(
         f"{len(run.data.train)} images, {trainer.updates_per_epoch} updates of {config.effective_batch} per epoch;"
         f" {count_parameters(state.model) / 1e6:.1f} M parameters on {run.processes.world_size} x"
@@ -188,6 +198,8 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
 def train(run: Run, trainer: Trainer, loader: DataLoader, evaluation: Evaluation, log: RunLog) -> None:
     """Train all epochs from the state's update on, with an evaluation and a checkpoint between them."""
     state, order, store = trainer.state, run.order, run.store
+    if run.config.compile != "none":
+        use_compile_cache(run.config.output_dir, run.processes.rank)
     if state.updates == 0 and evaluation.at_start:
         evaluation.evaluate_epoch(
             0, log
@@ -277,7 +289,7 @@ def save_and_stop(run: Run, trainer: Trainer) -> None:
         save(run, trainer, metric=None)
     wait_for_saves(store)
     when = f"and saved after update {state.updates}" if state.updates else "before the first update"
-    raise Requeue(f"stopped by {trainer.stop.reason} {when}; to be requeued")
+    raise Requeue(f"stopped by {trainer.stop.reason} {when}; {how_to_continue()}")
 
 
 def wait_for_saves(store: CheckpointStore) -> None:

@@ -133,7 +133,7 @@ class Trainer:
         state.scaler.unscale_(state.optimizer)
         norms = self.watch.gradient_norms()
         norm = norms.norm()
-        bad = self.watch.see(state.updates + 1, self._losses, norms, [batch.index for batch in batches])
+        bad = self.watch.record(state.updates + 1, self._losses, norms, [batch.index for batch in batches])
         if config.on_nonfinite == "skip" and any_rank(bad):
             self.skip_update()
             return False
