@@ -16,6 +16,7 @@ import torchvision
 from shared.calls import one_line
 from shared.published import (
     make_aircraft,
+    make_aircraft_with_banner,
     make_cifar,
     make_cub200,
     make_dogs,
@@ -44,6 +45,7 @@ LAYOUTS = {
     "cifar100": make_cifar(100),
 }
 VARIANTS = {
+    "aircraft_cropped": ("aircraft_cropped", make_aircraft_with_banner),
     "inat2021_mini of torchvision": ("inat2021_mini", make_mini(("2021_train_mini", "2021_valid"))),
     "inat2021_mini with annotations": ("inat2021_mini", make_mini_json),
 }

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from util.data.banner import BannerlessSource
 from util.data.folders import open_folder
 from util.data.sources import ArraySource, FileSource, ImageSource
 from util.runtime.errors import UserError
@@ -166,6 +167,12 @@ def aircraft(folder: Path, split: str) -> FileSource:
     return numbered(paths, [numbers[name] for name in found.values()], names)
 
 
+def aircraft_cropped(folder: Path, split: str) -> BannerlessSource:
+    """Read FGVC-Aircraft without the banner of 20 pixels at the bottom of each image."""
+    whole = aircraft(folder, split)
+    return BannerlessSource(whole.paths, whole.labels, whole.class_names)
+
+
 def naturalist(train: str, val: str) -> Callable[[Path, str], FileSource]:
     """A reader of iNaturalist's annotations, in COCO's form; paths are relative to the folder that holds them."""
 
@@ -240,6 +247,13 @@ DATASETS = {
         "fgvc-aircraft-2013b/data",
         (("images", "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"),),
         aircraft,
+    ),
+    "aircraft_cropped": Published(
+        "FGVC-Aircraft",
+        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+        "fgvc-aircraft-2013b/data",
+        (("images", "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"),),
+        aircraft_cropped,
     ),
     "nabirds": Published(
         "NABirds", "https://dl.allaboutbirds.org/nabirds", "nabirds", ((*LISTS, "hierarchy.txt"),), birds

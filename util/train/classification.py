@@ -14,9 +14,10 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from util.config.classifier import ClassifierConfig
+from util.config.classifier import ClassifierConfig, LinprobeConfig
 from util.config.groups import check
 from util.data.cache import CachedImages, cache_images
+from util.data.clamped_crop import ClampedResizedCrop
 from util.data.datasets import find_validation, open_images
 from util.data.labelled import ClassifierDataset
 from util.data.sources import ImageSource, hold_out
@@ -106,6 +107,8 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
     except (AssertionError, ValueError, KeyError) as error:
         policy = config.augmentation.get("auto_augment")
         raise UserError(f"--aa {policy}: timm does not know this policy ({error!r})") from error
+    if isinstance(config, LinprobeConfig):
+        transform.transforms[0] = ClampedResizedCrop(config.resolved_input_size, config.crop_scale)
     return ClassifierDataset(source, transform, config.in_chans, config.seed, config.on_bad_image == "skip")
 
 
