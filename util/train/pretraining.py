@@ -105,7 +105,8 @@ def build_state(config: PretrainConfig, dtype: torch.dtype | None, device: torch
 
 def planned_cost(config: PretrainConfig, updates: int, dtype: torch.dtype | None) -> dict[str, str]:
     """Return what --dry_run says of the cost of so many updates, counted on the meta device."""
-    cost = pretrain_cost(config.model_arguments, config.views == "symmetric", config.student_type)
+    symmetric, checkpointed = config.views == "symmetric", config.checkpoint_activations
+    cost = pretrain_cost(config.model_arguments, symmetric, config.student_type, checkpointed)
     flops = cost.flops_per_image * config.effective_batch * updates
     memory = cost.memory_bytes(config.batch_size, bytes_per_number=4 if dtype is None else 2)
     counts = (cost.encoder_parameters, cost.student_parameters, cost.momentum_parameters)
