@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -22,6 +21,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     Biases, 1-D parameters and what `model.no_weight_decay` names are not decayed. Each group has an `lr_scale`: with
     `layer_decay` < 1 that of its depth (`model.group_matcher`), else and for everything after the encoder's blocks 1.
     """
+    from timm.optim import (
+        param_groups_layer_decay,
+        param_groups_weight_decay,
+    )  # slow to import: not for --help
+
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if layer_decay < 1.0:
         groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
@@ -32,11 +36,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     return groups
 
 
-def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
+def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
     """Build LARS (You et al. 2017) as MoCo v3 and MAE use it for probes: momentum .9, trust coefficient .001.
 
     Biases and 1-D parameters are neither decayed nor adapted. Parameters without gradients are left out.
     """
+    from timm.optim import Lars  # slow to import: not for --help
+
     trained = [p for p in model.parameters() if p.requires_grad]
     adapted = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
