@@ -11,7 +11,9 @@ import util.bench.baseline
 from shared.bench import CPU, FORMS, variants
 from shared.calls import one_line
 from util.bench.baseline import PlainTrainer
-from util.bench.step import Stepper, check_losses, measure
+from util.bench.measure import check_losses, measure
+from util.bench.step import Stepper
+from util.bench.timing import compiled_graphs
 from util.runtime.errors import RunError
 from util.train.pretraining import build_state
 
@@ -63,6 +65,14 @@ def test_both_train_alike_over_several_updates(form):
         assert moved > 1e-3
 
 
+def test_the_baseline_uses_no_flag_of_speed():
+    (variant,) = variants("--forms mae --variants plain --cache ram --checkpoint_activations", "compile=block,whole")
+    stepper, graphs = Stepper(variant), compiled_graphs()
+    stepper.updates(1)
+    assert compiled_graphs() == graphs
+    assert not stepper.config.checkpoint_activations
+
+
 def test_accumulation_in_the_baseline_is_ours():
     pair = [Stepper(variant) for variant in variants("--forms asymmetric --accum_iter 2 --head_norm_layer LN")]
     check_losses(pair, 3)
@@ -111,6 +121,6 @@ def test_a_flag_of_speed_leaves_the_losses(flags):
 
 
 def test_other_work_is_not_held_against_a_variant():
-    found = variants("--forms mae --variants ours", "batch_size=4,6", "mask_ratio=0.5,0.75")
-    assert len({variant.work for variant in found}) == 4
-    assert len(check_losses([Stepper(variant) for variant in found], 1)) == 4
+    rows = variants("--forms mae --variants ours", "batch_size=4,6", "mask_ratio=0.5,0.75")
+    assert len({variant.work for variant in rows}) == 4
+    assert len(check_losses([Stepper(variant) for variant in rows], 1)) == 4

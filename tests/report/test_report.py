@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -40,6 +42,7 @@ from util.report.summary import speed_rows
 from util.results.curves import points_per_curve
 from util.results.run_folder import open_runs, read_run
 from util.runtime.errors import UserError
+from util.runtime.files import ROOT
 
 # ---- pictures ----------------------------------------------------------------------------------------------
 
@@ -386,6 +389,18 @@ def test_an_image_that_is_none_is_one_line(call, pretrain, tmp_path):
     status, _, error = call(f"{tmp_path}/lut --image fake.png")
     assert (status, error.count("\n")) == (2, 1)
     assert "--image fake.png: cannot be read" in error
+
+
+def test_help_does_not_import_what_draws():
+    """Plotly, matplotlib, SciPy and scikit-learn take seconds."""
+    program = (
+        "import runpy, sys; sys.argv = ['report.py', '--help']\n"
+        "try: runpy.run_path('scripts/report.py', run_name='__main__')\n"
+        "finally: print(*sorted({'plotly', 'matplotlib', 'scipy', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "folders of runs" in done.stdout
+    assert done.stderr.strip() == ""
 
 
 def test_labels_must_fit_the_runs(tmp_path):

@@ -380,4 +380,5 @@ def pretend(monkeypatch, gpus: int, local_rank: int) -> None:
     """A machine with so many GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))

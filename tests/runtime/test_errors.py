@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared.flags import TINY
 from shared.images import write_images
@@ -169,3 +171,11 @@ def test_the_output_folder_disappears(many_images, tmp_path, fault):
     watch = f"(until grep -qs step {output}/log.jsonl; do sleep .1; done; {act}) &"
     end = run(many_images, output, "--epochs 300", before=watch)
     assert "was the folder deleted or renamed in the meantime?" in one_error(end)
+
+
+@given(st.text(st.characters(codec=None)))
+def test_printable_text_moves_no_cursor(text):
+    shown = printable(text)
+    shown.encode()  # also of names that no encoding knows
+    assert not any(character < " " or "\x7f" <= character < "\xa0" or character == "\u202e" for character in shown)
+    assert printable(shown) == shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from util.bench.config import StepConfig, vary
-from util.bench.step import Variant, step_variants
+from util.bench.variant import Variant, step_variants
 
 FORMS = ("mae", "asymmetric", "symmetric")
 TINY_STEP = (

@@ -116,10 +116,10 @@ def test_numbers_of_competitors_and_missing_tools_are_the_papers(call):
 def test_a_column_may_name_its_metric(call, tmp_path):
     """Student and momentum encoder come from one probing; MAE has no momentum encoder."""
     folder = tmp_path / "output" / "tables"
-    for name, found in (("ablation_mae", {}), ("ablation_lut_rrc-alpha_0.1", {"momentum encoder, kNN, k 20": 31.0})):
+    for name, found in (("ablation_mae", {}), ("ablation_lut_rrc-alpha_0.1", {"momentum/knn": 31.0})):
         path = finish(folder, "parts", name, 0, "probe", 44.0)
         line = json.loads(path.read_text())
-        line["metrics"] |= {"student, kNN, k 20": 33.0} | found
+        line["metrics"] |= {"student, kNN, k 20": 33.0} | found  # the old name too
         path.write_text(json.dumps(line) + "\n")
     _, shown, _ = call("show parts --scale tiny --format markdown --against paper")
     assert "| MAE | 33.0 | 44.0 | – | – | 0–1 |" in shown

@@ -189,5 +189,5 @@ MAINS = {
     "finetune": Main("main_finetune.py", "fine-tuning", FinetuneConfig, "top1"),
     "linprobe": Main("main_linprobe.py", "linear probing", LinprobeConfig, "top1"),
     "segment": Main("main_segment.py", "segmentation", SegmentConfig, "miou"),
-    "probe": Main("scripts/probe.py", "probing of frozen features", ProbeConfig, "student, logistic, all labels"),
+    "probe": Main("scripts/probe.py", "probing of frozen features", ProbeConfig, "student/logistic"),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from util.analysis.images import Images, find_images
-from util.analysis.studies import known_heads, look
+from util.analysis.studies import attention_of_queries, known_heads
 from util.data.folders import SPLIT_NAMES
 from util.data.sources import BadImage
 from util.figures.figure import heat_over
@@ -68,7 +68,11 @@ def attention_maps(runs: Sequence[RunFolder], files: Sequence[str], device: torc
         images = images_for(runs, files)
         rows, columns = grid_of(vits[0].model)
         query = ((rows // 2 + 0.5) / rows, (columns // 2 + 0.5) / columns)
-        looks = [look(vit, images, block_number(vit.model, -1, ""), known_heads(vit, ()), [query]) for vit in vits]
+        layers = [block_number(vit.model, -1, "") for vit in vits]
+        looks = [
+            attention_of_queries(vit, images, layer, known_heads(vit, ()), [query])
+            for vit, layer in zip(vits, layers, strict=True)
+        ]
     except (UserError, BadImage, OSError) as error:
         if files:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -19,6 +20,10 @@ from util.runtime.logs import git_state, machine
 from util.runtime.reading import Unreadable, name_lines, read_json_lines
 
 RESULTS_FILE = "results.jsonl"
+_OLD_PROBE_KEY = re.compile(
+    r"(random|student|momentum)(?: encoder)?, "
+    r"(?:(?P<knn>kNN, k \d+)|logistic, (?P<labels>\d+) labels/class|(?P<logistic>logistic, all labels)|linear, sweep)"
+)
 
 
 def append_result(
@@ -34,7 +39,7 @@ def append_result(
     Args:
         output_dir: the run's folder, made if it is missing.
         stage: `pretrain`, `finetune`, `linprobe`, `segment`, `probe`, ...
-        metrics: numbers by name; accuracies in %.
+        metrics: numbers by identifier, as `top1` or `student/knn`; accuracies in %.
         seconds: time that the run took; the parts of an interrupted run are summed.
         on: the machine, see `hardware_info`.
     """
@@ -79,6 +84,8 @@ def comparable(line: Mapping[str, Any]) -> list[Any]:
 def read_results(output_dir: str | Path, remarks: list[str] | None = None) -> list[dict[str, Any]]:
     """Return the results in a run's `results.jsonl`, oldest first; none if the run has not finished.
 
+    Old names of metrics become today's.
+
     Args:
         remarks: receives a sentence on what was left out; None prints it on stderr instead.
     """
@@ -95,7 +102,7 @@ def read_results(output_dir: str | Path, remarks: list[str] | None = None) -> li
         print(f"WARNING: {printable(str(path))}{remark}", file=sys.stderr)
     elif remark:
         remarks.append(f"{path.name}{remark}")
-    return [line for _, line in lines if is_result(line)]
+    return [with_renamed_metrics(line) for _, line in lines if is_result(line)]
 
 
 def is_result(line: Mapping[str, Any]) -> bool:
@@ -104,3 +111,19 @@ def is_result(line: Mapping[str, Any]) -> bool:
     if not (isinstance(stage, str) and isinstance(metrics, dict) and isinstance(config, dict)):
         return False
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in metrics.values())
+
+
+def with_renamed_metrics(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a result whose metrics have today's identifiers."""
+    return line | {"metrics": {renamed_metric(name): value for name, value in line["metrics"].items()}}
+
+
+def renamed_metric(name: str) -> str:
+    """Return today's identifier of a metric; scripts/probe.py used to write "student, kNN, k 20" for `student/knn`."""
+    match = _OLD_PROBE_KEY.fullmatch(name)
+    if match is None:
+        return name
+    encoder, labels = match[1], match["labels"]
+    if labels:
+        return f"{encoder}/logistic_{labels}_per_class"
+    return f"{encoder}/{'knn' if match['knn'] else 'logistic' if match['logistic'] else 'linear_sweep'}"

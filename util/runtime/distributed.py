@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.runtime.errors import UserError
+from util.runtime.kernels import check_kernels
 from util.runtime.stop import end_with_launcher
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.14
@@ -93,6 +94,8 @@ def choose_device(name: str) -> torch.device:
         if local_rank >= gpus:
             raise UserError(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {gpus}")
         device = torch.device("cuda", local_rank)
+    if device.type == "cuda":
+        check_kernels(device)
     return device
 
 

@@ -17,7 +17,7 @@ from util.data.datasets import find_validation
 from util.data.device_views import Normalise
 from util.data.labelled import labelled_loader
 from util.data.sources import ImageSource, same_classes
-from util.figures.pictures import as_grid, reconstruction_cells, save_png
+from util.figures.pictures import RECONSTRUCTION_COLUMNS, as_grid, reconstruction_cells, save_png
 from util.runtime.distributed import is_main
 from util.runtime.logs import RunLog
 from util.train.evaluation import Evaluation
@@ -117,7 +117,7 @@ class Monitor(Evaluation):
         mask, prediction = student.reconstruct(images, noise.to(device))
         mean, std = self.normalise.mean, self.normalise.std
         cells = reconstruction_cells(images, mask, prediction, student.patch_size, mean, std, student.norm_pix_loss)
-        return as_grid(cells)
+        return as_grid(cells, RECONSTRUCTION_COLUMNS)
 
     def describe(self, scores: MonitorScores) -> str:
         """Return the scores in one line."""
