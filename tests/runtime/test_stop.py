@@ -34,6 +34,15 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with Ranks(command(images, run)) as ranks:
+        assert ranks.finish()[0][0] == 0
+    return run
+
+
 def interrupt(ranks: Ranks) -> None:
     """Ctrl-C as a terminal sends it: to the whole group, loader processes too."""
     os.killpg(ranks.processes[0].pid, signal.SIGINT)
@@ -57,7 +66,7 @@ def test_at_start_up(images, tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_in_an_epoch_it_saves_and_says_the_command(images, tmp_path, workers):
+def test_in_an_epoch_it_saves_and_says_the_command(images, whole, tmp_path, workers):
     run = tmp_path / "run"
     flags = ["--num_workers", workers]
     with Ranks(command(images, run, *flags), own_group=True) as ranks:
@@ -69,9 +78,7 @@ def test_in_an_epoch_it_saves_and_says_the_command(images, tmp_path, workers):
     assert quiet(text) == f"main_pretrain.py: stopped by Ctrl-C and saved after update {step}; {ADVICE}\n"
     with Ranks(command(images, run, *flags)) as ranks:
         assert ranks.finish()[0][0] == 0
-    with Ranks(command(images, tmp_path / "whole", *flags)) as ranks:
-        assert ranks.finish()[0][0] == 0
-    same_end(run, tmp_path / "whole")
+    same_end(run, whole)
 
 
 @pytest.mark.parametrize("during", [SLOW_SAVE, SLOW_LOOK], ids=["save", "evaluation"])
