@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from util.config.groups import as_dict
+from util.config.groups import as_dict, check
 from util.config.same_run import check_same_run, kind_of
 from util.data.loader import training_loader
 from util.data.samples import BatchOrder
@@ -114,7 +114,7 @@ def batch_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
     """Return which samples make up which batch.
 
     Raises:
-        UserError: an epoch would not hold a single update.
+        UserError: an epoch would not hold a single update, or the run would start after its end.
     """
     images = len(data.val if data.train is None else data.train)
     rank, ranks = processes.rank, processes.world_size
@@ -123,6 +123,12 @@ def batch_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
         raise UserError(
             f"--batch_size {config.batch_size}: x --accum_iter {config.accum_iter} x {ranks} processes ="
             f" {config.effective_batch} images per update, but the data set has {images}; make it smaller"
+        )
+    first = config.start_epoch * order.updates_per_epoch
+    for flag in ("max_steps", "max_updates"):
+        end = getattr(config, flag, None)
+        check(
+            end is None or first < end, "start_epoch", config.start_epoch, f"is update {first}, --{flag} ends at {end}"
         )
     return order
 
