@@ -22,9 +22,9 @@ SLOW_SAVE = (
     "import os, pathlib, time; fsync = os.fsync; "
     "os.fsync = lambda file: (pathlib.Path({mark!r}).touch(), time.sleep(1), fsync(file))"
 )
-SLOW_LOOK = (
-    "import pathlib, time, util.train.monitor as m; look = m.Monitor.look; "
-    "m.Monitor.look = lambda *a: (pathlib.Path({mark!r}).touch(), time.sleep(1), look(*a))[2]"
+SLOW_EVALUATION = (
+    "import pathlib, time, util.train.monitor as m; evaluate = m.Monitor.evaluate; "
+    "m.Monitor.evaluate = lambda *a: (pathlib.Path({mark!r}).touch(), time.sleep(1), evaluate(*a))[2]"
 )
 
 
@@ -81,7 +81,7 @@ def test_in_an_epoch_it_saves_and_says_the_command(images, whole, tmp_path, work
     same_end(run, whole)
 
 
-@pytest.mark.parametrize("during", [SLOW_SAVE, SLOW_LOOK], ids=["save", "evaluation"])
+@pytest.mark.parametrize("during", [SLOW_SAVE, SLOW_EVALUATION], ids=["save", "evaluation"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_in_a_save_or_an_evaluation(images, tmp_path, during, times):
     run, mark = tmp_path / "run", tmp_path / "mark"

@@ -107,6 +107,8 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         run.checkpoint = checkpoint_to_resume(config, run.store)
         if run.checkpoint is not None:
             check_same_run(run.shared_settings, run.checkpoint, config.elastic)
+        if config.compile != "none":
+            use_compile_cache(config.output_dir, processes.rank)
     return run
 
 
@@ -198,8 +200,6 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
 def train(run: Run, trainer: Trainer, loader: DataLoader, evaluation: Evaluation, log: RunLog) -> None:
     """Train all epochs from the state's update on, with an evaluation and a checkpoint between them."""
     state, order, store = trainer.state, run.order, run.store
-    if run.config.compile != "none":
-        use_compile_cache(run.config.output_dir, run.processes.rank)
     if state.updates == 0 and evaluation.at_start:
         evaluation.evaluate_epoch(
             0, log
