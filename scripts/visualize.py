@@ -59,7 +59,7 @@ class VisualizeConfig:
     target: Target = "run"
     """what the decoder predicts: normalised patches (--norm_pix_loss) or pixels; run: as the file says"""
     num_heads: int | None = None
-    """attention heads of the encoder; default: from the run's settings, or of the known model of that width"""
+    """attention heads of the encoder; default: as the file or its layout tells"""
     decoder_num_heads: int | None = None
     """attention heads of the decoder; default: of the known model of that width"""
 
@@ -140,7 +140,7 @@ def open_model(config: VisualizeConfig, path: Path) -> NamedViT:
 def draw(config: VisualizeConfig, images: Images) -> list[dict]:
     """Write one picture and return the errors."""
     vit = open_model(config, Path(config.checkpoint))
-    print(vit.said)
+    print(vit.origin)
     reconstructed = reconstructions(vit, images, config.mask_ratio, config.seed)
     figure = reconstruction_figure(vit, images, reconstructed, f"Reconstructions by {vit.label}")
     save_figure(figure, config.path)

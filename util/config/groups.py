@@ -87,9 +87,13 @@ class ModelConfig:
     model: str = "vit_base_patch16"
     patch_size: int | None = None
     """pixels; default: as the model's name says"""
+    num_heads: int | None = None
+    """attention heads of the encoder; default: as the model's name says (ViT-S: 6; MoCo v3's weights need 12)"""
 
     def __post_init__(self) -> None:
         check(self.patch_size is None or self.patch_size >= 1, "patch_size", self.patch_size, "must be 1 or more")
+        heads, width = self.architecture["num_heads"], self.architecture["embed_dim"]
+        check(heads >= 1 and width % heads == 0, "num_heads", heads, f"must divide the model's width, {width}")
         for side in self.resolved_input_size:
             fix = f"must be a multiple of the patch, {self.resolved_patch_size} pixels"
             check(side % self.resolved_patch_size == 0, "input_size", self.resolved_input_size, fix)
@@ -101,8 +105,9 @@ class ModelConfig:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The model's entry in models_architectures.ARCHITECTURES."""
-        return ARCHITECTURES[self.architecture_name]
+        """The model's entry in models_architectures.ARCHITECTURES, with the heads of --num_heads."""
+        architecture = ARCHITECTURES[self.architecture_name]
+        return architecture if self.num_heads is None else architecture | {"num_heads": self.num_heads}
 
     @property
     def resolved_patch_size(self) -> int:
@@ -322,6 +327,8 @@ class RunConfig:
     """auto: nccl on GPUs, gloo on CPU"""
     dry_run: bool = False
     """print the resolved settings, cost and one batch, train nothing"""
+    print_config: bool = False
+    """print all settings as YAML, and end"""
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -355,5 +362,14 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(config_type: type[Config], plain: dict[str, Any]) -> Config:
-    """Make a config from the plain settings that a checkpoint holds; the inverse of `as_dict`."""
+    """Make a config from the plain settings that a checkpoint holds; the inverse of `as_dict`.
+
+    Raises:
+        UserError: it has settings that are unknown here.
+    """
+    unknown = sorted(set(map(str, plain)) - {field.name for field in dataclasses.fields(config_type)})
+    if unknown:
+        raise UserError(
+            f"the file's run has settings unknown here ({', '.join(unknown[:6])}), is it of another version?"
+        )
     return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

@@ -20,6 +20,8 @@ class ProbeConfig:
     """a checkpoint of ours, MAE's, LUT's release or timm's; those of other programs need --model and a data set"""
     model: str = ""
     """a model of main_pretrain.py; default: that of the run"""
+    num_heads: int | None = None
+    """attention heads of a file of another program; default: as --model, or the file, tells"""
     data_path: str = ""
     """labelled images, train and val as for main_pretrain.py; default: those of the run"""
     dataset: str = ""

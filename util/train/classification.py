@@ -32,6 +32,11 @@ class LabelledImages:
     val: ImageSource
     num_classes: int  # K
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of their numbers; None if the data has none."""
+        return self.val.class_names
+
 
 def open_labelled(config: ClassifierConfig, processes: Processes | None = None) -> LabelledImages:
     """Open the labelled images that the settings name.

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models_encoder import Encoder
 from models_lut import LUT, MomentumEncoder, Student
-from util.weights.interop import part_of
+from util.weights.layouts import part_of
 
 _BATCH = 2  # BatchNorm needs two images; everything else is proportional
 

@@ -94,7 +94,7 @@ def build_state(config: PretrainConfig, dtype: torch.dtype | None, device: torch
     student = config.student_type(**config.model_arguments).to(device)
     origin = ""
     if config.init_from and not resumes(config):
-        report = load_weights(student, Path(config.init_from), config.init_weights)
+        report = load_weights(student, Path(config.init_from), config.init_weights, num_heads=config.num_heads)
         origin = f"--init_from {config.init_from}: {report}"
     momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
     student = synchronise_batch_norm(student, device).to(device)

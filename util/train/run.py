@@ -30,9 +30,10 @@ from util.runtime.distributed import (
     is_main,
     main_says,
     start_processes,
+    stop_processes,
     world_size,
 )
-from util.runtime.errors import Requeue, UserError
+from util.runtime.errors import Requeue, UserError, one_line
 from util.runtime.logs import RunLog, format_duration, write_run_info
 from util.runtime.sharding import check_sharding
 from util.runtime.stop import how_to_continue
@@ -41,6 +42,7 @@ from util.train.evaluation import Evaluation
 from util.train.resume import checkpoint_to_resume, lock_output, settings_to_share, share_saved_batch, store_of
 from util.train.trainer import NonFiniteError, Trainer, train_one_epoch
 from util.weights.checkpoint import CheckpointStore
+from util.weights.run_state import CLASS_NAMES, check_moments
 
 
 @dataclass
@@ -93,6 +95,11 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         UserError: for all that can be wrong with the input.
     """
     processes = start_processes(config.device, config.dist_backend)
+    if config.print_config:
+        if is_main():
+            print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+        stop_processes()
+        raise SystemExit(0)
     dtype = autocast_dtype(config.amp, processes.device)
     check_sharding(config.parallel, dtype, processes.device)
     data = open_data(config, processes)
@@ -160,7 +167,7 @@ def train_and_evaluate(
     state.updates = config.start_epoch * run.order.updates_per_epoch
     fresh = run.checkpoint is None
     if not fresh:
-        state.load_state_dict(run.checkpoint)
+        restore_state(state, run.checkpoint)
         run.checkpoint = None  # as large as the state, and nobody needs it any more
     loader = training_loader(dataset, **run.loader_arguments)
     log = open_log(run, trainer)
@@ -171,6 +178,16 @@ def train_and_evaluate(
         metrics, hardware = evaluation.result(), hardware_info(run.device, run.dtype)
         append_result(config.output_dir, run.stage, as_dict(config), metrics, log.seconds, hardware)
     log.close()
+
+
+def restore_state(state: Any, checkpoint: dict[str, Any]) -> None:
+    """Load a checkpoint into the state of the run; UserError if it does not fit the model or the optimiser."""
+    try:
+        state.load_state_dict(checkpoint)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = one_line(str(error))[:300]
+        raise UserError(f"--resume: the checkpoint does not fit this run's model and optimiser ({reason})") from error
+    check_moments(state.optimizer, "--resume")
 
 
 def open_log(run: Run, trainer: Trainer) -> RunLog:
@@ -186,7 +203,7 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
             updates_per_epoch=trainer.updates_per_epoch,
             total_updates=trainer.last_update,
         )
-    log.text(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+    log.text(f"settings: {config.output_dir}/config.yaml (the same command with --print_config prints them)")
     log.text(
         f"{len(run.data.train)} images, {trainer.updates_per_epoch} updates of {config.effective_batch} per epoch;"
         f" {count_parameters(state.model) / 1e6:.1f} M parameters on {run.processes.world_size} x"
@@ -271,6 +288,8 @@ def save(run: Run, trainer: Trainer, metric: float | None) -> None:
     if is_main():
         epoch, rest = divmod(state.updates, trainer.updates_per_epoch)
         settings = {"epoch": epoch - 1, "config": as_dict(run.config), "binding_settings": run.shared_settings}
+        class_names = None if run.stage == "pretrain" else run.data.class_names
+        settings |= {} if class_names is None else {CLASS_NAMES: list(class_names)}
         epoch_in_name = epoch if rest else epoch - 1  # the epoch under way, or the last one finished
         write = store.save_in_background if run.config.save_in_background else store.save
         write(tensors | settings, epoch=epoch_in_name, step=state.updates, metric=metric, mid_epoch=rest > 0)

@@ -63,6 +63,11 @@ class MaskedImages:
         """Number of classes, K."""
         return len(self.val.classes.names)
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their numbers."""
+        return list(self.val.classes.names)
+
 
 def open_masked(config: SegmentConfig) -> MaskedImages:
     """Open the images and masks that the settings name.
