@@ -29,7 +29,7 @@ LIMITS = {  # what no machine trains with today: refused before memory is asked 
     **dict.fromkeys(("head_depth", "predictor_depth", "decoder_depth"), 100),
     **dict.fromkeys(("head_mlp_dim", "head_width", "nb_classes"), 2**20),
     "num_workers": 256,
-    "seed": 2**32 - 1,
+    **dict.fromkeys(("seed", "attentive_seed"), 2**32 - 1),
 }
 PATHS = ("recipe", "output_dir", "log_dir", "data_path", "val_path", "resume", "finetune", "init_from")
 LONGEST_NAME = 255  # bytes of a file's name
