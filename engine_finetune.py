@@ -140,7 +140,7 @@ def train_classifier(trainer: ClassifierTrainer, prepared: Prepared, stage: str,
         images = data.train
         if config.cache == "ram":
             about = (config.in_chans, config.resolved_num_workers, config.loader_timeout)
-            images = cache_images(images, *about, config.on_bad_image == "skip")
+            images = cache_images(images, *about, config.on_bad_image == "skip", exif=config.exif)
         return train_dataset(config, images)
 
     def make_evaluation() -> ClassifierEvaluation:
@@ -159,7 +159,7 @@ class ClassifierEvaluation(Evaluation):
         config: ClassifierConfig = trainer.config
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans)
+        dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans, exif=config.exif)
         self.loader = evaluation_loader(dataset, trainer, config.batch_size)
         self.normalise = Normalise(config.resolved_mean, config.resolved_std, trainer.device)
 

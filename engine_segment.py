@@ -262,7 +262,7 @@ class SegmentEvaluation(Evaluation):
         config: SegmentConfig = trainer.config
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = WholeImages(data.val, indices, config.resolved_input_size, config.in_chans)
+        dataset = WholeImages(data.val, indices, config.resolved_input_size, config.in_chans, config.exif)
         self.loader = evaluation_loader(dataset, trainer, batch_size=None)
         self.shown: list[Predicted] = []  # of the latest evaluation
 
@@ -287,7 +287,7 @@ class SegmentEvaluation(Evaluation):
     def predicted(self, model: UperNet, index: int) -> Predicted:
         """A validation image with truth and prediction."""
         trainer, val = self.trainer, self.data.val
-        image, mask, _ = load_pair(val, index, trainer.config.in_chans, skip_bad=False, fix=MUST_BE_READ)
+        image, mask, _ = load_pair(val, index, trainer.config.in_chans, False, MUST_BE_READ, trainer.config.exif)
         seen = resized_image(image, scaled_size(tuple(mask.shape), trainer.config.resolved_input_size))
         how = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
         said = predicted_classes(model, seen, tuple(mask.shape), *how).cpu().to(torch.uint8)

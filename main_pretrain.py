@@ -132,7 +132,7 @@ def cached(config: PretrainConfig, source: ImageSource) -> ImageSource:
         raise UserError(f"--cache {config.cache}: a stream has no images by number, leave it out")
     skip_bad = config.on_bad_image == "skip"
     about = (config.in_chans, config.resolved_num_workers, config.loader_timeout)
-    return cache_images(source, *about, skip_bad, two_views(config).fit)
+    return cache_images(source, *about, skip_bad, two_views(config).fit, config.exif)
 
 
 def build_loader(config: PretrainConfig, source: ImageSource, order: BatchOrder, device: torch.device) -> DataLoader:
@@ -141,11 +141,12 @@ def build_loader(config: PretrainConfig, source: ImageSource, order: BatchOrder,
     skip_bad = config.on_bad_image == "skip"
     about = (views, config.num_patches, config.in_chans, config.seed)
     if isinstance(source, IterableDataset):
-        dataset = PretrainStream(source, *about, order.rank, skip_bad, later, batch_size=config.batch_size)
+        stream = dict(batch_size=config.batch_size, exif=config.exif)
+        dataset = PretrainStream(source, *about, order.rank, skip_bad, later, **stream)
     elif config.cache == "device":
         dataset = DrawnDataset(source.sizes.numpy(), readable(source), views, config.num_patches, config.seed)
     else:
-        dataset = PretrainDataset(source, *about, skip_bad, later)
+        dataset = PretrainDataset(source, *about, skip_bad, later, config.exif)
     return training_loader(dataset, order, config.resolved_num_workers, config.pins(device), config.loader_timeout)
 
 
@@ -199,6 +200,7 @@ def make_monitor(config: PretrainConfig, source: ImageSource, trainer: PretrainT
         config.resolved_num_workers,
         config.loader_timeout,
         config.on_bad_image == "skip",
+        config.exif,
     )
 
 
@@ -228,8 +230,10 @@ def show_plan(config: PretrainConfig, source: ImageSource, order: BatchOrder, dt
     print(f"memory           about {memory / 2**30:.1f} GiB per process, before workspace")
     if isinstance(source, IterableDataset):
         return
-    skip_bad = config.on_bad_image == "skip"
-    dataset = PretrainDataset(source, two_views(config), config.num_patches, config.in_chans, config.seed, skip_bad)
+    views, skip_bad = two_views(config), config.on_bad_image == "skip"
+    dataset = PretrainDataset(
+        source, views, config.num_patches, config.in_chans, config.seed, skip_bad, exif=config.exif
+    )
     begin = time.perf_counter()
     batch = next(iter(training_loader(dataset, order, 0, False, 0)))
     seconds = time.perf_counter() - begin

@@ -66,9 +66,9 @@ def main() -> None:
     check_labels(config, train)
     normalise = Normalise(run.resolved_mean, run.resolved_std, device)
     most = config.most_images
+    size, workers, timeout = run.resolved_input_size, config.num_workers, config.loader_timeout
     loaders = [
-        labelled_loader(source, most, run.resolved_input_size, run.in_chans, config.num_workers, config.loader_timeout)
-        for source in (train, val)
+        labelled_loader(source, most, size, run.in_chans, workers, timeout, exif=run.exif) for source in (train, val)
     ]
 
     seen = [f"{min(len(s), most)} of {len(s)}" if len(s) > most else f"{len(s)}" for s in (train, val)]
@@ -113,7 +113,7 @@ def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConf
     """The run's settings, or those that the flags give for a file of another program; its patches tell themselves."""
     file = weights_in(checkpoint, "student", f"checkpoint {config.checkpoint}")
     saved, kernel = file.config, file.state.get(PATCH_KERNEL)
-    flags = ("model", "data_path", "dataset", "val_path", "input_size", "mean", "std")
+    flags = ("model", "data_path", "dataset", "val_path", "input_size", "mean", "std", "exif")
     given = {name: value for name in flags if (value := getattr(config, name))}
     if saved is not None and "mask_ratio" in saved:
         run = config_from_dict(PretrainConfig, saved | {"recipe": ""})
@@ -122,7 +122,7 @@ def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConf
         return config_from_dict(PretrainConfig, vars(run) | given)
     if saved is not None and "model" in saved:  # a classifier's
         where = () if "data_path" in given or config.dataset == "digits" else ("data_path", "dataset", "val_path")
-        seen = {name: saved[name] for name in (*where, "input_size", "mean", "std") if saved.get(name)}
+        seen = {name: saved[name] for name in (*where, "input_size", "mean", "std", "exif") if saved.get(name)}
         given = {"model": f"lut_{saved['model'].removeprefix('lut_').removeprefix('mae_')}"} | seen | given
     if "model" not in given:
         raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")

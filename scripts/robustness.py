@@ -115,6 +115,8 @@ class RobustnessConfig:
     """images per process and forward pass"""
     num_workers: int | None = None
     """loader processes per rank, 0: none; default: 10, or the processors there are"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     on_bad_image: Literal["error", "skip"] = "error"
     """an unreadable image stops, or is left out and counted"""
     loader_timeout: float = 600.0
@@ -161,7 +163,10 @@ class RobustnessConfig:
     def loading(self) -> DataConfig:
         """How images are read."""
         return DataConfig(
-            num_workers=self.num_workers, on_bad_image=self.on_bad_image, loader_timeout=self.loader_timeout
+            exif=self.exif,
+            num_workers=self.num_workers,
+            on_bad_image=self.on_bad_image,
+            loader_timeout=self.loader_timeout,
         )
 
     @property

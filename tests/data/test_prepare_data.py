@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import scripts.prepare_data as prepare_data
 from shared.images import colours, encode, plain, tree, write_images
 from util.data.datasets import find_validation, open_images
 from util.data.decode import decode
 from util.data.loader import training_loader
+from util.data.preparation import Progress
 from util.data.prepared import labels_of, name_images
 from util.data.samples import BatchOrder, PretrainStream
 from util.data.sources import FileSource, ReaderSource
@@ -409,8 +409,8 @@ def test_streams_have_no_numbered_images(prepare, monkeypatch, tmp_path):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    with prepare_data.Progress("train", 100) as progress:
-        progress.find(40)
+    with Progress("train", 100) as progress:
+        progress.skip(40)
         progress.begin -= 10
         progress.shown -= 31
         progress.advance(20)

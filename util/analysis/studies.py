@@ -391,7 +391,7 @@ def neighbour_grid(
     """The shown images and their nearest neighbours, a row for each model."""
     count = min(images.num_shown, len(images.order))
     needed = sorted({*range(count), *(int(i) for near in nearest for i in near[:count].flatten())})
-    dataset = LabelledDataset(images.source, images.order, vits[0].size, vits[0].in_chans)
+    dataset = LabelledDataset(images.source, images.order, vits[0].size, vits[0].in_chans, exif=images.exif)
     pictures = {place: drawable(dataset[place][0] / 255) for place in needed}
 
     def neighbour(query: int, place: int) -> Cell:

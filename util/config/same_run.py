@@ -57,6 +57,7 @@ def kind_of(config_type: type) -> str:
     return config_type.__name__.removesuffix("Config").lower()
 
 
+BEFORE = {"exif": "ignore"}  # what runs did before a setting existed, which their checkpoints do not name
 KIND = "kind of training"
 NAMES = "names of the images"  # as util.data.sources.fingerprint has them; the mains add it
 ELASTIC = ("processes", "batch_size", "accum_iter")
@@ -78,9 +79,10 @@ def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic
             " or in pre-training to --init_from"
         )
     for name, value in settings.items():
-        if name not in (KIND, NAMES) and saved.get(name) != value and not (elastic and name in ELASTIC):
+        before = saved.get(name, BEFORE.get(name))
+        if name not in (KIND, NAMES) and before != value and not (elastic and name in ELASTIC):
             fix = "make them equal, or add --elastic" if name in ELASTIC else "make them equal"
-            raise UserError(f"--resume: {name} is {value} here but {saved.get(name)} in the checkpoint, {fix}")
+            raise UserError(f"--resume: {name} is {value} here but {before} in the checkpoint, {fix}")
     if saved.get(NAMES, settings.get(NAMES)) != settings.get(NAMES):  # older files have none
         raise UserError(
             "--resume: other images or classes than the checkpoint's, by their names; give those, or start from its"

@@ -15,7 +15,6 @@ from plotly.offline import get_plotlyjs
 
 from util.analysis.images import Images, find_images
 from util.analysis.studies import known_heads, look
-from util.data.folders import SPLIT_NAMES
 from util.data.sources import BadImage
 from util.figures.figure import heat_over
 from util.report import parts as parts
@@ -174,7 +173,7 @@ def places_of_images(run: RunFolder) -> list[tuple[str, str, str]]:
         return [(val or path, dataset, "val"), (path, dataset, "train")]
     if val_images:
         return [(val_images, "", "val")]
-    return [(str(Path(path) / "images" / name), "", "val") for name in SPLIT_NAMES["val"]] if path else []
+    return [(str(Path(path) / "images"), "", "val")] if path else []
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from util.data.formats import FORMATS
+
 MOST_FRAMES = 24
 WIDTH = 640  # pixels
 NARROWEST = 160
@@ -41,7 +43,7 @@ def film(pictures: Sequence[tuple[int, Path]], budget: int) -> tuple[list[tuple[
     for place in evenly(len(pictures), MOST_FRAMES):
         epoch, path = pictures[place]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 frames.append((epoch, image.convert("RGB")))
         except (OSError, SyntaxError, Image.DecompressionBombError):  # a run may be writing it just now
             broken.append(path.name)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from util.config.groups import DataConfig
 from util.data.decode import load_image
 from util.data.device_views import Normalise
+from util.data.formats import Exif
 from util.data.loader import Loader
 from util.data.sources import ImageSource
 from util.figures.pictures import colours, drawable
@@ -50,6 +51,7 @@ class PlacedImages(Dataset):
     in_chans: int
     skip_bad: bool
     size: tuple[int, int]
+    exif: Exif = "ignore"
 
     def __len__(self) -> int:
         return len(self.share)
@@ -58,7 +60,7 @@ class PlacedImages(Dataset):
         place = self.share[number]
         index = self.places[place]
         try:
-            image, _ = load_image(self.source, index, self.in_chans, skip_bad=False)
+            image, _ = load_image(self.source, index, self.in_chans, skip_bad=False, exif=self.exif)
             return self.seen(image, index), place
         except UserError:
             if not self.skip_bad:
@@ -165,8 +167,8 @@ def images_of(
 ) -> PlacedImages:
     """The images at `places` of the task's source, of which `share` are this rank's."""
     view = partial(without_border, view=classifier.view, border=task.border) if task.border else classifier.view
-    skips = look.loading.on_bad_image == "skip"
-    return PlacedImages(task.source, places, share, view, classifier.in_chans, skips, classifier.size)
+    skips, exif = look.loading.on_bad_image == "skip", look.loading.exif
+    return PlacedImages(task.source, places, share, view, classifier.in_chans, skips, classifier.size, exif)
 
 
 def input_of(classifier: NamedClassifier, task: Task, look: Look) -> Callable[[Tensor], Tensor]:

@@ -111,7 +111,7 @@ def call_main(program: str, main: Callable[[], None]) -> None:
         # from a loader process it comes wrapped in that process's traceback, its own message last
         exit_with_error(program, str(error).rpartition(f"{UserError.__name__}: ")[2], USER_ERROR_STATUS)
     except RunError as error:
-        exit_with_error(program, str(error), RUN_ERROR_STATUS)
+        exit_with_error(program, str(error).rpartition(f"{type(error).__name__}: ")[2], RUN_ERROR_STATUS)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -22,13 +23,20 @@ import numpy as np
 import torch
 import yaml
 
-from util.runtime.distributed import world_size
+from util.runtime.distributed import is_main, world_size
 from util.runtime.files import ROOT
 
 LOG_FILE = "log.jsonl"
 COMMIT_FILE = "COMMIT"
 VERSIONS_OF = ("torch", "torchvision", "timm", "numpy")
 ERASE_TO_END_OF_LINE = "\x1b[K"
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Print `WARNING: message` as one line on stderr of rank 0; the same message comes once in a process."""
+    if is_main():
+        print(f"WARNING: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 class RunLog:

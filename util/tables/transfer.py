@@ -25,7 +25,7 @@ from util.config.classifier import FinetuneConfig
 from util.config.command_line import as_flags, last_value
 from util.config.groups import check
 from util.data.datasets import published_names
-from util.data.folders import SPLIT_NAMES
+from util.data.splits import split_kind
 from util.runtime.errors import UserError
 from util.tables.plan import Run, check_outcomes, cut_batch, outcome_in, parse
 from util.tables.tables import STAGES, Score
@@ -106,7 +106,7 @@ def targets(datasets: Sequence[str], data_paths: Sequence[str], recipe: str) -> 
 
 def name_of(path: Path) -> str:
     """What plain files are called: as their folder or .tar, above train/ or train.tar."""
-    named = path.parent if path.name.removesuffix(".tar") in SPLIT_NAMES["train"] else path
+    named = path.parent if split_kind(path.name.removesuffix(".tar")) == "train" else path
     return named.name.removesuffix(".tar")
 
 

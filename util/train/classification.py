@@ -98,7 +98,9 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
     except (AssertionError, ValueError, KeyError) as error:
         policy = config.augmentation.get("auto_augment")
         raise UserError(f"--aa {policy}: timm makes no augmentation of it ({error!r})") from error
-    return ClassifierDataset(source, transform, config.in_chans, config.seed, config.on_bad_image == "skip")
+    return ClassifierDataset(
+        source, transform, config.in_chans, config.seed, config.on_bad_image == "skip", config.exif
+    )
 
 
 @contextmanager

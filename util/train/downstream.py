@@ -46,7 +46,7 @@ Config = TypeVar("Config")
 
 # what --eval takes over from the run that it evaluates, where neither flags nor a recipe say otherwise
 OF_THE_RUN = (
-    *("model", "patch_size", "input_size", "in_chans", "mean", "std"),
+    *("model", "patch_size", "input_size", "in_chans", "mean", "std", "exif"),
     *("global_pool", "cls_token", "head_width"),
 )
 

@@ -11,6 +11,7 @@ import torch
 from models_lut import Student
 from util.analysis.probe import extract_features, knn_accuracy, rankme, ridge_probe_accuracy
 from util.data.device_views import Normalise
+from util.data.formats import Exif
 from util.data.labelled import labelled_loader
 from util.data.sources import ImageSource
 from util.data.views import Size
@@ -35,6 +36,7 @@ class Monitor:
     num_workers: int
     loader_timeout: float  # seconds to wait for a batch, 0: for ever
     skip_bad: bool  # as the training
+    exif: Exif = "ignore"  # as the training
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # other shapes than the training's: no compilation in between
@@ -63,13 +65,13 @@ class Monitor:
 
     def features(self, student: Student, source: ImageSource) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled features [N, D] and labels [N] of at most `most_images` images."""
-        about = (self.size, self.in_chans, self.num_workers, self.loader_timeout, self.skip_bad)
+        about = (self.size, self.in_chans, self.num_workers, self.loader_timeout, self.skip_bad, self.exif)
         loader = labelled_loader(source, self.most_images, *about)
         return extract_features(lambda pixels: student.features(self.normalise(pixels.to(self.device))), loader)
 
     def picture(self, student: Student) -> np.ndarray:
         """Reconstructions of the same images with the same masks, each time."""
-        about = (self.size, self.in_chans, 0, self.loader_timeout, self.skip_bad)
+        about = (self.size, self.in_chans, 0, self.loader_timeout, self.skip_bad, self.exif)
         loader = labelled_loader(self.val or self.train, PICTURES, *about)
         images = self.normalise(next(iter(loader))[0].to(self.device))
         noise = torch.rand(len(images), student.num_patches, generator=torch.Generator().manual_seed(0))
