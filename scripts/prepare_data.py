@@ -45,6 +45,7 @@ from util.runtime.files import TEMPORARY
 from util.weights.checkpoint import LOCK, lock_folder
 
 SETTINGS_FILE = "prepare.json"
+BEFORE = {"--exif": "ignore"}  # what calls did before a flag existed, which their settings do not name
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,8 @@ def open_output(config: PrepareConfig) -> TextIO:
 
 def resume_settings(config: PrepareConfig, splits: list[Split]) -> dict[str, Any]:
     """Return what must be the same when an interrupted call is continued; folders may have moved."""
-    flags = ("short_side", "format", "image_format", "quality", "in_chans", "shard_mb")
+    flags = ("short_side", "format", "image_format", "quality", "in_chans", "shard_mb", "exif")
     settings: dict[str, Any] = {f"--{flag}": getattr(config, flag) for flag in flags}
-    if config.exif != "ignore":  # the only way before the flag existed
-        settings["--exif"] = config.exif
     for split in splits:
         names = "\n".join([*(split.classes or ()), *split.keys]).encode("utf-8", "surrogateescape")
         settings[f"number of {split.name} images"] = len(split.source)
@@ -208,9 +207,10 @@ def check_settings(output: Path, settings: dict[str, Any]) -> None:
     except FileNotFoundError:
         return
     for name in [*settings, *saved]:
-        if settings.get(name) != saved.get(name):
+        now, before = (given.get(name, BEFORE.get(name)) for given in (settings, saved))
+        if now != before:
             raise UserError(
-                f"--output_dir {output}: {name} is {settings.get(name)} here but {saved.get(name)} in the call that"
+                f"--output_dir {output}: {name} is {now} here but {before} in the call that"
                 " began it, make them equal or choose another folder"
             )
 
