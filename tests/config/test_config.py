@@ -377,6 +377,14 @@ def test_settings_survive_the_way_through_yaml(flags):
     assert config_from_dict(PretrainConfig, yaml.safe_load(yaml.safe_dump(as_dict(config)))) == config
 
 
+def test_checkpoints_from_before_a_flag_existed_did_as_its_default():
+    saved = PretrainConfig().resume_settings(9)
+    del saved["exif"]
+    check_same_run(PretrainConfig().resume_settings(9), {"binding_settings": saved}, elastic=False)
+    with pytest.raises(UserError, match="--resume: exif is apply here but ignore in the checkpoint"):
+        check_same_run(PretrainConfig(exif="apply").resume_settings(9), {"binding_settings": saved}, elastic=False)
+
+
 def resume(saved: PretrainConfig, images: int, now: PretrainConfig, images_now: int) -> None:
     check_same_run(now.resume_settings(images_now), {"binding_settings": saved.resume_settings(images)}, now.elastic)
 

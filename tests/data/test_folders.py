@@ -22,7 +22,12 @@ from util.runtime.logs import warn_once
 
 CLASSES = ["train/cat/1.png", "train/cat/2.png", "train/dog/3.png"]
 HIDDEN = [
-    *("train/cat/._1.png", "train/.ipynb_checkpoints/1-checkpoint.png", "train/@eaDir/1.png", "__MACOSX/train/cat/._1.png"),
+    *(
+        "train/cat/._1.png",
+        "train/.ipynb_checkpoints/1-checkpoint.png",
+        "train/@eaDir/1.png",
+        "__MACOSX/train/cat/._1.png",
+    ),
     *("train/cat/Thumbs.db", "train/.Trash-1000/files/9.png", "train/dog/@eaDir/3.png/SYNOPHOTO_THUMB_M.png"),
     *("train/$RECYCLE.BIN/9.png", "train/lost+found/9.png", ".git/objects/9.png"),
 ]
@@ -299,4 +304,3 @@ def test_many_tars_with_few_descriptors_and_a_worker(tmp_path, starve):
         assert call.stderr.splitlines()[-1].startswith("x: error: ulimit -n 256: too many open files")
     else:
         assert (call.returncode, call.stdout) == (0, "800\n"), call.stderr
-

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_decode import chunk, png
 
 from shared.calls import one_line
 from shared.images import colours, encode, write_masked
 from shared.segment import config_of
-from test_decode import chunk, png
 from util.data.datasets import open_images
 from util.data.decode import decode, upright
 from util.data.masked_samples import WholeImages, load_pair

@@ -273,8 +273,17 @@ def hostile_manifests(ours):
     """Changes of a manifest that no call of ours has written, and what is said of each."""
     name, offset, size = ours["members"][0]
     return {
-        "members must be a list": [{"members": "x"}, {"members": [[1, 2, 3]]}, {"members": [[name, "0", 1]]}, {"members": {}}],
-        "places ": [{"members": [[name, -1, size]]}, {"members": [[name, offset, 10**15]]}, {"members": [[name, 1, -5]]}],
+        "members must be a list": [
+            {"members": "x"},
+            {"members": [[1, 2, 3]]},
+            {"members": [[name, "0", 1]]},
+            {"members": {}},
+        ],
+        "places ": [
+            {"members": [[name, -1, size]]},
+            {"members": [[name, offset, 10**15]]},
+            {"members": [[name, 1, -5]]},
+        ],
         "begin, end, bytes": [{"begin": "x"}, {"end": -1}, {"bytes": float(ours["bytes"])}, {"source_bytes": None}],
         "sha256 must": [{"sha256": 3}],
         "classes must": [{"classes": "cat"}, {"classes": [1, 2]}, {"classes": {"cat": 0}}, {"classes": ["cat", "cat"]}],

@@ -17,7 +17,16 @@ def refused(folder, split="train"):
 
 def test_kinds():
     known = {
-        "train": ("train", "Train", "TRAINING", "train_set", "trainset", "Train-Data", "training images", "train.split"),
+        "train": (
+            "train",
+            "Train",
+            "TRAINING",
+            "train_set",
+            "trainset",
+            "Train-Data",
+            "training images",
+            "train.split",
+        ),
         "val": ("val", "Val", "valid", "VALIDATION", "validation_set", "eval", "Evaluation"),
         "test": ("test", "Testing", "TEST_IMAGES", "testset"),
         None: ("train2017", "trains", "cat", "valley", "attest", "mini_train", "tester", "", "set"),
@@ -31,7 +40,13 @@ def test_kinds():
 @pytest.mark.parametrize("tar", [False, True])
 @pytest.mark.parametrize(
     ("train", "val"),
-    [("Train", "Test"), ("Training", "Testing"), ("TRAIN", "VAL"), ("train_set", "valid_set"), ("Training Images", "test")],
+    [
+        ("Train", "Test"),
+        ("Training", "Testing"),
+        ("TRAIN", "VAL"),
+        ("train_set", "valid_set"),
+        ("Training Images", "test"),
+    ],
 )
 def test_splits_in_any_case_and_variant(tmp_path, train, val, tar):
     names = [f"{split}/{kind}/{split}.png" for split in (train, val) for kind in ("cat", "dog")]

@@ -122,10 +122,28 @@ def is_deep(header: Image.Image) -> bool:
 def orientation_of(header: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8; 1 where there is none or it makes no sense."""
     try:
-        orientation = header.getexif().get(ORIENTATION, 1)
+        if header.format == "PNG":
+            exif = header.info.get("exif") or png_exif(header)
+            if exif:
+                header.info["exif"] = exif
+        orientation = Image.Image.getexif(header).get(ORIENTATION, 1)  # PNG's own method would decode the pixels
     except Exception:  # EXIF of other programs is often damaged, and the pixels are not
         return 1
     return orientation if orientation in range(1, 9) else 1
+
+
+def png_exif(header: Image.Image) -> bytes:
+    """Return the EXIF of a PNG that lies behind its pixels, or nothing."""
+    begin, exif = header.fp.tell(), b""
+    header.fp.seek(8)
+    while len(chunk := header.fp.read(8)) == 8 and chunk[4:] != b"IEND":
+        length = int.from_bytes(chunk[:4], "big")
+        if chunk[4:] == b"eXIf":
+            exif = b"Exif\0\0" + header.fp.read(length)
+            break
+        header.fp.seek(length + 4, 1)
+    header.fp.seek(begin)
+    return exif
 
 
 def size_of(header: Image.Image, exif: Exif) -> tuple[int, int]:
