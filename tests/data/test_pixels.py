@@ -177,6 +177,15 @@ def test_exif_is_ignored_or_applied(image_format, orientation):
     assert torch.equal(found, upright(stored, orientation))
 
 
+def test_exif_of_a_png_may_lie_behind_its_pixels():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = encode(colours())
+    late = raw[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + raw[-12:]
+    assert torch.equal(decode(late, 3), decode(raw, 3))
+    assert torch.equal(decode(late, 3, "apply"), upright(decode(raw, 3), 6))
+
+
 def test_damaged_exif_is_no_orientation():
     raw = encode(colours(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert torch.equal(decode(raw, 3, "apply"), decode(raw, 3))
@@ -270,7 +279,7 @@ def test_a_mask_that_is_a_pipe_is_not_waited_for(scenes):
     path = scenes / "masks" / "val" / "scene-000.png"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match="scene-000.png: cannot be read \\(is a pipe"):
+    with pytest.raises(UserError, match=r"scene-000\.png: cannot be read \(is a pipe"):
         load_pair(open_masked(config_of("--data_path", scenes)).val, 0, 3, skip_bad=False)
 
 

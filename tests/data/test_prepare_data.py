@@ -351,7 +351,7 @@ def test_orientation_is_passed_on_or_applied(prepare, tmp_path, size):
     prepare(*flags, "--output_dir", tmp_path / "ignore")
     prepare(*flags, "--output_dir", tmp_path / "apply", "--exif", "apply")
     ignored, applied = (open_images(str(tmp_path / name), "", "train").read(0) for name in ("ignore", "apply"))
-    assert torch.equal(decode(ignored, 3, "apply"), decode(applied, 3))
+    assert (decode(ignored, 3, "apply").int() - decode(applied, 3).int()).abs().max() <= 2  # turned, then reduced
     assert torch.equal(decode(applied, 3, "apply"), decode(applied, 3))  # it is upright, and says so
     assert decode(applied, 3).shape == (3, *decode(ignored, 3).shape[:0:-1])
     assert "--exif is ignore here but apply" in prepare(*flags, "--output_dir", tmp_path / "apply", fails=True)[2]

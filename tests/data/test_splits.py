@@ -45,7 +45,7 @@ def test_kinds():
         ("Training", "Testing"),
         ("TRAIN", "VAL"),
         ("train_set", "valid_set"),
-        ("Training Images", "test"),
+        ("Train Images", "test"),
     ],
 )
 def test_splits_in_any_case_and_variant(tmp_path, train, val, tar):

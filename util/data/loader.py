@@ -38,7 +38,7 @@ class Loader(DataLoader):
 
     def __init__(self, dataset, *, loader_timeout: float = 600.0, **settings: Any):
         if settings.get("num_workers") and sys.platform == "linux":
-            # workers that are not forked get copies of the names and cannot map cached images (Python's default from 3.14)
+            # spawned workers, Python's default from 3.14, get copies of the names and cannot map cached images
             settings["multiprocessing_context"] = "fork"
         super().__init__(dataset, worker_init_fn=ignore_sigterm, **settings)
         self.loader_timeout = loader_timeout
