@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from util.config.classifier import ClassifierConfig
-from util.data.cache import cache_images
 from util.data.device_views import Normalise
-from util.data.labelled import ClassifierDataset, LabelledBatch, LabelledDataset, seed_generators
+from util.data.labelled import LabelledBatch, LabelledDataset, seed_generators
 from util.runtime.distributed import Processes, rank, sum_over_ranks
 from util.runtime.sharding import local
-from util.train.classification import LabelledImages, predict, train_dataset
-from util.train.downstream import Prepared, show_plan, train_and_evaluate
-from util.train.evaluation import Evaluation, evaluation_loader, share_of_images, write_per_class
+from util.train.classification import LabelledImages, cached, predict, train_dataset
+from util.train.evaluation import Evaluation, evaluation_loader, share_of_images, write_class_files
+from util.train.plan import model_cost, show_plan
+from util.train.run import Run, train_and_evaluate
 from util.train.trainer import Trainer
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels [B] to mixed ones, targets [B, K]
@@ -30,7 +30,7 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels [B]
 
 @dataclass
 class ClassifierTrainer(Trainer):
-    """`state.model` is the classifier, `state.model_ema` the moving average of its weights or None."""
+    """Train the classifier `state.model`, and keep the EMA of its weights `state.model_ema` where there is one."""
 
     config: ClassifierConfig
     mix: Mix | None = None  # Mixup and CutMix, which smooth the labels too
@@ -38,12 +38,12 @@ class ClassifierTrainer(Trainer):
     ema_decay: float = 0.0
 
     def batch_to_device(self, batch: LabelledBatch) -> LabelledBatch:
-        """Images and labels."""
+        """Copy images and labels to the device."""
         images, labels = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.labels))
         return batch._replace(images=images, labels=labels)
 
     def update(self, batches: list[LabelledBatch]) -> None:
-        """One optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already."""
+        """Take one optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already."""
         state = self.state
         seed_generators(self.config.seed, state.updates, rank(), device=self.device)  # for stochastic depth and Mixup
         self.begin_update()
@@ -59,33 +59,33 @@ class ClassifierTrainer(Trainer):
             self.record(loss=loss)
         taken = self.step_optimizer(batches)
         if taken and state.model_ema is not None:
-            self.update_average()
+            self.update_ema()
         state.updates += 1
 
-    def update_average(self) -> None:
-        """average <- decay * average + (1 - decay) * weights."""
+    def update_ema(self) -> None:
+        """Update the EMA: average <- decay * average + (1 - decay) * weights."""
         with torch.no_grad():
-            mine, theirs = ([local(p) for p in m.parameters()] for m in (self.state.model_ema, self.state.model))
-            get_ema_multi_avg_fn(self.ema_decay)(mine, theirs, None)
+            averages, weights = ([local(p) for p in m.parameters()] for m in (self.state.model_ema, self.state.model))
+            get_ema_multi_avg_fn(self.ema_decay)(averages, weights, None)
 
 
 class Scores(NamedTuple):
-    """Of all images together, each counted once."""
+    """Scores over all images, each counted once."""
 
     loss: float  # mean cross-entropy
     top1: float  # %
-    top5: float  # %, of the K best where there are fewer than five classes
+    top5: float  # %; with fewer than five classes among the K best
     images: int  # N
-    confusion: Tensor | None  # [K, K] int64 on the CPU: row the true class, column the one that was said
+    confusion: Tensor | None  # [K, K] int64 on the CPU: row: true class, column: predicted class
 
     @property
     def values(self) -> dict[str, float]:
-        """What goes into a log."""
+        """The numbers that are logged, by name."""
         return {"val_loss": self.loss, "top1": self.top1, "top5": self.top5}
 
     @property
     def per_class(self) -> Tensor:
-        """[K] accuracy of each class in %, nan where the evaluation has none of it."""
+        """Accuracy of each class in %, [K]; nan where the images have none of it."""
         return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
 
 
@@ -100,13 +100,15 @@ def evaluate(
     autocast: torch.autocast,
     per_class: bool = False,
 ) -> Scores:
-    """Scores of a classifier over the images of all ranks.
+    """Return the scores of a classifier over the images of all ranks.
 
-    `loader` yields uint8 images and labels; ranks hold disjoint parts, of any sizes, also none (or every image is
-    on one of them). The sums travel, not the means, so that each image weighs the same. The confusion matrix is made
-    with `per_class` alone: of 10,000 classes it takes 800 MB.
+    Ranks exchange sums, not means, so that each image weighs the same.
+
+    Args:
+        loader: yields uint8 images [B, C, H, W] and labels [B]; each image is on one rank, and a rank may have none.
+        per_class: also count the confusion matrix, which takes 800 MB for 10,000 classes.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, correct in the first five, images
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, correct among the best five, images
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device) if per_class else None
     for logits, labels in predict(model, loader, normalise, device, autocast):
         best = logits.topk(min(5, num_classes), dim=1).indices  # [B, 5]
@@ -116,47 +118,38 @@ def evaluate(
         sums[3] += len(labels)
         if confusion is not None:
             confusion.view(-1).index_add_(0, labels * num_classes + best[:, 0], torch.ones_like(labels))
-    loss, correct, in_five, images = sum_over_ranks(sums).tolist()
+    loss, correct, correct_in_five, images = sum_over_ranks(sums).tolist()
     if confusion is not None:
         confusion = sum_over_ranks(confusion).cpu()
-    return Scores(loss / images, 100 * correct / images, 100 * in_five / images, int(images), confusion)
+    return Scores(loss / images, 100 * correct / images, 100 * correct_in_five / images, int(images), confusion)
 
 
-def train_classifier(trainer: ClassifierTrainer, prepared: Prepared, stage: str, said: str) -> Scores | None:
-    """The whole run of a classifier that has been built: resume, epochs, evaluations, result; or --eval alone.
+def run_classifier(run: Run, trainer: ClassifierTrainer, origin: str) -> None:
+    """Train and evaluate a classifier that has been built; with --eval or --dry_run do that alone.
 
     Args:
-        stage: `finetune` or `linprobe`, for results.jsonl.
-        said: where the weights came from, for the log.
+        origin: a line that says where the weights came from.
     """
-    config, data, order = prepared.config, prepared.data, prepared.order
+    config, data = run.config, run.data
     if config.dry_run:
-        images = f"{order.num_samples} training, {len(data.val)} validation, {data.num_classes} classes"
-        made = None if data.train is None else lambda: train_dataset(config, data.train)
-        show_plan(trainer, images, order, made)
-        return None
-
-    def make_dataset() -> ClassifierDataset:
-        images = data.train
-        if config.cache == "ram":
-            about = (config.in_chans, config.resolved_num_workers, config.loader_timeout)
-            images = cache_images(images, *about, config.on_bad_image == "skip", exif=config.exif)
-        return train_dataset(config, images)
-
-    def make_evaluation() -> ClassifierEvaluation:
-        return ClassifierEvaluation(trainer, data, prepared.processes)
-
-    return train_and_evaluate(trainer, prepared, make_dataset, make_evaluation, stage, said)
+        dataset = None if data.train is None else train_dataset(config, data.train)
+        images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
+        cost = model_cost(trainer.state.model, run)
+        show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, cost, dataset)
+        return
+    dataset = None if data.train is None else train_dataset(config, cached(config, data.train))
+    train_and_evaluate(run, trainer, dataset, ClassifierEvaluation(trainer, data, run.processes), origin)
 
 
 class ClassifierEvaluation(Evaluation):
-    """Accuracy on the validation images."""
+    """Evaluate the accuracy on the validation images."""
 
     metric = "top1"
 
     def __init__(self, trainer: ClassifierTrainer, data: LabelledImages, processes: Processes):
         super().__init__(trainer)
         config: ClassifierConfig = trainer.config
+        self.every = config.eval_freq
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
         dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans, exif=config.exif)
@@ -164,21 +157,30 @@ class ClassifierEvaluation(Evaluation):
         self.normalise = Normalise(config.resolved_mean, config.resolved_std, trainer.device)
 
     def evaluate(self) -> Scores:
-        """Of the moving average where there is one, else of the classifier; the same on all ranks."""
+        """Evaluate the EMA of the weights if there is one, else the classifier; all ranks return the same scores."""
         trainer = self.trainer
-        state, autocast = trainer.state, trainer.autocast()
+        state = trainer.state
         # ranks may have different numbers of batches: none may wait for the others' weights
         model = state.unsharded(state.model if state.model_ema is None else state.model_ema, trainer.device)
-        about = (self.data.num_classes, trainer.device, autocast, trainer.config.per_class)
-        return evaluate(model, self.loader, self.normalise, *about)
+        return evaluate(
+            model,
+            self.loader,
+            self.normalise,
+            num_classes=self.data.num_classes,
+            device=trainer.device,
+            autocast=trainer.autocast(),
+            per_class=trainer.config.per_class,
+        )
 
     def describe(self, scores: Scores) -> str:
-        """The scores in one line."""
+        """Return the scores in one line."""
         accuracies = f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %"
         return f"{accuracies}, loss {scores.loss:.4f} on {scores.images} images"
 
-    def write_classes(self, scores: Scores) -> str:
-        """The accuracy per class and the confusion matrix."""
+    def write_per_class(self, scores: Scores) -> str:
+        """Write the accuracy per class and the confusion matrix, if --per_class asks for them."""
+        if not self.trainer.config.per_class:
+            return ""
         names = self.data.val.class_names or [str(number) for number in range(len(scores.confusion))]
         images = scores.confusion.sum(dim=1).tolist()
         rows = [
@@ -186,4 +188,4 @@ class ClassifierEvaluation(Evaluation):
             for name, number, accuracy in zip(names, images, scores.per_class.tolist(), strict=True)
         ]
         confusion = scores.confusion.numpy()
-        return write_per_class(self.trainer.config.output_dir, rows, confusion, confusion)
+        return write_class_files(self.trainer.config.output_dir, rows, confusion, confusion)

@@ -1,7 +1,7 @@
 """One update of pre-training.
 
 `PretrainTrainer.update` reads like the paper: schedule, target, student, the sum of losses, backward, optimiser step,
-one momentum update. Letters as in models_lut.py.
+one momentum update. Letters: B images, C channels, H x W pixels of a view, D width, G batches of an update.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from util.data.cache import CachedImages
 from util.data.device_views import Normalise, apply_photometry_rows, cut_resized, cut_simple
 from util.data.samples import Batch, DrawnBatch
 from util.optim.schedules import momentum_decay
+from util.train.state import TrainState, data_parallel
 from util.train.trainer import Trainer
 
 
 @dataclass
 class PretrainTrainer(Trainer):
-    """`state.model` is the student, `state.model_ema` the momentum encoder g (None: MAE)."""
+    """Train the student `state.model` with targets of the momentum encoder `state.model_ema`, g (None: MAE)."""
 
     config: PretrainConfig
     images: CachedImages | None = None  # on the device (--cache device)
@@ -34,7 +35,7 @@ class PretrainTrainer(Trainer):
         self.normalise = Normalise(self.config.resolved_mean, self.config.resolved_std, self.device)
 
     def batch_to_device(self, batch: Batch | DrawnBatch) -> Batch:
-        """Views [B, num_views, C, H, W] uint8 and noise; what the loader left to be done to the views is done here."""
+        """Copy views [B, num_views, C, H, W] uint8 and noise to the device; do there what the loader left undone."""
         noise = batch.noise.to(self.device, non_blocking=True)
         if isinstance(batch, DrawnBatch):
             views = self.cut(batch)
@@ -45,28 +46,28 @@ class PretrainTrainer(Trainer):
         return Batch(views, noise, batch.index, batch.read_index, batch.photometry)
 
     def cut(self, batch: DrawnBatch) -> Tensor:
-        """Views [B, num_views, C, H, W] uint8 of images that lie on the device, before photometry."""
+        """Return views [B, num_views, C, H, W] uint8 of images that lie on the device, before photometry."""
         images = self.images.at(batch.read_index.to(self.device, non_blocking=True))
         crops = batch.crops.to(self.device, non_blocking=True)
         if self.config.resolved_crop == "src":
             return cut_simple(images, crops, self.config.resolved_input_size)
-        largest = batch.crops[..., 2:4].amax(dim=(0, 1))  # on the CPU still
+        largest = batch.crops[..., 2:4].amax(dim=(0, 1))  # still on the CPU
         return cut_resized(images, crops, self.config.resolved_input_size, tuple(largest.tolist()))
 
     def update(self, batches: list[Batch]) -> None:
-        """One optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already.
+        """Take one optimiser step on the mean loss over `accum_iter` batches of equal size, on the device already.
 
         With accumulation the heads' BatchNorm sees one batch at a time; all else equals one large batch.
         """
         config, state = self.config, self.state
         self.begin_update()
-        ahead = self.targets_of_all(batches) if config.distance == "infonce" and len(batches) > 1 else None
+        all_targets = self.targets_of_update(batches) if config.distance == "infonce" and len(batches) > 1 else None
         for i, batch in enumerate(batches):
             views = self.normalise(batch.views).transpose(0, 1)  # [2, B, C, H, W]
             with self.gradients_stay_local(unless=i == len(batches) - 1), self.autocast():
-                targets = next(ahead) if ahead else self.context_targets(views, batch.noise)  # v̂
-                seen = views if config.views == "symmetric" and targets is not None else views[:1]
-                losses = self.model(seen, batch.noise, targets)
+                targets = next(all_targets) if all_targets else self.context_targets(views, batch.noise)  # v̂
+                student_views = views if config.views == "symmetric" and targets is not None else views[:1]
+                losses = self.model(student_views, batch.noise, targets)
                 loss = config.w_mim * losses.mim + config.resolved_alpha * losses.bc  # Eq. 3
             state.scaler.scale(loss / len(batches)).backward()
             self.record(loss=loss)
@@ -81,16 +82,29 @@ class PretrainTrainer(Trainer):
         state.updates += 1
 
     def context_targets(self, views: Tensor, noise: Tensor) -> Targets | None:
-        """For each view that the student sees, what the momentum encoder makes of the other one."""
-        g = self.state.model_ema
-        if g is None:
+        """Return the momentum encoder's targets: for each view that the student sees, from the other view."""
+        momentum_encoder = self.state.model_ema
+        if momentum_encoder is None:
             return None
-        return g(views[1:] if self.config.views == "asymmetric" else views.flip(0), noise)
+        return momentum_encoder(views[1:] if self.config.views == "asymmetric" else views.flip(0), noise)
 
-    def targets_of_all(self, batches: list[Batch]) -> Iterator[Targets]:
-        """Those of each batch, followed by those of the others: InfoNCE's negatives are all images of the update."""
+    def targets_of_update(self, batches: list[Batch]) -> Iterator[Targets]:
+        """Yield the targets of each batch, followed by those of the others, which are InfoNCE's further negatives."""
         with self.autocast():
             each = [self.context_targets(self.normalise(batch.views).transpose(0, 1), batch.noise) for batch in batches]
         own = [targets.context for targets in each]  # [G, B, D]
         for i in range(len(own)):  # joined when needed: all at once would take the square of their number
             yield Targets(torch.cat([own[i], *own[:i], *own[i + 1 :]], dim=1), None)
+
+
+def build_trainer(
+    config: PretrainConfig,
+    state: TrainState,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    updates_per_epoch: int,
+    images: CachedImages | None = None,
+) -> PretrainTrainer:
+    """Return the trainer of a state, with gradients averaged over the processes."""
+    model = data_parallel(state.model, config, device)
+    return PretrainTrainer(config, state, model, device, dtype, updates_per_epoch, images=images)

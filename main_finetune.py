@@ -11,6 +11,8 @@ command with --auto_resume.
 
 from __future__ import annotations
 
+import util.runtime.before_torch  # noqa: F401
+
 import copy
 import sys
 from pathlib import Path
@@ -18,34 +20,35 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 
-from engine_finetune import ClassifierTrainer, train_classifier
+from engine_finetune import ClassifierTrainer, run_classifier
 from models_vit import Classifier
 from util.config.classifier import FinetuneConfig
 from util.runtime.distributed import stop_processes
 from util.runtime.errors import run_main
-from util.train.classification import prepare
-from util.train.downstream import fresh_state, parse_downstream, start_from
-from util.train.run import parallel
+from util.train.classification import open_labelled
+from util.train.downstream import load_initial_weights, parse_downstream
+from util.train.run import start_run
+from util.train.state import data_parallel, initial_state
 
 
 def main() -> None:
     """Settings, data, classifier, then the epochs."""
-    run = prepare(parse_downstream(FinetuneConfig, sys.argv[1:], Path(__file__).name))
-    config, device, num_classes = run.config, run.processes.device, run.data.num_classes
+    run = start_run(parse_downstream(FinetuneConfig, sys.argv[1:], Path(__file__).name), open_labelled)
+    config, device, num_classes = run.config, run.device, run.data.num_classes
 
     # ---- model: images -> logits -----------------------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = Classifier(**config.model_arguments(num_classes))
-    said = start_from(model, config)
+    origin = load_initial_weights(model, config)
     model.to(device)
-    average = copy.deepcopy(model).requires_grad_(False).eval() if config.model_ema else None
-    state = fresh_state(model, run, average)
+    model_ema = copy.deepcopy(model).requires_grad_(False).eval() if config.model_ema else None
+    state = initial_state(model, model_ema, config, run.dtype, device)
 
     # ---- the run ---------------------------------------------------------------------------------------
     trainer = ClassifierTrainer(
         config,
         state,
-        parallel(model, config, device),
+        data_parallel(model, config, device),
         device,
         run.dtype,
         run.order.updates_per_epoch,
@@ -53,7 +56,7 @@ def main() -> None:
         smoothing=config.smoothing,
         ema_decay=config.model_ema_decay,
     )
-    train_classifier(trainer, run, "finetune", said)
+    run_classifier(run, trainer, origin)
     stop_processes()
 
 

@@ -4,50 +4,53 @@
     torchrun --nproc_per_node=8 main_linprobe.py --recipe linprobe_vit_base --finetune RUN/checkpoint-1599.pth \
         --data_path IMAGENET --output_dir PROBED
 
-The cls token is probed, or with --global_pool the mean of the patch tokens. scripts/probe.py is the way for people in a
-hurry. `--help` lists all flags; to go on after an interruption, run the same command with --auto_resume.
+The cls token is probed, or with --global_pool the mean of the patch tokens. scripts/probe.py is the quick way: it
+computes the features once. `--help` lists all flags; to go on after an interruption, run the same command with
+--auto_resume.
 """
 
 from __future__ import annotations
+
+import util.runtime.before_torch  # noqa: F401
 
 import sys
 from pathlib import Path
 
 import torch
 
-from engine_finetune import ClassifierTrainer, train_classifier
+from engine_finetune import ClassifierTrainer, run_classifier
 from models_vit import LinearProbe
 from util.config.classifier import LinprobeConfig
 from util.optim.optimizer import build_lars
 from util.runtime.distributed import stop_processes, synchronise_batch_norm
 from util.runtime.errors import run_main
-from util.train.classification import prepare
-from util.train.downstream import fresh_state, parse_downstream, start_from
-from util.train.run import parallel
+from util.train.classification import open_labelled
+from util.train.downstream import load_initial_weights, parse_downstream
+from util.train.run import start_run
+from util.train.state import data_parallel, initial_state
 
 
 def main() -> None:
     """Settings, data, probe, then the epochs."""
-    run = prepare(parse_downstream(LinprobeConfig, sys.argv[1:], Path(__file__).name))
-    config, device = run.config, run.processes.device
+    run = start_run(parse_downstream(LinprobeConfig, sys.argv[1:], Path(__file__).name), open_labelled)
+    config, device = run.config, run.device
 
     # ---- model: images -> frozen features -> logits ----------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = LinearProbe(**config.model_arguments(run.data.num_classes))
-    said = start_from(model, config)
+    origin = load_initial_weights(model, config)
     model = synchronise_batch_norm(model, device).to(device)
-    state = fresh_state(model, run, build=lars)
+    state = initial_state(model, None, config, run.dtype, device, make_optimizer=lars)
 
     # ---- the run ---------------------------------------------------------------------------------------
-    trainer = ClassifierTrainer(
-        config, state, parallel(model, config, device), device, run.dtype, run.order.updates_per_epoch
-    )
-    train_classifier(trainer, run, "linprobe", said)
+    parallel_model = data_parallel(model, config, device)
+    trainer = ClassifierTrainer(config, state, parallel_model, device, run.dtype, run.order.updates_per_epoch)
+    run_classifier(run, trainer, origin)
     stop_processes()
 
 
 def lars(model: LinearProbe, config: LinprobeConfig) -> torch.optim.Optimizer:
-    """For the head alone; MAE's choice."""
+    """Return LARS for the head alone, as MAE does."""
     return build_lars(model, config.peak_lr, config.weight_decay)
 
 

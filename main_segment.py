@@ -5,51 +5,54 @@
     python main_segment.py --recipe camvid_segment --finetune RUN/checkpoint-299.pth --data_path CAMVID
     python main_segment.py --eval --resume SEGMENTED/checkpoint-best.pth --data_path ADE20K
 
-`--help` lists all flags, `--dry_run` looks at all masks and shows what a command would do. To go on after an
+`--help` lists all flags, `--dry_run` reads all masks and shows what a command would do. To go on after an
 interruption, run the same command with --auto_resume.
 """
 
 from __future__ import annotations
+
+import util.runtime.before_torch  # noqa: F401
 
 import sys
 from pathlib import Path
 
 import torch
 
-from engine_segment import SegmenterTrainer, train_segmenter
+from engine_segment import SegmenterTrainer, run_segmenter
 from models_upernet import UperNet
 from util.config.segment import SegmentConfig
 from util.data.device_views import Normalise
 from util.runtime.distributed import stop_processes, synchronise_batch_norm
 from util.runtime.errors import run_main
-from util.train.downstream import fresh_state, parse_downstream, start_from
-from util.train.run import parallel
-from util.train.segmentation import prepare
+from util.train.downstream import load_initial_weights, parse_downstream
+from util.train.run import start_run
+from util.train.segmentation import open_checked
+from util.train.state import data_parallel, initial_state
 
 
 def main() -> None:
     """Settings, images with masks, segmenter, then the updates."""
-    run = prepare(parse_downstream(SegmentConfig, sys.argv[1:], Path(__file__).name))
-    config, device = run.config, run.processes.device
+    run = start_run(parse_downstream(SegmentConfig, sys.argv[1:], Path(__file__).name), open_checked)
+    config, device = run.config, run.device
 
     # ---- model: images -> logits of each pixel ---------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = UperNet(**config.model_arguments(run.data.num_classes))
-    said = start_from(model, config)
+    origin = load_initial_weights(model, config)
     model = synchronise_batch_norm(model, device).to(device)
-    state = fresh_state(model, run)
+    state = initial_state(model, None, config, run.dtype, device)
 
     # ---- the run ---------------------------------------------------------------------------------------
     trainer = SegmenterTrainer(
         config,
         state,
-        parallel(model, config, device),
+        data_parallel(model, config, device),
         device,
         run.dtype,
         run.order.updates_per_epoch,
         normalise=Normalise(config.resolved_mean, config.resolved_std, device),
     )
-    train_segmenter(trainer, run, said)
+    run_segmenter(run, trainer, origin)
     stop_processes()
 
 

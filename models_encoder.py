@@ -1,4 +1,4 @@
-"""A ViT on patch vectors: what student, momentum encoder and every method of pre-training share.
+"""A ViT on patch vectors, shared by student, momentum encoder and every method of pre-training.
 
 Read downwards: patches, positions, `Encoder`, and its blocks. Letters as in models_lut.py.
 """
@@ -27,13 +27,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [..., 1] of each patch vector [..., P], by which --norm_pix_loss changes targets."""
+    """Return mean and standard deviation [..., 1] of each patch vector [..., P], for --norm_pix_loss."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # the unbiased variance
     return mean, (var + 1e-6).sqrt()
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: patch vectors [B, L, P] to images [B, C, H, W]."""
+    """Put patch vectors [B, L, P] together to images [B, C, H, W]; the inverse of `patchify`."""
     B, _, P = patches.shape
     p, (rows, cols) = patch_size, grid_size
     x = patches.reshape(B, rows, cols, p, p, P // (p * p))
@@ -41,12 +41,12 @@ def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> 
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` [B, K] of each image's tokens [B, N, D]: [B, K, D]."""
+    """Select the rows `ids` [B, K] of each image's tokens [B, N, D], giving [B, K, D]."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def fixed_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """2-D sin-cos positions [1, 1 + L, dim] in MAE's order, zeros for cls in front.
+    """Return 2-D sin-cos positions [1, 1 + L, dim] in MAE's order, with zeros for cls in front.
 
     timm stacks (sin, cos) x (row, column); MAE's layout is (column, row) x (sin, cos).
     """
@@ -97,22 +97,22 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def embed(self, patches: Tensor) -> Tensor:
-        """Patch vectors [B, N, P] to tokens [B, N, D]: the patch convolution as a matrix product.
+        """Embed patch vectors [B, N, P] as tokens [B, N, D], computing the patch convolution as a matrix product.
 
-        On vectors and not on the image, so that hidden patches are never embedded.
+        It takes vectors and not the image, so that hidden patches are never embedded.
         """
         kernel = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, P] as (row, column, channel)
         return F.linear(patches, kernel, self.patch_embed.proj.bias)
 
     def encode(self, patches: Tensor, visible_ids: Tensor | None = None) -> Tensor:
-        """Patch vectors [B, L, P], of which `visible_ids` [B, V] are seen (None: all), to [B, 1 + V, D]."""
+        """Encode the patch vectors [B, L, P] that `visible_ids` [B, V] selects (None: all) to [B, 1 + V, D]."""
         positions = self.pos_embed[:, 1:].expand(patches.shape[0], -1, -1)
         if visible_ids is not None:
             patches, positions = take(patches, visible_ids), take(positions, visible_ids)
         return self.attend(self.embed(patches) + positions)
 
     def attend(self, tokens: Tensor) -> Tensor:
-        """Patch tokens with their positions [B, N, D] to [B, 1 + N, D]: cls in front, blocks, norm."""
+        """Put cls before the positioned patch tokens [B, N, D] and apply blocks and norm, giving [B, 1 + N, D]."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         x = torch.cat([cls, tokens], dim=1)
         for block in self.blocks:
@@ -120,21 +120,21 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def features(self, images: Tensor) -> Tensor:
-        """Mean of the patch tokens of whole images [B, C, H, W]: [B, D], what kNN and probes read."""
+        """Return the mean patch token [B, D] of whole images [B, C, H, W], the features of kNN and probes."""
         return self.encode(patchify(images, self.patch_size))[:, 1:].mean(dim=1)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Depth of each parameter for timm's layer-wise lr decay: stem, then block by block, then the rest."""
+        """Name the depth of each parameter for timm's layer-wise lr decay: stem, block by block, then the rest."""
         return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=[(r"^blocks\.(\d+)", None)])
 
 
 def vit_block(dim: int, num_heads: int, mlp_ratio: float, block: type[Block] = Block) -> Block:
-    """A pre-norm ViT block with biases and LayerNorm eps 1e-6, as MAE."""
+    """Build a pre-norm ViT block with biases and LayerNorm eps 1e-6, as in MAE."""
     return block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation of one module; the patch projection counts as a linear layer."""
+    """Initialise one module as MAE does; the patch projection counts as a linear layer."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim > 2 else module.weight)
         if module.bias is not None:

@@ -1,10 +1,10 @@
 """SimMIM (Xie et al., CVPR 2022) as the method under LUT, Table A of the paper; letters as in models_lut.py.
 
-Where it differs from MAE: mask tokens go through the encoder, a linear layer stands for the decoder, squares of several
-patches are hidden together, and L_MIM is the mean absolute error of the hidden pixels, normalised as all images are
-(with --norm_pix_loss by their patch too). These details are SimMIM's own; of them the LUT paper says no more than that
-SimMIM takes MAE's place in its framework (Appendix B.1). So the framework's ViT stays: where SimMIM's has relative
-position biases, layer scale and stochastic depth, this one has fixed sines and neither, and weights start as MAE's.
+It differs from MAE in four points: mask tokens pass through the encoder, the decoder is one linear layer, squares of
+several patches are hidden together, and L_MIM is the mean absolute error of the hidden pixels, which are normalised as
+all images are (with --norm_pix_loss also within their patch). These details are SimMIM's own; the LUT paper says only
+that SimMIM takes MAE's place in its framework (Appendix B.1). So the ViT is the framework's, with fixed sine positions
+and MAE's initialisation, without SimMIM's relative position biases, layer scale and stochastic depth.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models_encoder import take
-from models_lut import LUT, Masking, Student
+from models_lut import LUT, Student
+from models_masking import Masking
 
 
 class SimMIM(Student):
     """LUT on SimMIM.
 
-    L_BC pulls what MAE's student pulls: the mean of the *visible* patch tokens (or cls), here of the full-length
-    sequence, in which they have attended to mask tokens. The context encoder sees whole images and knows no mask token.
+    As on MAE, L_BC takes the mean of the *visible* patch tokens (or cls). Here they come from the full-length sequence,
+    in which they have attended to mask tokens. The context encoder sees whole images and has no mask token.
 
     Args:
         heads, head_depth, predictor_depth: see `add_heads`.
@@ -41,9 +42,9 @@ class SimMIM(Student):
         self.add_heads(heads, head_depth, predictor_depth, hidden_width=self.embed_dim)
 
     def encode_views(self, patches: Tensor, masking: Masking) -> Tensor:
-        """[G*B, L, P] to [G*B, 1 + L, D], each view in its order: cls, the visible patches, mask tokens.
+        """Encode [G*B, L, P] to [G*B, 1 + L, D], each view in the order cls, visible patches, mask tokens.
 
-        Attention does not care for the order of its tokens; hidden patches are not embedded.
+        Attention ignores the order of its tokens; hidden patches are not embedded.
         """
         num_views = len(patches) // len(masking.shuffle)
         order = torch.cat([masking.order(view) for view in range(num_views)])  # [G*B, L]
@@ -53,15 +54,15 @@ class SimMIM(Student):
         return self.attend(torch.cat([visible, hidden], dim=1) + positions)
 
     def decode(self, latent: Tensor, masking: Masking, hidden_only: bool = False) -> Tensor:
-        """The latents of view u [B, 1 + L, D] as they are, or those of the mask tokens, [B, L - V, D]."""
+        """Return the latents of view u [B, 1 + L, D] unchanged, or those of the mask tokens, [B, L - V, D]."""
         return latent[:, 1 + masking.num_visible :] if hidden_only else latent
 
     def to_pixels(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] to patch vectors [B, N, P]."""
+        """Predict patch vectors [B, N, P] from tokens [B, N, D]."""
         return self.decoder(tokens)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """As every encoder's, with the mask token at the stem, where it enters."""
+        """Name the depth of each parameter as `Encoder` does; the mask token belongs to the stem, where it enters."""
         return super().group_matcher(coarse) | dict(stem=r"^cls_token|^pos_embed|^patch_embed|^mask_token")
 
 

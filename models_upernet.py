@@ -1,6 +1,6 @@
-"""UperNet (Xiao et al. 2018) on a plain ViT: features of four depths, rescaled to a pyramid, to logits of each pixel.
+"""UperNet (Xiao et al. 2018) on a plain ViT: features of four depths, rescaled to a pyramid, give logits per pixel.
 
-Read downwards: `UperNet`, the ViT and what becomes of its features; `rescaled`, the pyramid; the two heads.
+Read downwards: `UperNet`, the ViT with its pyramid and heads; `rescaled`, a level of the pyramid; the two heads.
 
 Letters: B images, C channels, H x W pixels, h x w of a feature map, D and M width of ViT and heads, K classes.
 """
@@ -25,23 +25,23 @@ AUXILIARY_LEVEL = 2  # of the pyramid: stride 16
 
 
 class Logits(NamedTuple):
-    """Of both heads, at the resolution of their features."""
+    """The logits of both heads, at the resolution of their features."""
 
     main: Tensor  # [B, K, H/4, W/4]
     auxiliary: Tensor  # [B, K, H/16, W/16]
 
 
 class UperNet(Classifier):
-    """A ViT, without its last norm, whose feature maps go through a pyramid into a decode head.
+    """A ViT, without its last norm, whose feature maps pass through a pyramid into a decode head.
 
-    Names of the ViT's parameters are timm's, so that pre-trained encoders load and layer-wise rates apply as in
-    fine-tuning: neck and heads learn at the full rate.
+    The ViT's parameters have timm's names, so that pre-trained encoders load and layer-wise rates apply as in
+    fine-tuning. Neck and heads learn at the full rate.
 
     Args:
-        architecture: a value of models_lut.ARCHITECTURES.
-        img_size: height and width in pixels of the training's crops, multiples of `patch_size`. Other sizes go too:
-            positions are then resampled.
-        head_width: channels M of the decode head; the auxiliary one has half of them.
+        architecture: a value of models_architectures.ARCHITECTURES.
+        img_size: height and width in pixels of the training crops, multiples of `patch_size`. Images of other sizes
+            are possible; positions are resampled for them.
+        head_width: channels M of the decode head; the auxiliary head has half of them.
         drop_path: rate of stochastic depth at the ViT's last block.
         dropout: probability that a channel is dropped before the classifiers.
     """
@@ -76,22 +76,26 @@ class UperNet(Classifier):
         self.auxiliary_head = AuxiliaryHead(dim, max(1, head_width // 2), num_classes, dropout)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Images [B, C, H, W] to feature maps [B, D, H/s, W/s] for s in `STRIDES`."""
+        """Return feature maps [B, D, H/s, W/s] of images [B, C, H, W] for each s in `STRIDES`."""
         maps = self.forward_intermediates(images, indices=list(self.feature_blocks), intermediates_only=True)
         return [rescale(x) for rescale, x in zip(self.neck, maps, strict=True)]
 
     def forward(self, images: Tensor) -> Logits:
-        """Images [B, C, H, W], sides multiples of the patch, to the logits of both heads, for training."""
+        """Return both heads' logits for images [B, C, H, W], for training; H and W are multiples of the patch."""
         pyramid = self.pyramid(images)
         return Logits(self.decode_head(pyramid), self.auxiliary_head(pyramid[AUXILIARY_LEVEL]))
 
     def predict(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W], sides multiples of the patch, to the decode head's logits of each pixel [B, K, H, W]."""
+        """Return the decode head's logits [B, K, H, W] of each pixel of images [B, C, H, W], as in `forward`."""
         return resized(self.decode_head(self.pyramid(images)).float(), images.shape[-2:])
 
 
 def feature_blocks(depth: int) -> tuple[int, ...]:
-    """The blocks, counted from 0, whose outputs are looked at; ValueError where four of them do not differ."""
+    """Return the blocks, counted from 0, whose outputs make the pyramid.
+
+    Raises:
+        ValueError: the ViT has too few blocks for four different ones.
+    """
     blocks = tuple(round(depth * share) - 1 for share in DEPTHS)
     if blocks[0] < 0 or len(set(blocks)) < len(blocks):
         raise ValueError(f"a ViT of {depth} blocks has no features of four depths")
@@ -99,7 +103,7 @@ def feature_blocks(depth: int) -> tuple[int, ...]:
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, *, h, w] at another size."""
+    """Resample maps [B, *, h, w] to another size by bilinear interpolation."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -109,9 +113,10 @@ def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def rescaled(dim: int, patch_size: int, stride: int) -> nn.Module:
-    """From one vector per patch to one per `stride` pixels: larger by transposed convolutions, smaller by maxima.
+    """Return the module that turns one vector per patch into one per `stride` pixels.
 
-    A patch that is no power of two counts as the next one: the strides of patch 14 are 3.5, 7, 14 and 28.
+    It enlarges by transposed convolutions and shrinks by max pooling. A patch size that is no power of two counts as
+    the nearest one: patch 14 has the strides 3.5, 7, 14 and 28.
     """
     doublings = round(math.log2(patch_size)) - round(math.log2(stride))
     if doublings <= 0:
@@ -129,7 +134,7 @@ def rescaled(dim: int, patch_size: int, stride: int) -> nn.Module:
 
 
 class DecodeHead(nn.Module):
-    """Pyramid pooling at the top, a feature pyramid down from it, all levels together, then a linear classifier."""
+    """Pyramid pooling at the top, a feature pyramid below it, all levels fused, then a linear classifier."""
 
     def __init__(self, dim: int, width: int, num_classes: int, dropout: float):
         super().__init__()
@@ -144,7 +149,7 @@ class DecodeHead(nn.Module):
         self.classifier = pixel_classifier(width, num_classes, dropout)
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
-        """Feature maps [B, D, h, w] from fine to coarse, to logits [B, K, h, w] as fine as the first."""
+        """Return logits [B, K, h, w] at the finest size from feature maps [B, D, h, w], ordered from fine to coarse."""
         *finer, top = pyramid
         pooled = [resized(pool(top), top.shape[-2:]) for pool in self.pools]
         level = self.bottleneck(torch.cat([top, *pooled], dim=1))  # [B, M, h, w]
@@ -158,7 +163,7 @@ class DecodeHead(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """One convolution and a linear classifier on one level of the pyramid (FCN): it shortens the way to the ViT."""
+    """One convolution and a linear classifier on one level (FCN), which shortens the gradient's path to the ViT."""
 
     def __init__(self, dim: int, width: int, num_classes: int, dropout: float):
         super().__init__()
@@ -166,19 +171,19 @@ class AuxiliaryHead(nn.Module):
         self.classifier = pixel_classifier(width, num_classes, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D, h, w] to logits [B, K, h, w]."""
+        """Return logits [B, K, h, w] of features [B, D, h, w]."""
         return self.classifier(self.convolution(features))
 
 
 def convolution(channels: int, width: int, kernel_size: int) -> nn.Module:
-    """With BatchNorm and ReLU, and He's initialisation; the size stays."""
+    """Build a size-preserving convolution with BatchNorm, ReLU and He's initialisation."""
     block = Conv2dNormActivation(channels, width, kernel_size, inplace=False)
     nn.init.kaiming_normal_(block[0].weight, mode="fan_out", nonlinearity="relu")
     return block
 
 
 def pixel_classifier(width: int, num_classes: int, dropout: float) -> nn.Module:
-    """Whole channels are dropped, then each pixel classified."""
+    """Build a linear classifier per pixel, with dropout of whole channels before it."""
     linear = nn.Conv2d(width, num_classes, kernel_size=1)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)

@@ -21,10 +21,10 @@ Pool = Literal["avg", "token"]  # mean of the patch tokens, or the cls token
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample: x [B, ...] or, with probability `drop_prob`, 0, and the same in expectation.
+    """Stochastic depth per sample: x [B, ...] becomes 0 with probability `drop_prob`, else x / (1 - drop_prob).
 
-    As timm's, but the rate is a tensor. A float is a constant to torch.compile: blocks that differ in it would each be
-    compiled, up to a limit, and those behind it run uncompiled.
+    It equals timm's, but the rate is a tensor. torch.compile treats a float as a constant: it would compile each block
+    with another rate anew, up to a limit, and run the blocks after that uncompiled.
     """
 
     def __init__(self, drop_prob: float):
@@ -32,11 +32,11 @@ class DropPath(nn.Module):
         self.register_buffer("drop_prob", torch.tensor(drop_prob), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the same shape."""
+        """Drop samples of x [B, ...] while training; the shape does not change."""
         if not self.training:
             return x
-        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.drop_prob
-        return x * (kept / (1 - self.drop_prob)).to(x.dtype)
+        keeps = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.drop_prob
+        return x * (keeps / (1 - self.drop_prob)).to(x.dtype)
 
 
 class Classifier(VisionTransformer):
@@ -46,10 +46,10 @@ class Classifier(VisionTransformer):
     LayerNorm (`norm`), then the cls token. Positions start as the fixed sines of pre-training and are trained.
 
     Args:
-        architecture: a value of models_lut.ARCHITECTURES; its decoder is not looked at.
+        architecture: a value of models_architectures.ARCHITECTURES; its decoder is ignored.
         img_size: height and width in pixels, multiples of `patch_size`.
         drop_path: rate of stochastic depth at the last block, falling linearly to 0 at the first.
-        head_std: standard deviation of the head's first weights; MAE takes 2e-5 to fine-tune.
+        head_std: standard deviation of the head's initial weights; MAE uses 2e-5 for fine-tuning.
         vit: more arguments of timm's VisionTransformer.
     """
 
@@ -88,9 +88,9 @@ class Classifier(VisionTransformer):
             trunc_normal_(self.head.weight, std=head_std)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Depth of each parameter for layer-wise lr decay: stem, block by block, then norm and head at full rate.
+        """Name the depth of each parameter for layer-wise lr decay: stem, block by block, norm and head at full rate.
 
-        timm's own would count the last norm to the last block; MAE (and Table D) give it the head's rate.
+        timm's own matcher counts the last norm to the last block; MAE (and Table D) give it the head's rate.
         """
         return dict(stem=r"^cls_token|^pos_embed|^patch_embed", blocks=[(r"^blocks\.(\d+)", None)])
 
@@ -98,8 +98,8 @@ class Classifier(VisionTransformer):
 class LinearProbe(Classifier):
     """MAE's linear probe: BatchNorm without affine parameters and a linear layer on a frozen encoder.
 
-    The features are those of the encoder as it was pre-trained: all tokens through its last norm, then the cls token
-    or the mean of the patch tokens (which is what L_BC trains). `train()` leaves the encoder in eval mode.
+    The features are those of the pre-trained encoder: all tokens pass its last norm, then the cls token or the mean of
+    the patch tokens is taken (L_BC trains the mean). `train()` leaves the encoder in eval mode.
     """
 
     def __init__(self, architecture: dict[str, Any], *, num_classes: int, head_std: float = 0.01, **vit: Any):
@@ -109,14 +109,14 @@ class LinearProbe(Classifier):
         self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), self.head)
 
     def train(self, mode: bool = True) -> LinearProbe:
-        """Train the head only: no running statistic and no dropout of the encoder may move."""
+        """Set the head alone to training mode, so that the encoder's dropout and running statistics stay off."""
         super().train(False)
         self.head.train(mode)
         self.training = mode
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] to logits [B, K]; no graph is kept of the encoder."""
+        """Classify images [B, C, H, W], giving logits [B, K]; the encoder records no graph."""
         with torch.no_grad():
             features = self.forward_head(self.forward_features(images), pre_logits=True)  # [B, D]
         return self.head(features)

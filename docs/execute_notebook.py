@@ -1,17 +1,16 @@
-"""Run a notebook from its top, and keep it with what came out.
+"""Run a notebook from its top and save it with its outputs.
 
     python docs/execute_notebook.py docs/tour.ipynb
 
-It runs in a copy of the code in a temporary folder: it finds nothing of earlier runs, and leaves none. Outputs are
-kept; what belongs to this machine or moment is not: times, the version of Python, what went to stderr. A cell that
-fails ends the script, and the notebook stays as it was. Needs the packages of requirements-test.txt.
+The notebook runs in a copy of the code in a temporary folder, so it neither finds nor leaves files of other runs.
+Times, the version of Python and stderr are removed, because they differ between machines. If a cell fails, the script
+ends and the notebook is not changed. The script needs the packages of requirements-test.txt.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,29 +19,28 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import nbclient
 import nbformat
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 from PIL import Image
 from tyro.conf import Positional, arg
 
+from util.cluster.code import copy_code
 from util.config.command_line import parse_config
 from util.config.groups import check
 from util.runtime.errors import RunError, UserError, run_main
 from util.runtime.files import ROOT
 
-CODE = ("*.py", "util/**/*.py", "scripts/*.py", "recipes/*.yaml")  # what a notebook may call
-
 
 @dataclass(frozen=True)
 class ExecuteConfig:
-    """Run a notebook in a copy of the code, and write it back with its outputs."""
+    """Run a notebook in a copy of the code, and overwrite it with its outputs."""
 
     notebook: Annotated[Positional[str], arg(metavar="NOTEBOOK")]
-    """to be run, and overwritten"""
+    """notebook to run and overwrite (.ipynb)"""
     timeout: int = 600
-    """seconds that a cell may take"""
+    """most seconds for a cell"""
 
     def __post_init__(self) -> None:
         check(self.timeout >= 1, "timeout", self.timeout, "must be 1 or more")
@@ -50,7 +48,7 @@ class ExecuteConfig:
 
 
 def main() -> None:
-    """Run, clean, write."""
+    """Run the notebook, clean its outputs and write it."""
     config = parse_config(ExecuteConfig, sys.argv[1:], Path(__file__).name)
     path = Path(config.notebook).resolve()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,26 +58,21 @@ def main() -> None:
 
 
 def execute(path: Path, folder: Path, timeout: int) -> NotebookNode:
-    """The notebook with its outputs, after a run in a copy of the code that is made in `folder`, at its place there.
+    """Copy the code to `folder`, run the notebook at its place there, and return it with its outputs.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the notebook cannot be read.
         RunError: a cell failed, or took more than `timeout` seconds.
     """
     try:
         notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
         raise UserError(f"{path}: cannot be read as a notebook ({error})") from error
-    for pattern in CODE:
-        for file in ROOT.glob(pattern):
-            copy = folder / file.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+    copy_code(folder)
     place = folder / path.relative_to(ROOT).parent if path.is_relative_to(ROOT) else folder
     place.mkdir(parents=True, exist_ok=True)
-    client = NotebookClient(notebook, timeout=timeout, record_timing=False, resources={"metadata": {"path": place}})
     try:
-        return client.execute()
+        return nbclient.execute(notebook, cwd=str(place), timeout=timeout, record_timing=False)
     except CellExecutionError as error:
         raise RunError(f"{path.name}: a cell failed: {error.ename}: {' '.join(error.evalue.split())}") from error
     except CellTimeoutError as error:
@@ -87,7 +80,7 @@ def execute(path: Path, folder: Path, timeout: int) -> NotebookNode:
 
 
 def cleaned(notebook: NotebookNode) -> NotebookNode:
-    """In place, small, and without what another machine or another minute would have written differently."""
+    """Remove, in place, what differs between machines and runs, and make the pictures small."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -103,7 +96,7 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
 
 
 def smaller(picture: str) -> str:
-    """A PNG in base64 with 256 colours, a third of the size; one that has them already stays as it is."""
+    """Reduce a PNG in base64 to 256 colours, a third of the size; one with a palette is returned unchanged."""
     image = Image.open(io.BytesIO(base64.b64decode(picture)))
     if image.mode == "P":
         return picture
@@ -113,7 +106,7 @@ def smaller(picture: str) -> str:
 
 
 def pictures(notebook: NotebookNode) -> list[str]:
-    """All PNGs in the outputs, in base64."""
+    """Return all PNGs of the outputs, in base64."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
 

@@ -1,4 +1,4 @@
-"""What a ViT looks at and what its features hold: the paper's figures for any checkpoints, side by side.
+"""Attention and features of any checkpoints side by side: the figures of the paper.
 
     python scripts/analyze.py attention --checkpoint MAE.pth LUT.pth --image cat.jpg --query 7,7 --input_size 480
     python scripts/analyze.py gradcam   --checkpoint TUNED/checkpoint-best.pth --image cat.jpg dog.jpg
@@ -7,9 +7,9 @@
     python scripts/analyze.py features  --checkpoint MAE.pth LUT.pth --data_path IMAGENET --method tsne
     python scripts/analyze.py compare   --checkpoint MAE.pth LUT.pth --data_path IMAGENET
 
-A checkpoint is one of ours (--weights momentum: its momentum encoder), of MAE, LUT's release or timm, a fine-tuned
-classifier or linear probe, `timm:NAME` (random weights) or `timm:NAME=FILE`. --output_dir gets pictures (.png) and
-the numbers (.json); compare makes all of them and one page (.html). Flags of a command: `analyze.py COMMAND --help`.
+A checkpoint is a file of ours (--weights momentum: its momentum encoder), of MAE, LUT's release or timm, a fine-tuned
+classifier or linear probe, `timm:NAME` (random weights) or `timm:NAME=FILE`. Pictures (.png) and numbers (.json) go to
+--output_dir; compare runs all commands and writes one page (.html). `analyze.py COMMAND --help` lists the flags.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ import numpy as np
 from tyro.conf import arg
 
 from models_vit import Pool
+from util.analysis.feature_study import features_study
 from util.analysis.images import find_images
 from util.analysis.studies import (
     Images,
     Study,
     attention_study,
     distance_study,
-    features_study,
     gradcam_study,
     spectrum_study,
 )
 from util.config.command_line import parse_config
 from util.config.groups import as_dict, check, check_image_size
 from util.figures.figure import save_figure
-from util.report.page import Section, page
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
+from util.runtime.files import write_durably
 from util.runtime.logs import aligned
 from util.weights.interop import Weights
 from util.weights.vit import NamedViT, open_vit
@@ -53,21 +53,21 @@ from util.weights.vit import NamedViT, open_vit
 
 @dataclass(frozen=True)
 class AnalyzeConfig:
-    """What all commands share: models, images, output."""
+    """Settings that all commands share: models, images, output."""
 
     checkpoint: tuple[str, ...]
     """one or more: a file of ours, MAE's, LUT's release or timm's, `timm:NAME` (random weights), `timm:NAME=FILE`"""
     label: tuple[str, ...] = ()
-    """what to call each checkpoint; default: its folder and number"""
+    """a name for each checkpoint; default: its folder and number"""
     weights: tuple[Weights, ...] = ()
-    """which of the two encoders: one for all checkpoints, or one for each; default: student, or of a classifier with
-    --model_ema its moving average (momentum)"""
+    """student or momentum encoder, one value for all checkpoints or one for each; default: student, or the moving
+    average (momentum) of a classifier trained with --model_ema"""
     num_heads: int | None = None
-    """attention heads; default: of the run's settings, or of the known model of that width"""
+    """attention heads; default: from the run's settings, or of the known model of that width"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
     """pixels, one number or height and width (224, 480); default: the model's own. Positions are resampled"""
     image: tuple[str, ...] = ()
-    """image files to look at, instead of a data set"""
+    """image files to analyse, instead of a data set"""
     data_path: str = ""
     """images as for main_pretrain.py, labelled or not"""
     dataset: str = ""
@@ -75,21 +75,21 @@ class AnalyzeConfig:
     exif: Literal["ignore", "apply"] = "ignore"
     """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     split: Literal["train", "val"] = "val"
-    """of the data set"""
+    """split of the data set"""
     most_images: int = 5000
-    """images of the data set that are looked at, drawn with --seed"""
+    """most images of the data set that are analysed, drawn with --seed"""
     show: int = 4
-    """how many of them are drawn in pictures of images; --image: all"""
+    """number of them in pictures of images; --image shows all"""
     batch_size: int = 32
     """images per forward pass"""
     num_workers: int = 0
-    """loader processes"""
+    """data loader workers"""
     seed: int = 0
-    """of the choice of images, and of t-SNE"""
+    """seed of the choice of images and of t-SNE"""
     device: str = "auto"
     """auto: cuda where there is one, else cpu"""
     output_dir: str = "output/analysis"
-    """where pictures and numbers go"""
+    """folder for pictures and numbers"""
 
     def __post_init__(self) -> None:
         count = len(self.checkpoint)
@@ -98,7 +98,12 @@ class AnalyzeConfig:
         fix = f"give one for all, or one for each of {count} checkpoints"
         check(len(self.weights) in (0, 1, count), "weights", self.weights, fix)
         check_image_size(self.input_size)
-        check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
+        check(
+            not (self.image and (self.data_path or self.dataset)),
+            "image",
+            self.image,
+            "give it or a data set, not both",
+        )
         for flag in ("most_images", "show", "batch_size"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         check(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
@@ -107,7 +112,7 @@ class AnalyzeConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig(AnalyzeConfig):
-    """How query patches attend, mean over heads and head by head (Figures 1, A, B)."""
+    """Attention of query patches, as the mean over heads and head by head (Figures 1, A, B)."""
 
     query: tuple[str, ...] = ()
     """row,col of patches, counted from 0 in the grid of the first checkpoint; default: the centre"""
@@ -128,49 +133,49 @@ class AttentionConfig(AnalyzeConfig):
         return [(int(row), int(column)) for row, column in (query.split(",") for query in self.query)]
 
     def study(self, vits: list[NamedViT], images: Images) -> Study:
-        """Look."""
+        """Return the study of these models and images."""
         return attention_study(vits, images, self.queries, self.layer, self.heads)
 
 
 @dataclass(frozen=True)
 class GradcamConfig(AnalyzeConfig):
-    """Which patches make the class, or an encoder's feature (Grad-CAM, Figure 3)."""
+    """Grad-CAM: the patches that raise a class score, or an encoder's feature (Figure 3)."""
 
     layer: int = -1
     """block whose attention reads the tokens, counted from 0, or from the end if negative"""
     target_class: int | None = None
-    """of a classifier; default: the most likely one of each image"""
+    """class whose score is explained; default: the most likely class of each image"""
 
     def study(self, vits: list[NamedViT], images: Images) -> Study:
-        """Look."""
+        """Return the study of these models and images."""
         return gradcam_study(vits, images, self.layer, self.target_class)
 
 
 @dataclass(frozen=True)
 class DistanceConfig(AnalyzeConfig):
-    """How far attention reaches, per head and layer, over a data set (Figure 4a, Eq. 4)."""
+    """Distance of attention for each head and layer, over a data set (Figure 4a, Eq. 4)."""
 
     last_layers: int = 3
-    """how many blocks from the end; 0: all"""
+    """number of blocks, counted from the end; 0: all"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.last_layers >= 0, "last_layers", self.last_layers, "must be 0 (all) or more")
 
     def study(self, vits: list[NamedViT], images: Images) -> Study:
-        """Look."""
+        """Return the study of these models and images."""
         return distance_study(vits, images, self.last_layers)
 
 
 @dataclass(frozen=True)
 class SpectrumConfig(AnalyzeConfig):
-    """Singular values of the features' covariance per layer, and the difference of two models (Figure 4b)."""
+    """Singular values of the features' covariance in each layer, and the difference of two models (Figure 4b)."""
 
     pool: Pool = "avg"
     """an image's feature: mean of the patch tokens, or the cls token"""
 
     def study(self, vits: list[NamedViT], images: Images) -> Study:
-        """Look."""
+        """Return the study of these models and images."""
         return spectrum_study(vits, images, self.pool)
 
 
@@ -181,9 +186,9 @@ class FeaturesConfig(AnalyzeConfig):
     pool: Pool = "avg"
     """an image's feature: mean of the patch tokens, or the cls token"""
     method: Literal["pca", "tsne"] = "pca"
-    """how features come into the plane"""
+    """projection of features to the plane"""
     neighbours: int = 5
-    """nearest neighbours that are shown"""
+    """number of nearest neighbours"""
     map_images: int = 2000
     """most images in the plane and among the neighbours"""
 
@@ -193,19 +198,19 @@ class FeaturesConfig(AnalyzeConfig):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
 
     def study(self, vits: list[NamedViT], images: Images) -> Study:
-        """Look."""
+        """Return the study of these models and images."""
         images = replace(images, order=images.order[: self.map_images])
         return features_study(vits, images, self.pool, self.method, self.neighbours, self.seed)
 
 
 @dataclass(frozen=True)
 class CompareConfig(AttentionConfig, GradcamConfig, DistanceConfig, SpectrumConfig, FeaturesConfig):
-    """All of these for two checkpoints, and a page with everything."""
+    """All commands for two checkpoints, and a page with everything."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len(self.checkpoint) == 2, "checkpoint", self.checkpoint, "compare takes two")
-        check(not self.image, "image", self.image, "compare goes over a data set, give --data_path or --dataset")
+        check(not self.image, "image", self.image, "compare analyses a data set, give --data_path or --dataset")
 
 
 COMMANDS: dict[str, type[AnalyzeConfig]] = {
@@ -223,7 +228,7 @@ COMMANDS: dict[str, type[AnalyzeConfig]] = {
 
 
 def main() -> None:
-    """Open models and images, look, write."""
+    """Run one command, or all commands and a page of them for compare."""
     command, flags = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if command in ("-h", "--help"):
         print(__doc__)
@@ -238,19 +243,26 @@ def main() -> None:
     vits = open_models(config)
     folder = Path(config.output_dir)
     names = [name for name in COMMANDS if name != "compare"] if command == "compare" else [command]
-    sections = []
+    studies: list[tuple[Study, list[Path]]] = []
+    missing = []
     for name in names:
-        study = COMMANDS[name].study(config, vits, images)
-        pictures = write(study, folder, name, config, vits)
-        sections.append(Section(study.title, study.text, [path.read_bytes() for path in pictures], study.table))
+        try:
+            study = COMMANDS[name].study(config, vits, images)
+        except UserError as error:
+            if command != "compare":
+                raise
+            missing.append(f"{name} is left out: {error}")
+            print(missing[-1], flush=True)
+            continue
+        studies.append((study, write(study, folder, name, config, vits)))
     if command == "compare":
         data = config.dataset or config.data_path or "digits"
-        facts = [*(f"{vit.label}: {vit.said}" for vit in vits), f"Data: {len(images.order)} images of {data}"]
-        write_page(" and ".join(vit.label for vit in vits), facts, sections, folder / "compare.html")
+        facts = [*(f"{vit.label}: {vit.said}" for vit in vits), f"Data: {len(images.order)} images of {data}", *missing]
+        write_page(" and ".join(vit.label for vit in vits), facts, studies, folder / "compare.html")
 
 
 def open_models(config: AnalyzeConfig) -> list[NamedViT]:
-    """Every checkpoint, each with what became of its tensors printed."""
+    """Open every checkpoint and print what became of its tensors."""
     device, count = choose_device(config.device), len(config.checkpoint)
     weights = config.weights * count if len(config.weights) == 1 else config.weights or (None,) * count
     labels = config.label or ("",) * count
@@ -262,34 +274,47 @@ def open_models(config: AnalyzeConfig) -> list[NamedViT]:
 
 
 def write(study: Study, folder: Path, name: str, config: AnalyzeConfig, vits: list[NamedViT]) -> list[Path]:
-    """NAME.png, further pictures, NAME.json; the main numbers on the terminal. The pictures' paths."""
+    """Write NAME*.png and NAME.json, print the main numbers, and return the paths of the pictures."""
     pictures = [folder / f"{name}{ending}.png" for ending in study.figures]
     try:
         for path, figure in zip(pictures, study.figures.values(), strict=True):
             save_figure(figure, path)
         models = [{"label": vit.label, "input_size": list(vit.size), "weights": vit.said} for vit in vits]
         numbers = {"command": name, "config": as_dict(config), "opened": models, **study.numbers}
-        text = json.dumps(numbers, default=plain, allow_nan=False)
-        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(numbers, default=plain, allow_nan=False) + "\n"
+        write_durably(folder / f"{name}.json", lambda file: file.write(text.encode()))
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror or error})") from error
+        raise not_writable(folder, error) from error
     print(aligned(study.table))
     print(f"{study.title}: {', '.join(map(str, pictures))}, {name}.json", flush=True)
     return pictures
 
 
 def plain(value: Any) -> Any:
-    """For JSON: arrays to lists, in seven significant digits."""
+    """Convert for JSON: arrays become lists, numbers keep seven significant digits."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         digits = np.vectorize(lambda x: float(f"{x:.7g}"), otypes=[float])
         return digits(value).tolist()
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
 
 
-def write_page(title: str, facts: list[str], sections: list[Section], path: Path) -> None:
-    """Everything in one file."""
-    path.write_text(page(title, facts, sections, "Made by scripts/analyze.py compare."), encoding="utf-8")
+def write_page(title: str, facts: list[str], studies: list[tuple[Study, list[Path]]], path: Path) -> None:
+    """Write the studies and their pictures as one HTML file."""
+    from util.report.page import Section, page
+
+    sections = [Section(s.title, s.text, [p.read_bytes() for p in pictures], s.table) for s, pictures in studies]
+    html = page(title, facts, sections, "Made by scripts/analyze.py compare.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, lambda file: file.write(html.encode()))
+    except OSError as error:
+        raise not_writable(path.parent, error) from error
     print(f"page: {path} ({path.stat().st_size / 2**20:.1f} MB)")
+
+
+def not_writable(folder: Path, error: OSError) -> UserError:
+    """Return the error for an output folder that cannot be written."""
+    return UserError(f"--output_dir {folder}: cannot be written ({error.strerror or error})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast is it, and how near to what the machine can do?
+"""Measure how fast the code is, and how near it comes to the limits of the machine.
 
     python scripts/bench.py step --model lut_vit_small_patch16 --batch_size 8 --amp fp32 --json step.json
     python scripts/bench.py step --forms asymmetric --variants ours --vary compile=none,block amp=fp32,bf16
@@ -8,11 +8,13 @@
     python scripts/bench.py limits
     python scripts/bench.py saving --folder /scratch
 
-step is the bare update on images that are in memory, loader the way from files to views, epoch whole runs of
-main_pretrain.py, limits the machine alone, saving the cost of checkpoints. The first three take the flags of
-main_pretrain.py (`step --help`), and --vary compares values of any of them. What is compared takes turns, so that
-whatever else the machine does meets all alike; numbers are medians, with quartiles in brackets.
+`step` measures the update on images in memory, `loader` the data loader from files to views, `epoch` whole runs of
+main_pretrain.py, `limits` the machine alone, and `saving` the cost of checkpoints. The first three take the flags of
+main_pretrain.py (`step --help`), and --vary compares values of any of them. Variants take turns, so that other work on
+the machine affects all alike; numbers are medians, with quartiles in brackets.
 """
+
+# A benchmark imports what it needs itself: --help and a wrong flag should not wait for matplotlib or scikit-learn.
 
 from __future__ import annotations
 
@@ -23,33 +25,29 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from util.bench.config import EpochConfig, LimitsConfig, LoaderConfig, StepConfig, titled, vary
-from util.bench.epoch import PARTS, run_variant
-from util.bench.limits import DTYPES, decode_rate, disk_write, matrix_peaks, memory_bandwidth, one_thread, sample_photos
-from util.bench.loader import PIL_KNOWS, bench_images, pipeline
-from util.bench.memory import largest_batch
-from util.bench.plot import plot_sweep
-from util.bench.saving import SavingConfig, bench_saving
-from util.bench.step import StepperProcess, Variant, measure, step_variants
+from util.bench.config import EpochConfig, LimitsConfig, LoaderConfig, SavingConfig, StepConfig, titled, vary
 from util.bench.timing import Spread, in_turn, percent, ratios, short, spread, table, write_report
 from util.config.command_line import parse_config
 from util.config.groups import as_dict, check
-from util.data.datasets import open_images
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
-from util.train.run import writable_folder
+from util.runtime.files import writable_folder
+
+if TYPE_CHECKING:
+    from util.bench.step import StepperProcess
+    from util.bench.variant import Variant
 
 PROGRAM = Path(__file__).name
 
 
 def main() -> None:
-    """The benchmark that the first argument names."""
+    """Run the benchmark that the first argument names."""
     benchmarks = {function.__name__: function for function in (step, loader, epoch, limits, saving)}
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -66,9 +64,13 @@ def main() -> None:
 
 
 def step(arguments: list[str]) -> None:
-    """Updates of each form and variant: a table, or a sweep, or the largest batch."""
+    """Measure updates of each form and variant and print a table; or sweep a flag, or find the largest batch."""
     program = f"{PROGRAM} step"
     config = parse_config(StepConfig, arguments, program)
+    from util.bench.measure import measure
+    from util.bench.step import StepperProcess
+    from util.bench.variant import step_variants
+
     if config.sweep:
         sweep(config, arguments, program)
         return
@@ -77,7 +79,7 @@ def step(arguments: list[str]) -> None:
         find_batch(config, variants)
         return
     folder = writable_folder(config.profile, "profile") if config.profile else None
-    check(len({variant.device for variant in variants}) == 1, "vary", "device", "one machine at a time")
+    check(len({variant.device for variant in variants}) == 1, "vary", "device", "must name one device")
     with contextlib.ExitStack() as stack:
         steppers = [stack.enter_context(StepperProcess(variant)) for variant in variants]
         rows = measure(steppers, "step")
@@ -88,15 +90,15 @@ def step(arguments: list[str]) -> None:
 
 
 def show_steps(rows: list[dict[str, Any]]) -> None:
-    """Speed, share of what the machine can do, parts, and how the variants of a form compare."""
+    """Print speeds, shares of the machine's peak rates, parts of the update, and comparisons of the variants."""
     print(
         table(
             [
                 {
                     "variant": row["name"],
-                    "images/s": row["images_per_second"].said(),
+                    "images/s": row["images_per_second"].text(),
                     "ms/step": short(row["ms_per_step"].median),
-                    "x first": row["of_first"].said(),
+                    "x first": row["of_first"].text(),
                     "GiB": short(row["memory_bytes"] / 2**30),
                     "GFLOP/image": short(row["gflop_per_image"]),
                     "TFLOP/s": short(row["tflops"].median),
@@ -108,7 +110,7 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
             ]
         )
     )
-    print("\nms of its parts, timed apart:")
+    print("\nmilliseconds of the parts of an update, timed separately:")
     parts = [{part: short(x.median) for part, x in row["ms_of_parts"].items()} for row in rows]
     print(table([{"variant": row["name"], **part} for row, part in zip(rows, parts, strict=True)]))
     peaks = {row["numbers"]: f"{row['numbers']} {short(row['matrix_peak_tflops'].median)} TFLOP/s" for row in rows}
@@ -119,52 +121,64 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
     )
     for row in rows:
         if row["compiled_while_timed"]:
-            print(f"WARNING: {row['name']} was compiled anew while it was timed, {row['compiled_while_timed']} times")
+            print(f"WARNING: {row['name']} was compiled {row['compiled_while_timed']} times while it was timed")
     for line in comparisons(rows):
         print(line)
 
 
 def comparisons(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence for ours against plain in each form, and for each form of ours against MAE."""
-    said = []
+    """Return a sentence about ours against plain for each form, and about each form of LUT against MAE."""
+    sentences = []
     for row, other in itertools.permutations(rows, 2):
         if row["variant"] == "ours" and row["form"] == other["form"] and other["variant"] == "plain":
-            said.append(f"{row['name']}: {speed_ratio(row, other).said()} times as fast as {other['name']}")
+            sentences.append(f"{row['name']}: {speed_ratio(row, other).text()} times as fast as {other['name']}")
         if row["form"] != "mae" and other["form"] == "mae" and row["variant"] == other["variant"] == "ours":
-            said.append(f"{row['name']}: takes {speed_ratio(other, row).said()} times as long as {other['name']}")
-    return said
+            sentences.append(f"{row['name']}: takes {speed_ratio(other, row).text()} times as long as {other['name']}")
+    return sentences
 
 
 def speed_ratio(row: dict[str, Any], other: dict[str, Any]) -> Spread:
-    """Images/s of one over those of the other, round by round."""
+    """Return the ratio of the images/s of two rows, round by round."""
     return ratios(*([one["images"] / seconds for seconds in one["seconds"]] for one in (row, other)))
 
 
 def sweep(config: StepConfig, arguments: list[str], program: str) -> None:
-    """The same measurement for each value of a flag, one after the other; a table, a picture, and JSON after each."""
+    """Repeat the measurement for each value of a flag: a table and JSON after each value, and a plot at the end."""
+    from util.bench.measure import measure
+    from util.bench.plot import plot_sweep
+    from util.bench.step import StepperProcess
+    from util.bench.variant import step_variants
+
     flag, _, values = config.sweep_axis.partition("=")
     picture = Path(config.plot or (str(Path(config.json).with_suffix(".png")) if config.json else f"bench-{flag}.png"))
     writable_folder(picture.parent, "plot")
-    found: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for value in values.split(","):
         flags = [*arguments, f"--{flag}", *value.split()]
         variants = step_variants(vary(StepConfig, flags, config.vary, program))
         print(f"\n{flag} {value}", flush=True)
         with contextlib.ExitStack() as stack:
             steppers = [stack.enter_context(StepperProcess(variant)) for variant in variants]
-            found[value] = measure(steppers, f"{flag} {value}")
-        show_steps(found[value])
-        write_report(config.json, "step", variants[0].device, as_dict(config), swept=flag, rows=found)
-    plot_sweep(flag, found, picture)
-    print(f"\nsee {picture}")
+            rows[value] = measure(steppers, f"{flag} {value}")
+        show_steps(rows[value])
+        write_report(config.json, "step", variants[0].device, as_dict(config), swept=flag, rows=rows)
+    plot_sweep(flag, rows, picture)
+    print(f"\nplot: {picture}")
 
 
 def find_batch(config: StepConfig, variants: list[Variant]) -> None:
-    """The largest batch of each variant."""
+    """Find the largest batch of each variant and print a table."""
+    from util.bench.memory import largest_batch
+
     device = choose_device(config.device)
-    fix = "a CPU's memory is everybody's: say with --memory_gib how much a process may use"
+    fix = "on a CPU add --memory_gib, the memory that a process may use"
     check(device.type == "cuda" or config.memory_gib is not None, "find_batch", "", fix)
-    check(device.type != "cuda" or config.memory_gib is None, "memory_gib", config.memory_gib, "is for CPUs")
+    check(
+        device.type != "cuda" or config.memory_gib is None,
+        "memory_gib",
+        config.memory_gib,
+        "works on a CPU only, leave it out",
+    )
     rows = []
     for variant in variants:
 
@@ -177,12 +191,13 @@ def find_batch(config: StepConfig, variants: list[Variant]) -> None:
 
 
 def show_profile(stepper: StepperProcess, folder: Path) -> None:
-    """Write the trace, print the dearest operators and the calls that wait."""
-    dearest, waits = stepper.profile(folder)
-    print(f"\n{stepper.variant.name}: trace in {folder}\n{dearest}")
+    """Write the trace; print the most expensive operators and the calls that wait for the GPU."""
+    profile = stepper.profile(folder)
+    print(f"\n{stepper.variant.name}: trace in {folder}\n{profile.operators}")
     if stepper.variant.device.type == "cuda":
-        said = ", ".join(f"{name} {number:g}" for name, number in waits.items()) or "none"
-        print(f"calls per update that make the host wait for the device: {said}")
+        calls = ", ".join(f"{name} {number:g}" for name, number in profile.waits.items()) or "none"
+        print(f"calls per update that make the host wait for the device: {calls}")
+        print(f"the GPU pauses {profile.gaps:g} times per update, {profile.gap_ms:.2f} ms in all")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -191,9 +206,12 @@ def show_profile(stepper: StepperProcess, folder: Path) -> None:
 
 
 def loader(arguments: list[str]) -> None:
-    """Images/s and core from files to views."""
+    """Measure the data loader from files to views, in images/s per core."""
     program = f"{PROGRAM} loader"
     config = parse_config(LoaderConfig, arguments, program)
+    from util.bench.limits import one_thread
+    from util.bench.loader import PIL_KNOWS, bench_images, pipeline
+
     turns: dict[str, Callable[[], float]] = {}
     for title, settings in vary(LoaderConfig, arguments, config.vary, program).items():
         images = bench_images(settings)
@@ -203,9 +221,9 @@ def loader(arguments: list[str]) -> None:
             )
     with one_thread():
         for turn in turns.values():
-            turn()  # starts the loader processes, fills caches of the file system
-        found = in_turn(turns, config.rounds, "loader")
-    speeds = {name: [1 / seconds for seconds in values] for name, values in found.items()}
+            turn()  # starts the workers, and fills the file system's cache
+        seconds = in_turn(turns, config.rounds, "loader")
+    speeds = {name: [1 / x for x in values] for name, values in seconds.items()}
     first = next(iter(speeds.values()))
     rows = [
         {"name": name, "images_per_second_and_core": spread(values), "of_first": ratios(values, first)}
@@ -213,16 +231,16 @@ def loader(arguments: list[str]) -> None:
     ]
     scaled = f", re-encoded at {config.scale_to} (JPEG, quality 90) in memory" if config.scale_to else ""
     print(f"{len(images)} images{scaled}; {config.num_views} views of {config.resolved_input_size}")
-    shown = [
+    cells = [
         {
             "pipeline": row["name"],
-            "images/s and core": row["images_per_second_and_core"].said(),
-            "x first": row["of_first"].said(),
+            "images/s and core": row["images_per_second_and_core"].text(),
+            "x first": row["of_first"].text(),
         }
         for row in rows
     ]
-    print(table(shown))
-    print("ours delivers uint8 and leaves the normalisation to the device, where it is part of the update")
+    print(table(cells))
+    print("ours delivers uint8; the device normalises, as part of the update")
     write_report(config.json, "loader", torch.device("cpu"), as_dict(config), images=len(images), rows=rows)
 
 
@@ -232,46 +250,47 @@ def loader(arguments: list[str]) -> None:
 
 
 def epoch(arguments: list[str]) -> None:
-    """Whole runs, each in a process of its own."""
+    """Measure whole runs, each in a process of its own."""
     program = f"{PROGRAM} epoch"
     config = parse_config(EpochConfig, arguments, program)
     variants = vary(EpochConfig, arguments, config.vary, program)
+    from util.bench.epoch import PARTS, run_variant
+
     device = choose_device(config.device)
-    kept: dict[str, list[dict[str, float]]] = {title or "run": [] for title in variants}
+    finished: dict[str, list[dict[str, float]]] = {title or "run": [] for title in variants}
 
     def run(title: str, settings: EpochConfig) -> dict[str, float]:
-        kept[title].append(run_variant(settings))
-        write_report(config.json, "epoch", device, as_dict(config), runs=kept)  # nothing is lost with the next run
-        return kept[title][-1]
+        finished[title].append(run_variant(settings))
+        write_report(config.json, "epoch", device, as_dict(config), runs=finished)  # a later failure loses nothing
+        return finished[title][-1]
 
-    runs = {title or "run": partial(run, title or "run", settings) for title, settings in variants.items()}
-    found = in_turn(runs, config.rounds, "epoch")
-    first = [run["images_per_second"] for run in next(iter(found.values()))]
+    in_turn({name or "run": partial(run, name or "run", one) for name, one in variants.items()}, config.rounds, "epoch")
+    first = [run["images_per_second"] for run in next(iter(finished.values()))]
     rows = []
-    for title, values in found.items():
-        speeds = [run["images_per_second"] for run in values]
-        shares = {part: spread([run[part] / run["total"] for run in values]) for part in PARTS}
+    for title, runs in finished.items():
+        speeds = [run["images_per_second"] for run in runs]
+        shares = {part: spread([run[part] / run["total"] for run in runs]) for part in PARTS}
         row = {"name": title, "images_per_second": spread(speeds), "of_first": ratios(speeds, first), "shares": shares}
-        row["images_per_second_whole_run"] = spread([run["images_per_second_whole_run"] for run in values])
-        most = {key: max(run[key] for run in values) for key in ("memory_bytes", "compiled_later")}
-        rows.append(row | most | {"runs": values})
+        row["images_per_second_whole_run"] = spread([run["images_per_second_whole_run"] for run in runs])
+        maxima = {key: max(run[key] for run in runs) for key in ("memory_bytes", "compiled_later")}
+        rows.append(row | maxima | {"runs": runs})
     print(
         table(
             [
                 {
                     "run": row["name"],
-                    "images/s": row["images_per_second"].said(),
-                    "x first": row["of_first"].said(),
+                    "images/s": row["images_per_second"].text(),
+                    "x first": row["of_first"].text(),
                     "with all": short(row["images_per_second_whole_run"].median),
                     **{part: percent(share.median) for part, share in row["shares"].items()},
                     "GiB": short(row["memory_bytes"] / 2**30),
-                    "compiled anew": str(row["compiled_later"]),
+                    "recompiled": str(row["compiled_later"]),
                 }
                 for row in rows
             ]
         )
     )
-    print("images/s of the updates and their data, after the first line of log; shares of the whole run's time")
+    print("images/s are those of updates and data after the first log line; shares are those of the whole run's time")
     write_report(config.json, "epoch", device, as_dict(config), rows=rows)
 
 
@@ -281,18 +300,20 @@ def epoch(arguments: list[str]) -> None:
 
 
 def limits(arguments: list[str]) -> None:
-    """What the machine can do at best."""
+    """Measure the peak rates of the machine."""
     config = parse_config(LimitsConfig, arguments, f"{PROGRAM} limits")
+    from util.bench.limits import DTYPES, decode_rate, disk_write, matrix_peaks, memory_bandwidth
+
     device = choose_device(config.device)
     folder = writable_folder(config.folder, "folder")
     known = DTYPES if device.type == "cuda" else [numbers for numbers in DTYPES if numbers != "tf32"]
     for numbers in config.numbers:
-        check(numbers in known, "numbers", numbers, f"is not for {device.type}")
+        check(numbers in known, "numbers", numbers, f"does not exist on a {device.type.upper()}")
     rows = []
 
-    def add(what: str, value: Spread, unit: str) -> None:
-        rows.append({"what": what, "value": value, "unit": unit})
-        print(f"{what:<28}{value.said():>28} {unit}", flush=True)
+    def add(name: str, value: Spread, unit: str) -> None:
+        rows.append({"what": name, "value": value, "unit": unit})
+        print(f"{name:<28}{value.text():>28} {unit}", flush=True)
 
     for numbers in config.numbers or known:
         for side, peak in matrix_peaks(numbers, device, config.sides, config.seconds).items():
@@ -305,7 +326,10 @@ def limits(arguments: list[str]) -> None:
 
 
 def files_to_decode(config: LimitsConfig) -> list[bytes]:
-    """Some of the images of --data_path, or photographs that come with scikit-learn."""
+    """Return some images of --data_path, or photographs that come with scikit-learn."""
+    from util.bench.limits import sample_photos
+    from util.data.datasets import open_images
+
     if not config.data_path:
         return sample_photos()
     source = open_images(config.data_path, "", "train")
@@ -318,8 +342,11 @@ def files_to_decode(config: LimitsConfig) -> list[bytes]:
 
 
 def saving(arguments: list[str]) -> None:
-    """How long a checkpoint keeps the training waiting."""
-    bench_saving(parse_config(SavingConfig, arguments, f"{PROGRAM} saving"))
+    """Measure how long saving a checkpoint blocks and slows the training."""
+    config = parse_config(SavingConfig, arguments, f"{PROGRAM} saving")
+    from util.bench.saving import bench_saving
+
+    bench_saving(config)
 
 
 if __name__ == "__main__":

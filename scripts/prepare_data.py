@@ -23,6 +23,7 @@ the mean difference in grey levels to the pixels before encoding, and the time t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -160,9 +161,9 @@ def write(config: PrepareConfig, preparation: Preparation) -> None:
         try:
             write_json(output / SETTINGS_FILE, settings)
             preparation.write()
-        except RunError:
-            raise
         except OSError as error:
+            if error.errno in (None, errno.EMFILE, errno.ENFILE):  # reading has failed, perhaps in a worker
+                raise
             raise RunError(
                 f"--output_dir {output}: could not be written ({error.strerror}); what is finished stays, make room"
                 " and run the same command again"

@@ -48,10 +48,9 @@ from util.robustness.view import (
 from util.runtime.amp import autocast_dtype, choose_attention
 from util.runtime.distributed import Processes, is_main, start_processes, stop_processes
 from util.runtime.errors import RunError, UserError, run_main
-from util.runtime.files import sha256_of
+from util.runtime.files import sha256_of, writable_folder
 from util.runtime.logs import format_duration
 from util.tables.formats import commented
-from util.train.run import writable_folder
 from util.weights.classifiers import NamedClassifier, open_classifier
 from util.weights.interop import Weights
 from util.weights.vit import TIMM

@@ -1,11 +1,11 @@
-"""Submit a stage to SLURM, or run it in the background of this machine.
+"""Submit a stage to SLURM, or run it in the background on this machine.
 
     python scripts/submit.py pretrain --ngpus 8 --partition gpu --job_dir RUN -- --recipe paper_vit_base --data_path IN
     python scripts/submit.py finetune --seeds 0 1 2 --grid "blr=5e-4,1e-3" -- --recipe finetune_vit_base --finetune PT
     python scripts/submit.py pretrain --cluster local --ngpus 0 --follow -- --recipe quickstart
 
-The launcher's flags come before `--`, those of the stage (main_STAGE.py, and scripts/probe.py) after it. A job that
-meets its time limit, is preempted or loses a node is queued again and goes on from its newest checkpoint. --dry_run
+The launcher's flags come before `--`, those of the stage (main_STAGE.py or scripts/probe.py) after it. A job that
+meets its time limit, is preempted or loses a node is requeued and continues from its newest checkpoint. --dry_run
 shows what would be submitted.
 """
 
@@ -17,26 +17,27 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from submitit import Job
 from tyro.conf import Positional, UseAppendAction, arg
 
-from util.cluster.jobs import Refused, Resources, batch_script, follow, submit_local, submit_slurm
+from util.cluster.code import copy_code, unused_folder
 from util.cluster.launch import StageJob
 from util.config.command_line import MAINS, flag_values, parse_config
 from util.config.groups import check
 from util.runtime.errors import UserError, nearest, run_main
-from util.runtime.files import ROOT
-from util.runtime.logs import git_state
+
+if TYPE_CHECKING:  # submitit is imported where it is used: --help and a wrong flag should not wait for it
+    from submitit import Job
+
+    from util.cluster.jobs import Resources
 
 QUEUE_FLAGS = ("partition", "account", "qos", "constraint", "exclude", "comment")
 
@@ -52,25 +53,25 @@ class SubmitConfig:
     nodes: int = 1
     """machines"""
     ngpus: int = 8
-    """GPUs per node, one process each; 0: run on CPUs, with --tasks_per_node processes"""
+    """GPUs per node, one process per GPU; 0: run on CPUs, with --tasks_per_node processes"""
     tasks_per_node: int | None = None
     """processes per node of a run on CPUs; default: 1"""
     cpus_per_task: int | None = None
-    """processors per process; default: 10 beside a GPU, else 1"""
+    """CPU cores per process; default: 10 with a GPU, else 1"""
     mem_gb: float | None = None
-    """memory per node; default: the cluster's"""
+    """GB of memory per node; default: the cluster's"""
 
     # queue
     timeout: int = 1440
-    """minutes until the job has to be queued again (SLURM only)"""
+    """time limit in minutes, after which the job is requeued (SLURM only)"""
     signal_delay: int = 90
-    """seconds before that in which it saves"""
+    """seconds before the time limit at which the job is told to save"""
     max_requeues: int = 50
-    """times that a job asks to be queued again"""
+    """most times that a job is requeued"""
     partition: str = ""
     """queue; default: the cluster's"""
     account: str = ""
-    """whom to charge"""
+    """account to charge"""
     qos: str = ""
     """quality of service"""
     constraint: str = ""
@@ -78,36 +79,36 @@ class SubmitConfig:
     exclude: str = ""
     """nodes to avoid"""
     comment: str = ""
-    """shown with the job; some clusters want one"""
+    """comment shown with the job; some clusters require one"""
     after: tuple[int, ...] = ()
-    """numbers of jobs that must have ended well before this one starts"""
+    """numbers of jobs that must succeed before this one starts"""
     job_name: str = ""
-    """in squeue; default: lut-STAGE"""
+    """name in squeue; default: lut-STAGE"""
     job_dir: str = ""
-    """logs, the copy of the code, and the run's own --output_dir unless that is given; default: jobs/STAGE-DATE"""
+    """folder for logs, a copy of the code, and the run's --output_dir unless that is given; default: jobs/STAGE-DATE"""
     cluster: Literal["slurm", "local"] = "slurm"
-    """local: a background process of this machine"""
+    """local: a background process on this machine"""
 
     # software
     prologue: UseAppendAction[tuple[str, ...]] = ()
-    """shell line to run before Python (module load, conda activate); may be repeated"""
+    """shell line to run before Python (module load, conda activate); can be repeated"""
     python: str = ""
     """interpreter of the job; default: this one, in a container python3"""
     container: str = ""
-    """image for srun --container-image (needs pyxis); the job's and the current folder are mounted in it"""
+    """image for srun --container-image (needs pyxis); the job's folder and the current one are mounted in it"""
     container_mounts: tuple[str, ...] = ()
-    """more of them, as FROM:TO"""
+    """further mounts, as FROM:TO"""
 
     # several runs at once, each in a folder of its own
     seeds: tuple[int, ...] = ()
     """one run per seed"""
     grid: tuple[str, ...] = ()
-    """one run per value of a stage's flag, and per combination: "blr=1e-3,2e-3" "mask_ratio=0.6,0.75" """
+    """one run per combination of values of the stage's flags: "blr=1e-3,2e-3" "mask_ratio=0.6,0.75" """
     array_parallelism: int = 256
-    """most runs at a time"""
+    """most runs at the same time"""
 
     dry_run: bool = False
-    """print the batch script and the commands, submit nothing"""
+    """print the batch script and the commands, check the files that the runs read, submit nothing"""
     follow: bool = False
     """print the log as it grows, and exit with the job's status"""
 
@@ -120,46 +121,48 @@ class SubmitConfig:
         for flag in ("ngpus", "max_requeues", "signal_delay"):
             check(getattr(self, flag) >= 0, flag, getattr(self, flag), "must be 0 or more")
         check(self.mem_gb is None or self.mem_gb > 0, "mem_gb", self.mem_gb, "must be above 0")
-        delay = self.signal_delay
-        check(delay < 60 * self.timeout, "signal_delay", delay, f"must be less than --timeout {self.timeout} minutes")
-        fix = "there is one process per GPU, leave it out (or --ngpus 0)"
+        limit = 60 * self.timeout
+        fix = f"must be less than the {limit} seconds of --timeout {self.timeout}, or the job is told to save at once"
+        check(self.signal_delay < limit, "signal_delay", self.signal_delay, fix)
+        fix = "a run on GPUs has one process per GPU, leave it out (or add --ngpus 0)"
         check(not (self.ngpus and self.tasks_per_node), "tasks_per_node", self.tasks_per_node, fix)
         check("%" not in self.job_dir, "job_dir", self.job_dir, "must not contain %")
-        if self.stage == "probe":  # no launcher of processes is behind it
-            check(self.nodes == 1, "nodes", self.nodes, "probe is one process")
-            check(self.processes_per_node == 1, "ngpus", self.ngpus, "probe is one process: --ngpus 1, or 0")
+        if self.stage == "probe":
+            check(self.nodes == 1, "nodes", self.nodes, "probe runs in one process, leave it out")
+            check(self.processes_per_node == 1, "ngpus", self.ngpus, "probe runs in one process, add --ngpus 1 or 0")
         if self.cluster == "local":
-            check(self.nodes == 1, "nodes", self.nodes, "--cluster local has one")
+            check(self.nodes == 1, "nodes", self.nodes, "--cluster local has one node, leave it out")
             check(not (self.seeds or self.grid), "cluster", "local", "does one run, leave out --seeds and --grid")
             check(not self.container, "container", self.container, "needs --cluster slurm")
             check(not self.after, "after", self.after, "needs --cluster slurm")
 
     @property
     def processes_per_node(self) -> int:
-        """One per GPU, or --tasks_per_node."""
+        """Return the number of processes per node: one per GPU, or --tasks_per_node."""
         return self.ngpus or self.tasks_per_node or 1
 
     @property
     def processors(self) -> int:
-        """Of each process: --cpus_per_task, the default filled in."""
+        """Return the CPU cores per process: --cpus_per_task or its default."""
         return self.cpus_per_task or (10 if self.ngpus else 1)
 
     @property
     def interpreter(self) -> str:
-        """--python, the default filled in."""
+        """Return --python or its default."""
         return self.python or ("python3" if self.container else sys.executable)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the stage: of a job that is no array the only one, without a name."""
+    """One run of the stage; the only run of a job that is no array has an empty name."""
 
     name: str
     flags: tuple[str, ...]
+    settings: Any = None  # the flags as the stage's settings
 
 
 def main() -> None:
-    """Both kinds of flags; then the code is copied, the job submitted, and followed."""
+    """Check both kinds of flags, copy the code, submit the job, and follow it if asked."""
     launcher_flags, stage_flags = split(sys.argv[1:])
     config = parse_config(SubmitConfig, launcher_flags, Path(__file__).name)
     job_dir = Path(config.job_dir or f"jobs/{config.stage}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -169,16 +172,19 @@ def main() -> None:
     resources = resources_of(config, job_dir)
     if config.dry_run:
         show(config, resources, runs, jobs, job_dir, code)
+        show_inputs(config, runs)
         return
     if config.cluster == "slurm":
         check_sbatch("cluster slurm", "use --cluster local")
     submitted = submit(config, resources, jobs, job_dir, code)
     report(config, runs, submitted)
     if config.follow:
+        from util.cluster.jobs import follow
+
         try:
             status = follow(submitted, [run.name for run in runs])
         except KeyboardInterrupt:
-            print("the job goes on", file=sys.stderr)
+            print("the job continues in the background", file=sys.stderr)
             status = 128 + signal.SIGINT
         raise SystemExit(status)
 
@@ -189,7 +195,7 @@ def main() -> None:
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and after the first `--`; a question for --help needs none."""
+    """Return the arguments before and after the first `--`; --help needs none."""
     if "--" in arguments:
         place = arguments.index("--")
         return arguments[:place], arguments[place + 1 :]
@@ -199,29 +205,26 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def plan_runs(config: SubmitConfig, stage_flags: list[str], job_dir: Path) -> list[Run]:
-    """The flags of each run, all of them read by the stage's settings, so that a mistake shows now and not in a job.
+    """Return the runs; the settings of each are parsed here, so that a mistake shows before the job is submitted.
 
     Raises:
-        UserError: a flag is wrong, or two runs would be the same.
+        UserError: a flag is wrong, or two runs have the same name.
     """
     settings, program = MAINS[config.stage].settings, MAINS[config.stage].program
-    os.environ["WORLD_SIZE"] = str(config.nodes * config.processes_per_node)  # batches are checked per process
+    os.environ["WORLD_SIZE"] = str(config.nodes * config.processes_per_node)  # the settings check the batch with it
     try:
         given = parse_config(settings, stage_flags, program)
-        fix = "a job that is queued again would begin at this file anew; put it into --output_dir and leave this out"
+        fix = "a requeued job would start from this file again; put it into --output_dir and leave this out"
         ends_soon = getattr(given, "eval", False) or not hasattr(given, "resume")
         check(ends_soon or not given.resume, "resume", getattr(given, "resume", ""), fix)
         named = any(flag.partition("=")[0].replace("-", "_") == "__output_dir" for flag in stage_flags)
         folder = Path(given.output_dir).absolute() if named else job_dir
         runs = []
         for name, flags in combinations(config, settings):
-            shared = [
-                "--output_dir",
-                str(folder / name),
-                *([] if ends_soon or given.auto_resume else ["--auto_resume"]),
-            ]
-            runs.append(Run(name, (*stage_flags, *flags, *shared)))
-            parse_config(settings, runs[-1].flags, program)
+            shared = ["--output_dir", str(folder / name)]
+            resume = [] if ends_soon or given.auto_resume else ["--auto_resume"]
+            flags = (*stage_flags, *flags, *shared, *resume)
+            runs.append(Run(name, flags, parse_config(settings, flags, program)))
     finally:
         del os.environ["WORLD_SIZE"]
     names = [run.name for run in runs]
@@ -232,7 +235,7 @@ def plan_runs(config: SubmitConfig, stage_flags: list[str], job_dir: Path) -> li
 
 
 def combinations(config: SubmitConfig, settings: type) -> list[tuple[str, list[str]]]:
-    """Name and flags of each point of --grid x --seeds; a single nameless one where neither is given."""
+    """Return name and flags of each point of --grid x --seeds; without either, one point with an empty name."""
     axes: list[list[tuple[str, list[str]]]] = []
     for axis in (*config.grid, *(["seed=" + ",".join(map(str, config.seeds))] if config.seeds else [])):
         axes.append(flag_values(axis, settings, "grid"))
@@ -241,14 +244,16 @@ def combinations(config: SubmitConfig, settings: type) -> list[tuple[str, list[s
 
 
 def stage_job(config: SubmitConfig, code: Path, run: Run) -> StageJob:
-    """What the job calls for a run."""
+    """Return the function that the job calls for a run."""
     command = (config.interpreter, "-u", str(code / MAINS[config.stage].program), *run.flags)
     local = config.processes_per_node if config.cluster == "local" else 0
     return StageJob(command, os.getcwd(), config.processors, local, config.max_requeues)
 
 
 def resources_of(config: SubmitConfig, job_dir: Path) -> Resources:
-    """What the job asks the cluster for."""
+    """Return the resources that the job requests."""
+    from util.cluster.jobs import Resources
+
     srun = ["--kill-on-bad-exit=1", f"--cpus-per-task={config.processors}"]  # srun does not take it from sbatch
     if config.container:
         mounts = [f"{folder}:{folder}" for folder in dict.fromkeys((str(job_dir), os.getcwd()))]
@@ -274,33 +279,37 @@ def resources_of(config: SubmitConfig, job_dir: Path) -> Resources:
 
 
 # --------------------------------------------------------------------------------------------------------
-# Runs that other scripts have planned
+# Runs that other scripts plan
 # --------------------------------------------------------------------------------------------------------
 
 
 def config_of_arrays(stage: str, launcher_flags: Sequence[str], processes: int | None) -> SubmitConfig:
-    """The settings behind `--submit --` of a script that plans the runs itself.
+    """Return the settings after `--submit --` of a script that plans the runs itself.
 
     Args:
-        processes: what its own --processes says.
+        processes: the value of its own --processes.
     """
     config = parse_config(SubmitConfig, [stage, *launcher_flags], "submit.py")
     check(config.cluster == "slurm", "cluster", config.cluster, "runs on this machine need no --submit")
     for flag in ("seeds", "grid", "follow"):
         check(not getattr(config, flag), flag, getattr(config, flag), "leave it out behind --submit")
     size = config.nodes * config.processes_per_node
-    check(processes in (None, size), "processes", processes, f"the launcher starts {size}, leave it out")
+    check(processes in (None, size), "processes", processes, f"the launcher starts {size} processes, leave it out")
     return config
 
 
 def check_sbatch(flag: str = "submit", fix: str = "leave it out") -> None:
-    """UserError, which names the flag that asked for it, where no job can be submitted."""
+    """Raise UserError, which names the flag, if this machine has no sbatch."""
     if shutil.which("sbatch") is None:
         raise UserError(f"--{flag}: there is no sbatch here, submit from a login node or {fix}")
 
 
 def submit_array(config: SubmitConfig, runs: list[Run], job_dir: Path, after: str, dry_run: bool) -> str:
-    """Submit or print the runs, after what sbatch calls `after`; the number of the job."""
+    """Submit or print the runs and return the number of the job.
+
+    Args:
+        after: value of sbatch --dependency.
+    """
     code = unused_folder(job_dir)
     jobs = [stage_job(config, code, run) for run in runs]
     resources = resources_of(config, job_dir)
@@ -314,50 +323,18 @@ def submit_array(config: SubmitConfig, runs: list[Run], job_dir: Path, after: st
 
 
 # --------------------------------------------------------------------------------------------------------
-# Folder, submission
+# Submission
 # --------------------------------------------------------------------------------------------------------
 
 
-def unused_folder(job_dir: Path) -> Path:
-    """JOB_DIR/code, or code-2, ...: that of an earlier submission may belong to a job still queued."""
-    return next(path for n in itertools.count(1) if not (path := job_dir / (f"code-{n}" if n > 1 else "code")).exists())
-
-
-def copy_code(target: Path) -> None:
-    """Copy what a stage needs, so that later changes do not reach a queued job; COMMIT says which state it was."""
-    for source in code_files():
-        copy = target / source.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
-    commit, dirty = git_state(ROOT)
-    (target / "COMMIT").write_text(f"{commit}{' with changes' if dirty else ''}\n" if commit else "unknown\n")
-
-
-def code_files() -> list[Path]:
-    """All Python files and recipes, but for what git ignores, where git can tell.
-
-    Others are not ours but copies in the folders of earlier jobs.
-    """
-    patterns = ("*.py", "scripts/*.py", "util/*/*.py", "recipes/*.yaml")
-    command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z", "--"]
-    command += [f":(glob){pattern}" for pattern in patterns]
-    try:
-        listed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split("\0")
-        found = [ROOT / name for name in listed if name]
-    except (OSError, subprocess.SubprocessError):
-        found = []
-    found = found or [
-        path for pattern in patterns for path in ROOT.glob(pattern) if not path.parent.name.startswith(".")
-    ]
-    return [path for path in dict.fromkeys(found) if path.is_file()]  # one deleted but not committed is listed too
-
-
 def submit(config: SubmitConfig, resources: Resources, jobs: list[StageJob], job_dir: Path, code: Path) -> list[Job]:
-    """The submitted jobs; where that fails, nothing of them stays behind.
+    """Copy the code and submit the jobs; if sbatch refuses them, delete what was written.
 
     Raises:
         UserError: the folder cannot be written, or sbatch refuses.
     """
+    from util.cluster.jobs import Refused, submit_local, submit_slurm
+
     before = set(job_dir.iterdir()) if job_dir.is_dir() else None
     try:
         copy_code(code)
@@ -375,19 +352,30 @@ def submit(config: SubmitConfig, resources: Resources, jobs: list[StageJob], job
 def show(
     config: SubmitConfig, resources: Resources, runs: list[Run], jobs: list[StageJob], job_dir: Path, code: Path
 ) -> None:
-    """--dry_run: the batch script and the commands."""
+    """Print the batch script and the commands of --dry_run."""
     if config.cluster == "slurm":
+        from util.cluster.jobs import batch_script
+
         print(batch_script(resources, job_dir, code, len(jobs)))
     for run, job in zip(runs, jobs, strict=True):
         print(f"# {run.name or config.stage}\n{shlex.join(job.command)}")
 
 
+def show_inputs(config: SubmitConfig, runs: list[Run]) -> None:
+    """Check the files that the runs would read, and print a line about each."""
+    from util.weights.inputs import check_inputs
+
+    lines = [line for run in runs for line in check_inputs(config.stage, run.settings, bool(config.after))]
+    for line in dict.fromkeys(lines):
+        print(line)
+
+
 def report(config: SubmitConfig, runs: list[Run], jobs: list[Job]) -> None:
-    """Say where the job is, and how to follow and end it."""
+    """Print where the job's logs are, and how to follow and cancel it."""
     number = jobs[0].job_id.partition("_")[0]
     cancel = "scancel" if config.cluster == "slurm" else "kill"
-    runs_said = f"{len(runs)} runs of " if len(runs) > 1 else ""
-    print(f"job     {number}: {config.stage}, {runs_said}{config.nodes} x {config.processes_per_node} processes")
+    runs_of = f"{len(runs)} runs of " if len(runs) > 1 else ""
+    print(f"job     {number}: {config.stage}, {runs_of}{config.nodes} x {config.processes_per_node} processes")
     for run, job in zip(runs, jobs, strict=True):
         print(f"log     {job.paths.stdout}{f'  ({run.name})' if run.name else ''}")
     print(f"follow  tail -F {shlex.quote(str(jobs[0].paths.stdout))}")

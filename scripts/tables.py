@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tyro.conf import Positional, arg
 
 from scripts import submit
-from util.config.command_line import parse_command, words
+from util.config.command_line import parse_command, split_like_shell
 from util.config.groups import check
 from util.data.datasets import open_images
 from util.results.results import RESULTS_FILE
@@ -114,7 +114,7 @@ class PlanFlags(TableFlags):
         named = {"data_path": self.data_path or ("" if self.dataset else options.scale.data), "dataset": self.dataset}
         data = [part for flag, value in named.items() if value for part in (f"--{flag}", value)]
         mains = {stage.main for stage in STAGES.values()}
-        extra = {main: words(f"{main}_flags", getattr(self, f"{main}_flags")) for main in mains}
+        extra = {main: split_like_shell(f"{main}_flags", getattr(self, f"{main}_flags")) for main in mains}
         return dataclasses.replace(options, seeds=self.seeds, data=tuple(data), processes=self.processes, extra=extra)
 
 

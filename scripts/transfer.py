@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from scripts import submit
-from util.config.command_line import parse_command, words
+from util.config.command_line import parse_command, split_like_shell
 from util.config.groups import check
 from util.data.published import DATASETS, download
 from util.figures.figure import save_figure
 from util.runtime.errors import RunError, UserError, run_main
+from util.runtime.files import writable_folder
 from util.tables.formats import commented
 from util.tables.plan import Clock, Run, share_done
 from util.tables.runner import print_plan, run_all
@@ -55,7 +56,6 @@ from util.tables.transfer import (
     targets,
 )
 from util.tables.transfer_view import alone, beside_paper, heat_maps
-from util.train.run import writable_folder
 from util.weights.checkpoint import check_file, lock_folder
 
 TABLES = ("2", "3")
@@ -143,7 +143,7 @@ class PlanFlags(GridFlags):
             weight_decays=read_values("weight_decays", self.weight_decays, zero=True),
             seeds=self.seeds,
             holdout=self.holdout,
-            extra=tuple(words("finetune_flags", self.finetune_flags)),
+            extra=tuple(split_like_shell("finetune_flags", self.finetune_flags)),
             processes=self.processes or 1,
         )
 

@@ -4,9 +4,9 @@
     python scripts/visualize.py mae_visualize_vit_base.pth --target pixels --image cat.jpg
     python scripts/visualize.py --animate RUN --output RUN/growth.gif
 
-A checkpoint is one of pre-training, of ours, MAE's or LUT's release, with its decoder. --animate takes all checkpoints
-in a run's folder (keep more of them with --save_periods last every_10_epochs). Beside --output lies a .json with the
-errors.
+The checkpoint is one of pre-training with its decoder: ours, MAE's or LUT's release. --animate draws all checkpoints in
+a run's folder (keep more of them with --save_periods last every_10_epochs). The errors are written beside --output, as
+.json.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from matplotlib.figure import Figure
 from PIL import Image
 from tyro.conf import Positional, arg
 
@@ -37,9 +36,13 @@ from util.config.groups import as_dict, check, check_image_size
 from util.figures.figure import save_figure
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, run_main
+from util.runtime.files import write_durably
 from util.runtime.progress import progress
 from util.weights.checkpoint import complete_checkpoints
 from util.weights.vit import NamedViT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 500, 2500
 GIF_DPI = 100
@@ -47,21 +50,21 @@ GIF_DPI = 100
 
 @dataclass(frozen=True)
 class VisualizeConfig:
-    """Reconstruct images by a checkpoint, or by all checkpoints of a run."""
+    """Reconstruct images with a checkpoint, or with all checkpoints of a run."""
 
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
-    """a checkpoint of pre-training, with its decoder"""
+    """a checkpoint of pre-training with its decoder"""
     animate: str = ""
-    """folder of a run instead: a GIF over its checkpoints"""
+    """instead of a checkpoint: the folder of a run; draws a GIF over its checkpoints"""
     target: Target = "run"
-    """what the decoder predicts, normalised patches (trained with --norm_pix_loss) or pixels; run: as the file says"""
+    """what the decoder predicts: normalised patches (--norm_pix_loss) or pixels; run: as the file says"""
     num_heads: int | None = None
-    """attention heads of the encoder; default: of the run's settings, or of the known model of that width"""
+    """attention heads of the encoder; default: from the run's settings, or of the known model of that width"""
     decoder_num_heads: int | None = None
     """attention heads of the decoder; default: of the known model of that width"""
 
     image: tuple[str, ...] = ()
-    """image files; default: the first few of a data set"""
+    """image files; default: --show images of a data set"""
     data_path: str = ""
     """images as for main_pretrain.py"""
     dataset: str = ""
@@ -69,15 +72,15 @@ class VisualizeConfig:
     exif: Literal["ignore", "apply"] = "ignore"
     """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     split: Literal["train", "val"] = "val"
-    """of the data set"""
+    """split of the data set"""
     show: int = 4
-    """images of the data set"""
+    """number of images taken from the data set"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
     """pixels, one number or height and width; default: the model's own"""
     mask_ratio: tuple[float, ...] = (0.75,)
-    """shares of patches to hide"""
+    """fractions of patches to hide"""
     seed: tuple[int, ...] = (0,)
-    """of the masks; the first one also chooses images from a data set"""
+    """seeds of the masks; the first one also chooses images from a data set"""
 
     device: str = "auto"
     """auto: cuda where there is one, else cpu"""
@@ -86,7 +89,12 @@ class VisualizeConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.checkpoint) != bool(self.animate), "animate", self.animate, "give CHECKPOINT or --animate RUN")
-        check(not (self.image and (self.data_path or self.dataset)), "image", self.image, "or a data set, not both")
+        check(
+            not (self.image and (self.data_path or self.dataset)),
+            "image",
+            self.image,
+            "give it or a data set, not both",
+        )
         check(self.show >= 1, "show", self.show, "must be 1 or more")
         check_image_size(self.input_size)
         for flag in ("mask_ratio", "seed"):
@@ -96,21 +104,21 @@ class VisualizeConfig:
         for seed in self.seed:
             check(0 <= seed < 2**32, "seed", seed, "must lie in 0..2^32 - 1")
         suffix = self.path.suffix.lower()
-        check(suffix == self.wanted_suffix, "output", self.output, f"is written as {self.wanted_suffix}")
+        check(suffix == self.required_suffix, "output", self.output, f"must end in {self.required_suffix}")
 
     @property
-    def wanted_suffix(self) -> str:
-        """Of the output."""
+    def required_suffix(self) -> str:
+        """The suffix of the output file."""
         return ".gif" if self.animate else ".png"
 
     @property
     def path(self) -> Path:
-        """--output, the default filled in."""
-        return Path(self.output or f"output/reconstruction{self.wanted_suffix}")
+        """--output, or its default."""
+        return Path(self.output or f"output/reconstruction{self.required_suffix}")
 
 
 def main() -> None:
-    """Reconstruct and write."""
+    """Draw the reconstructions and write them with their errors."""
     config = parse_config(VisualizeConfig, sys.argv[1:], Path(__file__).name)
     images = find_images(
         config.image, config.data_path, config.dataset, config.split, most=config.show, show=config.show,
@@ -118,30 +126,31 @@ def main() -> None:
     )  # fmt: skip
     try:
         numbers = animate(config, images) if config.animate else draw(config, images)
-        text = json.dumps({"config": as_dict(config), "reconstructions": numbers}, indent=1)
-        config.path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"config": as_dict(config), "reconstructions": numbers}, indent=1) + "\n"
+        write_durably(config.path.with_suffix(".json"), lambda file: file.write(text.encode()))
     except OSError as error:
         raise UserError(f"--output {config.path}: cannot be written ({error.strerror or error})") from error
     print(f"{config.path} and {config.path.with_suffix('.json').name}")
 
 
-def opened(config: VisualizeConfig, path: Path) -> NamedViT:
-    """A checkpoint with its decoder."""
+def open_model(config: VisualizeConfig, path: Path) -> NamedViT:
+    """Open a checkpoint with its decoder."""
     heads = (config.num_heads, config.decoder_num_heads)
     return open_autoencoder(path, config.target, config.input_size, heads, choose_device(config.device))
 
 
 def draw(config: VisualizeConfig, images: Images) -> list[dict]:
-    """One picture; the errors."""
-    vit = opened(config, Path(config.checkpoint))
+    """Write one picture and return the errors."""
+    vit = open_model(config, Path(config.checkpoint))
     print(vit.said)
-    found = reconstructions(vit, images, config.mask_ratio, config.seed)
-    save_figure(reconstruction_figure(vit, images, found, f"Reconstructions by {vit.label}"), config.path)
-    return reconstruction_numbers(images, found)
+    reconstructed = reconstructions(vit, images, config.mask_ratio, config.seed)
+    figure = reconstruction_figure(vit, images, reconstructed, f"Reconstructions by {vit.label}")
+    save_figure(figure, config.path)
+    return reconstruction_numbers(images, reconstructed)
 
 
 def animate(config: VisualizeConfig, images: Images) -> list[dict]:
-    """A frame for each checkpoint of a run, oldest first; the errors of all."""
+    """Write a frame for each checkpoint of a run, oldest first, and return the errors of all."""
     folder = Path(config.animate)
     checkpoints = complete_checkpoints(folder)
     if len(checkpoints) < 2:
@@ -151,19 +160,22 @@ def animate(config: VisualizeConfig, images: Images) -> list[dict]:
         )
     frames, numbers = [], []
     for path, manifest in progress(checkpoints, len(checkpoints), f"frames of {folder}", "checkpoints"):
-        vit = opened(config, path)
-        found = reconstructions(vit, images, config.mask_ratio, config.seed)
-        when = f"update {manifest.step}" if "-step" in path.name else f"epoch {manifest.epoch + 1}"
-        frames.append(frame(reconstruction_figure(vit, images, found, f"{folder.resolve().name}, after {when}")))
-        numbers += [{"checkpoint": path.name, **each} for each in reconstruction_numbers(images, found)]
+        vit = open_model(config, path)
+        reconstructed = reconstructions(vit, images, config.mask_ratio, config.seed)
+        progress_made = f"update {manifest.step}" if "-step" in path.name else f"epoch {manifest.epoch + 1}"
+        title = f"{folder.resolve().name}, after {progress_made}"
+        frames.append(frame(reconstruction_figure(vit, images, reconstructed, title)))
+        numbers += [{"checkpoint": path.name, **each} for each in reconstruction_numbers(images, reconstructed)]
     config.path.parent.mkdir(parents=True, exist_ok=True)
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_FRAME_MILLISECONDS]
-    frames[0].save(config.path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    gif = io.BytesIO()
+    frames[0].save(gif, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    write_durably(config.path, lambda file: file.write(gif.getbuffer()))
     return numbers
 
 
 def frame(figure: Figure) -> Image.Image:
-    """A figure as a picture of 256 colours."""
+    """Render a figure as an image of 256 colours."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=GIF_DPI)
     return Image.open(buffer).convert("RGB").quantize(256)

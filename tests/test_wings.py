@@ -19,7 +19,7 @@ MAY_IMPORT = {  # beside itself
     "data": ("runtime",),
     "config": ("runtime", "models"),
     "weights": ("runtime", "models", "data", "config"),
-    "figures": ("models", "data"),
+    "figures": ("runtime", "models", "data"),
     "results": ("runtime", "weights"),
     "analysis": ("weights", "figures", "data", "config", "models", "runtime"),
     "train": BASE,

@@ -25,15 +25,15 @@ from util.analysis.attention import (
     effective_rank,
     feature_score,
     feature_spectra,
-    flat_map,
     grad_cam,
     nearest_neighbours,
+    observe_attention,
     patch_colours,
     patch_distances,
+    project_to_plane,
     query_maps,
-    watched_attention,
 )
-from util.analysis.plots import apart
+from util.analysis.plots import spread_boxes
 from util.runtime.errors import UserError
 from util.runtime.files import ROOT
 from util.weights.vit import num_prefix_tokens, tokens_of
@@ -111,7 +111,7 @@ def test_watching_leaves_the_model_as_it_was_bit_by_bit_and_fused(name):
     model = MODELS[name]()
     before = tokens_of(model, some_images)
     seen = []
-    with watched_attention(model, [0, 1], lambda layer, attention: seen.append(layer)):
+    with observe_attention(model, [0, 1], lambda layer, attention: seen.append(layer)):
         during = tokens_of(model, some_images)
     assert torch.equal(before, during)
     assert torch.equal(before, tokens_of(model, some_images))
@@ -138,7 +138,7 @@ def test_evaluation_takes_the_fused_path_watched_or_not(name, monkeypatch):
     model, calls = MODELS[name](), count_fused(monkeypatch)
     tokens_of(model, some_images)
     assert len(calls) == 2  # one for each block
-    with watched_attention(model, [1], lambda *_: None):
+    with observe_attention(model, [1], lambda *_: None):
         tokens_of(model, some_images)
     assert len(calls) == 4
 
@@ -158,7 +158,7 @@ def test_training_takes_the_fused_path_before_and_after_somebody_looked(monkeypa
 
 def test_hooks_go_when_the_forward_pass_fails():
     model = encoder()
-    with pytest.raises(RuntimeError), watched_attention(model, [0], lambda *_: None):
+    with pytest.raises(RuntimeError), observe_attention(model, [0], lambda *_: None):
         tokens_of(model, some_images[:, :1])
     assert not model.blocks[0].attn._forward_pre_hooks
 
@@ -371,7 +371,7 @@ def test_neighbours_equal_loops_in_any_chunks(monkeypatch):
 
 def test_the_plane_of_pca_is_that_of_an_svd():
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 1, 1, 1, 1]) + 7
-    points, shares = flat_map(x, "pca", seed=0)
+    points, shares = project_to_plane(x, "pca", seed=0)
     centred = (x - x.mean(dim=0)).double().numpy()
     _, s, vt = np.linalg.svd(centred, full_matrices=False)
     assert np.abs(points) == pytest.approx(np.abs(centred @ vt[:2].T), abs=1e-4)
@@ -380,9 +380,9 @@ def test_the_plane_of_pca_is_that_of_an_svd():
 
 def test_tsne_keeps_clusters_apart_and_repeats_itself():
     x = torch.cat([torch.randn(15, 4, generator=torch.Generator().manual_seed(0)) + shift for shift in (0, 40)])
-    points, shares = flat_map(x, "tsne", seed=3)
+    points, shares = project_to_plane(x, "tsne", seed=3)
     assert shares is None
-    assert np.array_equal(points, flat_map(x, "tsne", seed=3)[0])
+    assert np.array_equal(points, project_to_plane(x, "tsne", seed=3)[0])
     inside = np.linalg.norm(points[:15] - points[:15].mean(axis=0), axis=1).max()
     assert np.linalg.norm(points[:15].mean(axis=0) - points[15:].mean(axis=0)) > inside
 
@@ -405,14 +405,14 @@ def test_patch_colours_are_alike_where_tokens_are():
 def test_names_in_the_plane_do_not_lie_on_each_other(seed, count):
     rng = np.random.default_rng(seed)
     centres, widths = rng.random((count, 2)) * (0.6, 0.1), rng.uniform(0.05, 0.2, count)
-    found = apart(centres, widths, 0.04)
+    found = spread_boxes(centres, widths, 0.04)
     assert np.array_equal(found[:, 0], centres[:, 0])
     for i in range(count):
         for j in range(i):
             across, up = np.abs(found[i] - found[j])
             assert across >= (widths[i] + widths[j]) / 2 or up >= 0.04 - 1e-3
     far = np.array([[0.1, 0.1], [0.9, 0.1]])
-    assert np.array_equal(apart(far, [0.2, 0.2], 0.04), far)
+    assert np.array_equal(spread_boxes(far, [0.2, 0.2], 0.04), far)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

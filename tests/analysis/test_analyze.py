@@ -22,7 +22,7 @@ from scripts import analyze
 from shared.calls import one_line
 from shared.checkpoints import SETTINGS, save_lut, shaken
 from shared.images import write_images
-from util.analysis.images import broken, find_images
+from util.analysis.images import find_images, wrap_name
 from util.config.groups import as_dict
 from util.config.pretrain import PretrainConfig
 from util.runtime import progress as progress_module
@@ -211,9 +211,9 @@ def test_files_keep_their_order_and_a_data_set_is_drawn_by_the_seed(tmp_path, ru
 
 
 def test_names_are_broken_after_spaces_slashes_and_underscores():
-    assert broken("vit_small_patch16_224", 12) == "vit_small_\npatch16_224"
-    assert broken("a run/checkpoint", 8) == "a run/\ncheckpoint"
-    assert broken("unbreakable", 3) == "unbreakable"
+    assert wrap_name("vit_small_patch16_224", 12) == "vit_small_\npatch16_224"
+    assert wrap_name("a run/checkpoint", 8) == "a run/\ncheckpoint"
+    assert wrap_name("unbreakable", 3) == "unbreakable"
 
 
 def test_progress_says_how_much_is_done_and_left(monkeypatch, capsys):
@@ -268,7 +268,7 @@ def test_gradcam_of_a_classifier_names_its_class(run_analyze, tmp_path):
     status, _, _, folder = run_analyze("gradcam", *flags, "--target_class", 4)
     assert status == 0
     (model,) = numbers_of(folder, "gradcam")["models"]
-    assert model["said"][0].startswith("class 4, ")
+    assert model["predicted"][0].startswith("class 4, ")
     assert np.array(model["maps"]).min() >= 0
 
 
@@ -302,6 +302,19 @@ def test_compare_writes_everything_and_a_page_that_needs_no_network(run_analyze,
     assert "&lt;MAE&gt;" in html
     assert "<MAE>" not in html
     assert shown in html
+
+
+def test_compare_leaves_out_what_the_data_do_not_allow(run_analyze, run, other):
+    flags = ("--checkpoint", other, run, "--most_images", 5, "--show", 1, "--input_size", 16, "--last_layers", 1)
+    status, printed, _, folder = run_analyze("compare", *flags)
+    assert status == 0
+    spectrum = "spectrum is left out: the spectrum of 96 features needs more than 96 images, there are 5"
+    features = "features is left out: --neighbours 5: needs 7 images or more, there are 5"
+    html = (folder / "compare.html").read_text()
+    for reason in (spectrum, features):
+        assert reason in printed
+        assert reason in html
+    assert {path.stem for path in folder.glob("*.json")} == {"attention", "gradcam", "distance"}
 
 
 class Page(HTMLParser):
@@ -388,7 +401,7 @@ def test_a_bad_image_in_a_data_set_is_named(run_analyze, run, tmp_path):
         ("distance --dataset hfids/x", "--dataset hfids/x"),
         ("compare", "compare takes two"),
         ("distanse", "did you mean distance?"),
-        ("distance --image . --data_path .", "--image .: or a data set, not both"),
+        ("distance --image . --data_path .", "--image .: give it or a data set, not both"),
         ("attention --image .", "--image .: is a folder, give it to --data_path"),
         ("attention --image gone.png", "gone.png: cannot be read"),
     ],

@@ -1,7 +1,6 @@
 """Probes of frozen features against slow, obvious versions."""
 
 import math
-import sys
 import warnings
 
 import numpy as np
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-import scripts.probe
 from util.analysis import probe
 from util.analysis.probe import (
     RIDGE,
@@ -23,9 +21,7 @@ from util.analysis.probe import (
     rankme,
     ridge_probe_accuracy,
 )
-from util.results.results import read_results
-from util.runtime.errors import UserError, run_main
-from util.weights.checkpoint import load_checkpoint
+from util.runtime.errors import UserError
 
 quick = settings(max_examples=30, deadline=None)
 
@@ -259,109 +255,3 @@ def test_a_sweep_chooses_without_the_test_samples():
     assert torch.equal(blind.held_out, found.held_out)
     with pytest.raises(UserError, match="single training image"):
         probe.linear_sweep(x[:4], torch.tensor([0, 0, 1, 2]), x[200:], y[200:], **settings)
-
-
-# ---- the script -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_probe(monkeypatch, capsys):
-    def call(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
-        run_main("probe.py", scripts.probe.main)
-        return capsys.readouterr().out
-
-    return call
-
-
-def test_the_table_of_a_run(tmp_path, pretrain, class_folders, run_probe):
-    pretrain("--data_path", class_folders, "--max_steps 1")
-    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
-    folder = tmp_path / "new" / "probed"
-    flags = ["--knn_k", 5, "--labels_per_class", 4, "--sweep", "--sweep_epochs", 2]
-    run_probe(checkpoint, *flags, "--output_dir", folder)
-    (result,) = read_results(folder)
-    rows = {name.split(", ")[0] for name in result["metrics"]}
-    columns = {name.split(", ", 1)[1] for name in result["metrics"]}
-    assert result["stage"] == "probe"
-    assert rows == {"random", "student", "momentum encoder"}
-    assert columns == {"kNN, k 5", "logistic, 4 labels/class", "logistic, all labels", "linear, sweep"}
-    assert all(0 <= value <= 100 for value in result["metrics"].values())
-
-
-def test_a_file_of_another_program_tells_its_patches_and_channels(tmp_path, pretrain, class_folders, run_probe):
-    pretrain("--data_path", class_folders, "--max_steps 1 --in_chans 1 --mean 0.3 --std 0.2")  # patches of 8
-    checkpoint, bare = tmp_path / "run" / "checkpoint-0-step1.pth", tmp_path / "bare.pth"
-    torch.save({"model": load_checkpoint(checkpoint)["model"]}, bare)
-    flags = ("--labels_per_class", 0, "--encoders", "student", "--output_dir", tmp_path / "probed")
-    run_probe(checkpoint, *flags)
-    of_another = ("--model", "mae_vit_nano_patch4", "--data_path", class_folders, "--mean", 0.3, "--std", 0.2)
-    run_probe(bare, *flags, *of_another)
-    of_run, of_file = read_results(tmp_path / "probed")
-    assert of_file["metrics"] == of_run["metrics"]
-
-
-def test_a_file_of_another_program_needs_a_model_and_images(tmp_path, pretrain, class_folders, run_probe, capsys):
-    pretrain("--data_path", class_folders, "--max_steps 1 --patch_size 4")
-    bare = tmp_path / "bare.pth"
-    torch.save({"model": load_checkpoint(tmp_path / "run" / "checkpoint-0-step1.pth")["model"]}, bare)
-    capsys.readouterr()
-    flags = ("--model", "mae_vit_nano_patch4", "--data_path", class_folders, "--labels_per_class", 0, "--no_logistic")
-    of_run = run_probe(tmp_path / "run" / "checkpoint-0-step1.pth", *flags).splitlines()
-    of_file = run_probe(bare, *flags).splitlines()
-    assert [line.split()[0] for line in of_run[2:]] == ["random", "student", "momentum"]
-    assert [line.split()[0] for line in of_file[2:]] == ["random", "student"]  # there is no momentum encoder in it
-    assert of_file[3] == of_run[3]
-    assert len(run_probe(bare, *flags, "--pool", "token").splitlines()) == 4
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        run_probe(bare, *flags[:-3], "--labels_per_class", 500)
-    assert "--labels_per_class 500: is more than class 0 has; use 16 or fewer" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run_probe(bare, "--data_path", class_folders)
-    assert "add --model with its name" in capsys.readouterr().err
-
-
-def test_how_many_images_are_looked_at_is_said(tmp_path, pretrain, class_folders, run_probe, capsys):
-    pretrain("--data_path", class_folders, "--max_steps 1")
-    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
-    capsys.readouterr()
-    flags = ("--most_images", 8, "--no_logistic", "--encoders", "student")
-    printed = run_probe(checkpoint, *flags, "--labels_per_class", 0)
-    assert "8 of 32 training and 8 of 16 validation images" in printed
-    assert "--most_images 8: the others are not looked at" in printed
-    for asked, said in (
-        (("--labels_per_class", 8), "--labels_per_class 8: is more"),
-        (("--sweep",), "--sweep: a class"),
-    ):
-        with pytest.raises(SystemExit):
-            run_probe(checkpoint, "--most_images", 3, *flags[2:], "--labels_per_class", 0, *asked)
-        printed = capsys.readouterr()
-        assert said in printed.err
-        assert printed.err.strip().endswith("; or look at more than --most_images 3")
-        assert not printed.out  # nothing was computed for it
-
-
-def test_another_data_set_than_the_run_s(tmp_path, pretrain, class_folders, run_probe):
-    pretrain("--data_path", class_folders, "--max_steps 1 --in_chans 1 --no_photometric")
-    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
-    flags = ("--dataset", "digits", "--labels_per_class", 0, "--no_logistic", "--encoders", "student")
-    assert "1437 training and 360 validation images" in run_probe(checkpoint, *flags)
-
-
-@pytest.mark.parametrize("prefix", ["mae_", "lut_"])
-def test_a_classifier_may_be_named_as_its_pretraining(tmp_path, finetune, class_folders, run_probe, prefix):
-    finetune("--data_path", class_folders, f"--max_steps 1 --cls_token --model {prefix}vit_nano_patch4")
-    flags = ("--labels_per_class", 0, "--no_logistic", "--encoders", "student")
-    assert "lut_vit_nano_patch4, 32 training" in run_probe(tmp_path / "run" / "checkpoint-0-step1.pth", *flags)
-
-
-def test_a_classifier_s_run_says_what_its_encoder_is(tmp_path, finetune, class_folders, run_probe):
-    finetune("--data_path", class_folders, "--max_steps 1 --cls_token --mean 0.2 0.3 0.4")
-    checkpoint = tmp_path / "run" / "checkpoint-0-step1.pth"
-    flags = ("--labels_per_class", 0, "--encoders", "student", "--output_dir", tmp_path / "probed")
-    run_probe(checkpoint, *flags)
-    given = ("--model", "mae_vit_nano_patch4", "--data_path", class_folders, "--mean", 0.2, 0.3, 0.4)
-    run_probe(checkpoint, *flags, *given)
-    of_run, of_flags = read_results(tmp_path / "probed")
-    assert of_run["metrics"] == of_flags["metrics"]

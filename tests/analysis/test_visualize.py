@@ -108,7 +108,7 @@ def test_masks_follow_from_seed_and_ratio_and_the_model_keeps_its_own(run):
 def test_the_caption_says_whose_brightness_is_shown(run):
     images = find_images((), "", "digits", "val", most=1, show=1, seed=0)
     for target, said in (
-        ("normalised", "are the truth's, only its pattern is the model's"),
+        ("normalised", "are therefore true, only its pattern is the model's"),
         ("pixels", "predicts pixels"),
     ):
         vit = opened(run, target)
@@ -195,7 +195,7 @@ def test_wrong_input_is_one_line(run_visualize, run, tmp_path, monkeypatch):
         ((), "give CHECKPOINT or --animate RUN"),
         ((run, "--animate", "empty"), "give CHECKPOINT or --animate RUN"),
         (("--animate", "empty"), "holds 0 complete checkpoints, two are needed"),
-        ((run, "--output", "x.jpg"), "--output x.jpg: is written as .png"),
+        ((run, "--output", "x.jpg"), "--output x.jpg: must end in .png"),
         ((run, "--output", "/proc/none/x.png"), "cannot be written"),
     ):
         status, error = run_visualize(*flags)

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import util.bench.baseline
-from main_pretrain import build_state
 from shared.bench import CPU, FORMS, variants
 from shared.calls import one_line
 from util.bench.baseline import PlainTrainer
-from util.bench.step import Stepper, check_losses, measure
+from util.bench.measure import check_losses, measure
+from util.bench.step import Stepper
+from util.bench.timing import compiled_graphs
 from util.runtime.errors import RunError
+from util.train.pretraining import build_state
 
 
 # ---- the plain baseline does what ours does -----------------------------------------------------------------
@@ -61,6 +63,14 @@ def test_both_train_alike_over_several_updates(form):
             torch.testing.assert_close(p, theirs[name], rtol=0, atol=1e-4)
         moved = max((p - start[name]).abs().max().item() for name, p in theirs.items() if name in start)
         assert moved > 1e-3
+
+
+def test_the_baseline_uses_no_flag_of_speed():
+    (variant,) = variants("--forms mae --variants plain --cache ram --checkpoint_activations", "compile=block,whole")
+    stepper, graphs = Stepper(variant), compiled_graphs()
+    stepper.updates(1)
+    assert compiled_graphs() == graphs
+    assert not stepper.config.checkpoint_activations
 
 
 def test_accumulation_in_the_baseline_is_ours():
@@ -111,6 +121,6 @@ def test_a_flag_of_speed_leaves_the_losses(flags):
 
 
 def test_other_work_is_not_held_against_a_variant():
-    found = variants("--forms mae --variants ours", "batch_size=4,6", "mask_ratio=0.5,0.75")
-    assert len({variant.work for variant in found}) == 4
-    assert len(check_losses([Stepper(variant) for variant in found], 1)) == 4
+    rows = variants("--forms mae --variants ours", "batch_size=4,6", "mask_ratio=0.5,0.75")
+    assert len({variant.work for variant in rows}) == 4
+    assert len(check_losses([Stepper(variant) for variant in rows], 1)) == 4

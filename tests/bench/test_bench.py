@@ -10,34 +10,31 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
 import util.bench.limits
-import util.bench.step
-from main_pretrain import build_state
+import util.bench.measure
+import util.bench.variant
 from scripts import bench
-from shared.bench import CPU, FORMS, TINY, variants
+from shared.bench import CPU, FORMS, TINY_STEP, variants
 from shared.calls import script_caller
 from shared.images import write_images
 from util.bench.config import EpochConfig, LoaderConfig, StepConfig
-from util.bench.counting import count_flops, count_traffic
-from util.bench.epoch import recipe_of, summary, timed_run
+from util.bench.epoch import PARTS, recipe_of, summary, timed_run
 from util.bench.loader import bench_images
-from util.bench.memory import largest, largest_batch
+from util.bench.measure import check_losses, measure
 from util.bench.pil_pipeline import PilDataset
 from util.bench.plot import plot_sweep
-from util.bench.step import Stepper, StepperProcess, check_losses, measure
-from util.bench.timing import Spread, in_turn, named_spreads, patched, ratios, short, spread, table
+from util.bench.step import Stepper, StepperProcess
+from util.bench.timing import Spread, named_spreads
 from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
 from util.data.device_views import Normalise
 from util.data.sources import ArraySource
 from util.figures.figure import number_log_axis
 from util.runtime.errors import RunError
-from util.train.cost import pretrain_cost
+from util.train.pretraining import build_state
 
 
 @pytest.fixture
@@ -50,8 +47,8 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 def test_plain_stands_once_for_flags_that_it_does_not_know():
-    found = variants("--forms asymmetric", "compile=none,block", "batch_size=4,6")
-    assert [variant.name for variant in found] == [
+    rows = variants("--forms asymmetric", "compile=none,block", "batch_size=4,6")
+    assert [variant.name for variant in rows] == [
         "asymmetric ours compile=none batch_size=4",
         "asymmetric ours compile=none batch_size=6",
         "asymmetric ours compile=block batch_size=4",
@@ -59,13 +56,13 @@ def test_plain_stands_once_for_flags_that_it_does_not_know():
         "asymmetric plain batch_size=4",
         "asymmetric plain batch_size=6",
     ]
-    assert [variant.config.batch_size for variant in found[-2:]] == [4, 6]
-    assert found[0].work == found[2].work == found[4].work != found[1].work
+    assert [variant.config.batch_size for variant in rows[-2:]] == [4, 6]
+    assert rows[0].work == rows[2].work == rows[4].work != rows[1].work
 
 
 def test_every_setting_of_the_work_is_there():
     names = set(StepConfig.__dataclass_fields__)
-    assert set(util.bench.step.PLAIN_KNOWS) <= names
+    assert set(util.bench.variant.PLAIN_KNOWS) <= names
 
 
 def test_a_form_says_what_is_trained():
@@ -82,14 +79,14 @@ def test_depth_is_that_of_the_encoder():
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("stepp", "did you mean step?"),
         ("step --forms paper", "paper"),
         ("step --forms mae mae", "--forms mae mae: give each once"),
         ("step --vary compil=true,false", "--vary compil: unknown, did you mean compile?"),
         ("step --vary rounds=1,2", "--vary rounds: unknown"),
-        ("step --vary compile=maybe", "invalid choice 'maybe'"),
+        ("step --vary compile=maybe", "--compile maybe: unknown"),
         ("step --vary amp", "write name=value,value"),
         ("step --vary batch_size=8,-1", "--batch_size -1"),
         ("step --model mae_vit_nano_patch4 --forms asymmetric", "--forms asymmetric: alpha is 0"),
@@ -112,55 +109,12 @@ def test_depth_is_that_of_the_encoder():
         ("limits --folder taken", "--folder taken: cannot be written"),
     ],
 )
-def test_a_wrong_flag_is_one_line_that_names_it(call, flags, said, tmp_path):
+def test_a_wrong_flag_is_one_line_that_names_it(call, flags, message, tmp_path):
     (tmp_path / "taken").touch()
     status, _, error = call(flags)
     assert status == 2
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
-
-
-# ---- counting -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_counted_flops_are_those_of_the_cost_model(form):
-    ours, plain = (Stepper(variant) for variant in variants(f"--forms {form}"))
-    config, flops = ours.variant.config, ours.flops_per_image()
-    cost = pretrain_cost(config.model_arguments, config.views == "symmetric")
-    assert flops == pytest.approx(cost.flops_per_image, rel=0.02)
-    assert 1.01 * flops < plain.flops_per_image() < 1.3 * flops  # what the exact savings save
-    assert plain.traffic() > ours.traffic()
-
-
-def test_traffic_by_hand():
-    a, b, out = torch.ones(1000), torch.ones(1000), torch.ones(1000)
-    x, weight = torch.ones(10, 20), torch.ones(20, 30)
-    for work, numbers in (
-        (lambda: out.copy_(a), 2000),
-        (lambda: a + b, 3000),
-        (lambda: a.add_(b), 3000),
-        (lambda: torch.add(a, b, out=out), 3000),
-        (lambda: x @ weight, 200 + 600 + 300),
-        (lambda: a.view(10, 100).t()[1:], 0),
-        (lambda: torch.empty(1000), 0),
-        (lambda: a.zero_(), 1000),
-        (lambda: torch.zeros_like(a), 1000),
-        (lambda: b[:1].expand(1000) + a, 1 + 1000 + 1000),
-        (lambda: b[:500] + a[500:], 1500),
-        (lambda: torch._foreach_mul_([a, b], 2.0), 4000),
-    ):
-        assert count_traffic(work) == 4 * numbers
-
-
-def test_counting_sees_through_compilation():
-    calls = []
-    model = torch.nn.Linear(4, 8)
-    model.compile(backend=lambda graph, inputs: calls.append(1) or graph)
-    x = torch.ones(2, 4)
-    assert count_flops(lambda: model(x)) == 2 * 2 * 4 * 8
-    assert count_traffic(lambda: model(x)) == 4 * (2 * 4 + 4 * 8 + 8 + 2 * 8)
-    assert not calls
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------
@@ -170,7 +124,7 @@ def test_counting_sees_through_compilation():
 def small_machine(monkeypatch):
     """Limits are measured on small matrices and arrays."""
     monkeypatch.setattr(util.bench.limits, "MATRIX_SIDES", dict(cpu=(32, 64)))
-    monkeypatch.setattr(util.bench.step, "BANDWIDTH_BYTES", 2**16)
+    monkeypatch.setattr(util.bench.measure, "BANDWIDTH_BYTES", 2**16)
 
 
 def test_a_row_says_all(small_machine):
@@ -190,9 +144,8 @@ def test_a_row_says_all(small_machine):
         assert row["settings"]["views"] == "asymmetric"
     assert ours["of_first"] == Spread(1, 1, 1)
     assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-4)
-    said = bench.comparisons(rows)
-    assert len(said) == 1
-    assert "times as fast as asymmetric plain" in said[0]
+    (sentence,) = bench.comparisons(rows)
+    assert "times as fast as asymmetric plain" in sentence
     json.dumps(named_spreads(rows))
 
 
@@ -215,78 +168,11 @@ def test_parts_are_timed_without_leaving_a_trace(form):
 
 def test_a_profile_leaves_a_trace_and_a_table(tmp_path):
     (variant,) = variants("--forms mae --variants plain")
-    dearest, waits = Stepper(variant).profile(tmp_path)
-    assert "aten::addmm" in dearest
-    assert waits["aten::item"] >= 4  # loss, mim, bc, norm
+    profile = Stepper(variant).profile(tmp_path)
+    assert "aten::addmm" in profile.operators
+    assert profile.waits["aten::item"] >= 4  # loss, mim, bc, norm
     trace = json.loads((tmp_path / "mae-plain.json").read_text())
     assert any(event.get("name") == "update" for event in trace["traceEvents"])
-
-
-def test_all_take_turns():
-    seen = []
-    found = in_turn({name: (lambda name=name: seen.append(name) or len(seen)) for name in "abc"}, 4, "turns")
-    assert "".join(seen) == "abcbcacababc"
-    assert found == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
-
-
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30))
-def test_half_of_the_values_lie_in_the_spread(values):
-    found = spread(values)
-    inside = sum(found.lower <= x <= found.upper for x in values)
-    assert found.lower <= found.median <= found.upper
-    assert inside >= len(values) // 2 - 1
-    assert ratios(values, values) == Spread(1, 1, 1)
-
-
-@given(st.floats(1e-6, 1e9))
-def test_short_numbers_keep_their_digits(value):
-    said = short(value)
-    assert "e" not in said
-    assert float(said) == pytest.approx(value, rel=0.006)
-
-
-def test_a_table_is_aligned():
-    text = table([{"name": "a", "n": "1"}, {"name": "long name", "n": "100"}])
-    assert text == "name         n\na            1\nlong name  100"
-
-
-def test_a_patch_is_taken_back():
-    class Owner:
-        def method(self) -> int:
-            return 1
-
-    owner = Owner()
-    with patched(owner, "method", lambda method: lambda: method() + 1):
-        assert owner.method() == 2
-    assert owner.method() == 1
-    assert not vars(owner)
-
-
-# ---- the largest batch --------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 700), st.integers(2, 200))
-def test_the_largest_that_fits(most, start):
-    tried = []
-
-    def fits(n: int) -> bool:
-        tried.append(n)
-        return n <= most
-
-    found = largest(fits, start, lambda n: 1 if n < 64 else 8)
-    expected = most if most >= 2 else 0
-    assert found <= expected
-    assert expected - found <= (0 if found < 63 else 8)
-    assert found in tried or found == 0
-    assert len(tried) <= 24
-
-
-@pytest.mark.slow
-def test_a_process_that_takes_too_much_memory_does_not_fit():
-    (variant,) = variants("--forms mae --variants ours --batch_size 2 --find_batch --memory_gib 0.01")
-    tried = []
-    assert largest_batch(variant, lambda *found: tried.append(found)) == 0
-    assert tried == [(2, False)]
 
 
 # ---- loader -------------------------------------------------------------------------------------------------
@@ -349,13 +235,13 @@ def test_the_settings_of_a_run_survive_as_a_recipe(tmp_path):
 
 def test_a_run_is_taken_apart(tmp_path):
     config = parse_config(EpochConfig, TINY_EPOCH.split(), "bench.py epoch")
-    found = timed_run(recipe_of(config), config.effective_batch, str(tmp_path))
-    parts = [found[part] for part in bench.PARTS]
+    result = timed_run(recipe_of(config), config.effective_batch, str(tmp_path))
+    parts = [result[part] for part in PARTS]
     assert all(part > 0 for part in parts)
-    assert sum(parts) == pytest.approx(found["total"])
+    assert sum(parts) == pytest.approx(result["total"])
     assert list((tmp_path / "run").glob("checkpoint-0*.pth"))
-    assert found["loss"] > 0
-    assert found["compiled_later"] == 0
+    assert result["loss"] > 0
+    assert result["compiled_later"] == 0
 
 
 def test_summary_by_hand():
@@ -364,13 +250,13 @@ def test_summary_by_hand():
         dict(step=6, images_per_second=40.0, data_wait=0.25, memory_bytes=2, loss=2.0),
     ]
     seconds = dict(saving=1.0, evaluation=2.0, epochs=5.0)
-    found = summary(lines, images_per_update=10, seconds=seconds, total=10.0)
-    assert found["images_per_second"] == 40.0  # without the first interval
-    assert found["images_per_second_whole_run"] == 6.0
-    assert found["data wait"] == pytest.approx(2 * 0.5 + 1 * 0.25)
-    assert found["training"] == pytest.approx(5 - 1.25)
-    assert found["start"] == 2.0
-    assert found["memory_bytes"] == 2
+    result = summary(lines, images_per_update=10, seconds=seconds, total=10.0)
+    assert result["images_per_second"] == 40.0  # without the first interval
+    assert result["images_per_second_whole_run"] == 6.0
+    assert result["data wait"] == pytest.approx(2 * 0.5 + 1 * 0.25)
+    assert result["training"] == pytest.approx(5 - 1.25)
+    assert result["start"] == 2.0
+    assert result["memory_bytes"] == 2
 
 
 # ---- limits, pictures ---------------------------------------------------------------------------------------
@@ -398,13 +284,13 @@ def test_the_precision_of_matrix_products_is_left_as_it_was():
 
 @pytest.mark.parametrize("values", [("8", "16", "32"), ("src", "rrc")])
 def test_a_sweep_is_drawn(tmp_path, values):
-    found = {
+    rows_of = {
         value: [
             {"name": name, "images_per_second": Spread(x, 0.9 * x, 1.1 * x)} for name, x in (("a", i), ("b", 2 * i))
         ]
         for i, value in enumerate(values, start=1)
     }
-    plot_sweep("batch_size", found, tmp_path / "plot.png")
+    plot_sweep("batch_size", rows_of, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
 
@@ -428,7 +314,7 @@ def test_a_logarithmic_axis_has_numbers_whatever_it_spans(low, high):
 
 @pytest.mark.slow
 def test_a_sweep_of_steps(call, small_machine, tmp_path):
-    status, shown, _ = call(f"step {TINY} --forms asymmetric --sweep batch=4 --json out.json")
+    status, shown, _ = call(f"step {TINY_STEP} --forms asymmetric --sweep batch=4 --json out.json")
     assert status == 0
     assert "times as fast as asymmetric plain" in shown
     report = json.loads((tmp_path / "out.json").read_text())

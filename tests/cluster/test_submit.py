@@ -8,18 +8,22 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts import submit
 from shared.calls import script_caller
-from shared.flags import TINY
+from shared.flags import TINY, TINY_CLASSIFIER
+from shared.images import write_images
+from util.cluster.code import code_files, copy_code, unused_folder
 from util.cluster.jobs import requeue_lines
-from util.cluster.launch import SIGNALS, Children, StageJob, rendezvous_port
+from util.config.command_line import parse_config
+from util.config.pretrain import PretrainConfig
 from util.runtime.files import ROOT
+from util.train.pretraining import build_state
 
 
 @pytest.fixture
@@ -117,20 +121,43 @@ def test_an_evaluation_is_not_told_to_resume(launch):
     assert "--auto_resume" not in shown
 
 
+def test_a_dry_run_checks_the_weights_against_the_model(launch, tmp_path):
+    config = parse_config(PretrainConfig, [*TINY.split(), "--data_path", "x"], "main_pretrain.py")
+    torch.save({"model": build_state(config, None, torch.device("cpu"))[0].model.state_dict()}, tmp_path / "good.pth")
+    write_images(tmp_path / "val", 3)
+    status, shown, _ = launch(f"pretrain --dry_run -- {TINY} --data_path x --init_from good.pth --val_path val")
+    assert status == 0
+    weights, images = shown.splitlines()[-2:]
+    assert weights.startswith("--init_from good.pth: LUT, student, ")
+    assert images == "--val_path val: 3 images"
+    finetune = f"{TINY_CLASSIFIER} --data_path x --finetune"
+    _, shown, _ = launch(f"finetune --dry_run --seeds 0 1 -- {finetune} good.pth")
+    assert shown.splitlines()[-1].startswith("--finetune good.pth: LUT, student, ")
+    assert shown.count("--finetune good.pth: ") == 1
+    other = finetune.replace("nano_patch4", "small_patch16")
+    status, _, error = launch(f"finetune --dry_run -- {other} good.pth")
+    assert status == 2
+    assert "tensors of the encoder do not fit" in error
+    status, _, error = launch(f"finetune --dry_run -- {finetune} later.pth")
+    assert (status, error.count("\n")) == (2, 1)
+    _, shown, _ = launch(f"finetune --dry_run --after 12 -- {finetune} later.pth")
+    assert shown.splitlines()[-1] == "--finetune later.pth: not checked, it does not exist yet"
+
+
 # ---- wrong input: one line, status 2, nothing left behind ---------------------------------------------------
 
 WRONG = {
     "pretrian --": "STAGE pretrian: unknown, did you mean pretrain? (one of pretrain, finetune, linprobe, segment,",
     "pretrain --partition gpu": "`--` is missing: STAGE [flags of the launcher] -- [flags of the stage, or nothing]",
-    "probe --": "--ngpus 8: probe is one process: --ngpus 1, or 0",
+    "probe --": "--ngpus 8: probe runs in one process, add --ngpus 1 or 0",
     "probe --ngpus 1 -- a.pth --resume b": "--resume: unknown flag",
     "pretrain --nods 2 --": "--nods: unknown flag, did you mean --nodes?",
     "pretrain -- --bach_size 4": "--bach_size: unknown flag, did you mean --batch_size?",
     "pretrain -- --mask_ratio 2": "--mask_ratio 2.0: must lie between 0 and 1",
-    "pretrain -- --resume x.pth": "--resume x.pth: a job that is queued again would begin at this file anew",
+    "pretrain -- --resume x.pth": "--resume x.pth: a requeued job would start from this file again",
     "pretrain --nodes 0 --": "--nodes 0: must be 1 or more",
-    "pretrain --timeout 1 --": "--signal_delay 90: must be less than --timeout 1 minutes",
-    "pretrain --tasks_per_node 2 --": "--tasks_per_node 2: there is one process per GPU",
+    "pretrain --timeout 1 --": "--signal_delay 90: must be less than the 60 seconds of --timeout 1",
+    "pretrain --tasks_per_node 2 --": "--tasks_per_node 2: a run on GPUs has one process per GPU",
     "pretrain --job_dir x%j --": "--job_dir x%j: must not contain %",
     "pretrain --grid blr --": "--grid blr: write name=value,value",
     "pretrain --grid blr=1e-3, --": "--grid blr=1e-3,: write name=value,value",
@@ -138,7 +165,7 @@ WRONG = {
     "pretrain --grid blr=1e-3,-1 --": "--blr -1.0: must be 0 or more",
     "pretrain --grid elastic=yes --": "--grid elastic=yes: elastic is true or false",
     "pretrain --seeds 1 1 --": "--grid and --seeds: seed_1 comes twice",
-    "pretrain --cluster local --nodes 2 --": "--nodes 2: --cluster local has one",
+    "pretrain --cluster local --nodes 2 --": "--nodes 2: --cluster local has one node",
     "pretrain --cluster local --seeds 0 1 --": "--cluster local: does one run, leave out --seeds and --grid",
     "pretrain --": "--cluster slurm: there is no sbatch here, submit from a login node or use --cluster local",
     "pretrain --cluster local --job_dir file/x --": "/file/x: cannot be written (Not a directory), choose another",
@@ -149,11 +176,11 @@ WRONG = {
 def test_wrong_input_is_one_line(launch, monkeypatch, tmp_path, flags):
     without_tools(monkeypatch, tmp_path)
     (tmp_path / "file").write_text("")
-    status, _, said = launch(flags)
+    status, _, error = launch(flags)
     assert status == 2
-    assert len(said.splitlines()) == 1
-    assert said.startswith("submit.py: error: ")
-    assert WRONG[flags] in said
+    assert len(error.splitlines()) == 1
+    assert error.startswith("submit.py: error: ")
+    assert WRONG[flags] in error
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -165,8 +192,8 @@ def test_what_sbatch_refuses_leaves_nothing(launch, monkeypatch, tmp_path):
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     for _ in range(2):
-        status, _, said = launch("pretrain --job_dir RUN --")
-        assert (status, said) == (2, "submit.py: error: sbatch refuses: invalid account; no job\n")
+        status, _, error = launch("pretrain --job_dir RUN --")
+        assert (status, error) == (2, "submit.py: error: sbatch refuses: invalid account; no job\n")
     assert not (tmp_path / "RUN").exists()
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "log.jsonl").write_text("")
@@ -179,7 +206,7 @@ def test_what_sbatch_refuses_leaves_nothing(launch, monkeypatch, tmp_path):
 
 def test_the_copied_code_runs_without_the_project(tmp_path):
     copy = tmp_path / "code"
-    submit.copy_code(copy)
+    copy_code(copy)
     assert (copy / "COMMIT").read_text().strip()
     for name in ("main_pretrain.py", "util/cluster/launch.py", "recipes/quickstart.yaml"):
         assert (copy / name).read_bytes() == (ROOT / name).read_bytes()
@@ -190,104 +217,20 @@ def test_the_copied_code_runs_without_the_project(tmp_path):
 
 
 def test_each_submission_has_its_own_copy(tmp_path):
-    first = submit.unused_folder(tmp_path)
+    first = unused_folder(tmp_path)
     first.mkdir()
-    assert [first.name, submit.unused_folder(tmp_path).name] == ["code", "code-2"]
+    assert [first.name, unused_folder(tmp_path).name] == ["code", "code-2"]
 
 
 def test_without_git_the_same_files_are_found(monkeypatch, tmp_path):
-    known = {path.relative_to(ROOT) for path in submit.code_files()}
+    tracked = {path.relative_to(ROOT) for path in code_files()}
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = {path.relative_to(ROOT) for path in submit.code_files()}
-    assert {Path("main_pretrain.py"), Path("util/config/groups.py"), Path("recipes/quickstart.yaml")} <= known <= found
-
-
-# ---- the processes of a job ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def in_job(monkeypatch):
-    """The variables of a local job; the signal handlers are put back."""
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
-    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "77")
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def job_of(script: str, folder: Path, processes: int = 2, max_requeues: int = 3) -> StageJob:
-    """A job whose stage is a few lines that append to the file `said`."""
-    head = (
-        "import os, signal, sys, time\nsay = lambda *x: print(*x, file=open('said', 'a'))\nrank = os.environ['RANK']\n"
+    without_git = {path.relative_to(ROOT) for path in code_files()}
+    assert (
+        {Path("main_pretrain.py"), Path("util/config/groups.py"), Path("recipes/quickstart.yaml")}
+        <= tracked
+        <= without_git
     )
-    return StageJob((sys.executable, "-c", head + script), str(folder), 1, processes, max_requeues)
-
-
-def test_ranks_find_each_other_and_start_again_on_another_port(in_job, tmp_path):
-    script = "names = 'RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT'.split()\nsay(*map(os.getenv, names))\n"
-    script += "sys.exit(75 if len(open('said').readlines()) < 4 else 0)"
-    assert job_of(script, tmp_path, processes=1)() == 0
-    lines = [line.split() for line in (tmp_path / "said").read_text().splitlines()]
-    assert [line[:4] for line in lines] == [["0", "0", "1", "127.0.0.1"]] * 4
-
-
-def test_it_starts_again_no_more_often_than_allowed(in_job, tmp_path, capsys):
-    assert job_of("say(rank, os.environ['MASTER_PORT']); sys.exit(75)", tmp_path)() == 75
-    lines = [line.split() for line in (tmp_path / "said").read_text().splitlines()]
-    assert sorted(rank for rank, _ in lines) == ["0"] * 4 + ["1"] * 4
-    assert len({port for _, port in lines}) == 4
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "requeue: after 2 restarts",
-        "requeue: not again, after --max_requeues 3",
-    ]
-
-
-def test_a_failed_process_ends_the_others(in_job, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.cluster.launch.PEERS_SECONDS", 0.5)
-    begin = time.monotonic()
-    assert job_of("sys.exit(3) if rank == '1' else time.sleep(60)", tmp_path)() == 3
-    assert time.monotonic() - begin < 20
-    assert job_of("os.kill(os.getpid(), 9) if rank == '1' else time.sleep(60)", tmp_path)() == 128 + 9
-
-
-@pytest.mark.parametrize(("number", "starts"), [(signal.SIGTERM, 1), (signal.SIGUSR2, 4)])
-def test_a_signal_reaches_the_ranks_even_before_they_listen(in_job, tmp_path, monkeypatch, number, starts):
-    """The first one comes at once. SIGTERM is meant for the whole job, the others ask it to save and go on."""
-    monkeypatch.setattr("util.cluster.launch.REPEAT_SECONDS", 0.2)
-    started = [tmp_path / f"started-{rank}" for rank in (0, 1)]
-    script = (
-        "open('started-' + rank, 'w')\ntime.sleep(0.7)\n"
-        "for n in (10, 12, 15): signal.signal(n, lambda number, frame: (say(rank, number), os._exit(75)))\n"
-        "time.sleep(30)"
-    )
-
-    def interrupt() -> None:
-        for _ in range(starts):
-            while not all(path.exists() for path in started):
-                time.sleep(0.01)
-            for path in started:
-                path.unlink()
-            os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert job_of(script, tmp_path)() == 75
-    thread.join()
-    assert sorted((tmp_path / "said").read_text().split("\n")[:-1]) == [
-        f"{rank} {int(number)}" for rank in (0, 1) for _ in range(starts)
-    ]
-
-
-def test_a_second_signal_does_no_harm_while_python_ends(in_job):
-    Children([sys.executable, "-c", ""], ".", [dict(os.environ)]).wait()
-    assert all(signal.getsignal(number) == signal.SIG_IGN for number in SIGNALS)
-
-
-def test_ports_differ_between_starts_and_lie_below_those_that_linux_hands_out():
-    ports = {rendezvous_port(job, restarts) for job in (1, 2, 123456789) for restarts in range(20)}
-    assert len(ports) == 60
-    assert all(10_000 <= port < 32_768 for port in ports)
 
 
 # ---- --cluster local ----------------------------------------------------------------------------------------
@@ -296,8 +239,8 @@ def test_ports_differ_between_starts_and_lie_below_those_that_linux_hands_out():
 @pytest.mark.slow
 def test_a_local_job_of_two_processes_requeues_itself_and_ends(launch, flat_folder, tmp_path):
     flags = f"pretrain --cluster local --ngpus 0 --tasks_per_node 2 --follow --job_dir RUN --prologue true -- {TINY}"
-    status, shown, said = launch(f"{flags} --data_path flat --max_minutes 1e-6")  # one update a start
-    assert status == 0, shown + said
+    status, shown, error = launch(f"{flags} --data_path flat --max_minutes 1e-6")  # one update a start
+    assert status == 0, shown + error
     assert re.search(r"^job +\d+: pretrain, 1 x 2 processes$", shown, re.M)
     assert "requeue: after 0 restarts" in shown
     assert re.search(r"resumed after update \d", shown)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from main_pretrain import build_state, build_trainer
+from engine_pretrain import build_trainer
 from shared.images import write_images
 from shared.ranks import Ranks, command
 from util.config.pretrain import PretrainConfig
@@ -22,6 +22,7 @@ from util.data.samples import Batch
 from util.data.sources import BadImage
 from util.data.views import draw_photometry
 from util.runtime.errors import UserError
+from util.train.pretraining import build_state
 from util.weights.checkpoint import load_checkpoint
 
 losses = ("loss", "mim", "bc")

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, get_worker_info
 
-from main_pretrain import build_loader
 from shared.calls import one_line
 from shared.images import colours, encode
 from shared.ranks import ROOT
@@ -33,6 +32,7 @@ from util.data.sources import ArraySource, FileSource
 from util.data.views import TwoViews, centre_view, sample_generator
 from util.runtime.errors import UserError, loaders_death, run_main
 from util.runtime.logs import RunLog
+from util.train.pretraining import build_loader
 from util.train.trainer import report_bad_images
 
 quick = settings(max_examples=60, deadline=None)
@@ -437,7 +437,7 @@ def test_a_stream_s_reader_draws_the_same_order_after_a_resume(num_workers):
 def test_what_a_stream_leaves_out_is_counted(capsys, tmp_path):
     log = RunLog(tmp_path, None, enabled=True)
     batches = run_stream(0, epochs=(0,), skip_bad=True, bad={5, 6})[0]
-    assert [report_bad_images([batch], None, log) for batch in batches] == [0, 2, 0]
+    assert [report_bad_images([batch], Numbers(), log) for batch in batches] == [0, 2, 0]
     assert capsys.readouterr().out == "left out 2 unreadable samples of the stream\n"
 
 

@@ -14,7 +14,7 @@ from shared.calls import one_line
 from shared.images import encode, plain, write_plain
 from util.data.datasets import open_images
 from util.data.decode import load_image
-from util.data.sources import MOST_BYTES, MOST_OPEN_TARS, BadImage, FileSource, TarSource, TooManyOpenFiles
+from util.data.sources import MOST_BYTES, MOST_OPEN_TARS, BadImage, FileSource, TarSource
 from util.data.tars import read_headers
 from util.runtime.errors import UserError
 from util.runtime.files import ROOT
@@ -264,9 +264,8 @@ def test_a_process_without_descriptors_blames_no_image(tmp_path, tar, request):
     source = pickle.loads(pickle.dumps(open_images(str(path), "", "train")))  # with no .tar open any more
     request.getfixturevalue("no_descriptors")
     for skip_bad in (False, True):
-        with pytest.raises(OSError, match=r"^ulimit -n \d+: too many open files; give a higher limit") as error:
+        with pytest.raises(OSError, match="Too many open files"):
             load_image(source, 0, 3, skip_bad)
-        assert isinstance(error.value, TooManyOpenFiles)
 
 
 SCRIPT = """
@@ -301,6 +300,6 @@ def test_many_tars_with_few_descriptors_and_a_worker(tmp_path, starve):
     call = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     if starve:  # skipped images would be the wrong end
         assert call.returncode == 1
-        assert call.stderr.splitlines()[-1].startswith("x: error: ulimit -n 256: too many open files")
+        assert call.stderr.splitlines()[-1].startswith("x: error: too many files are open: raise the limit (ulimit -n")
     else:
         assert (call.returncode, call.stdout) == (0, "600\n"), call.stderr

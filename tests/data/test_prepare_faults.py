@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared.flags import SMALL
-from shared.images import noise, plain, tree
+from shared.images import noise_png, plain, tree
 from util.data.datasets import open_images
 from util.data.shards import read_shard
 from util.runtime.errors import UserError
@@ -21,7 +21,7 @@ def noisy_folder(root, number=41):
     """PNGs that a small --shard_mb makes many shards of."""
     (root / "cat").mkdir(parents=True)
     for i in range(number):
-        (root / "cat" / f"{i:03d}.png").write_bytes(noise(i))
+        (root / "cat" / f"{i:03d}.png").write_bytes(noise_png(i))
     return root
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(prepare, small_dis
     images = tmp_path / "in/cat"
     images.mkdir(parents=True)
     for i in range(65):  # the estimate looks at each third
-        (images / f"{i:03d}.png").write_bytes(noise(i, (96, 96)) if i % 3 else plain(0))
+        (images / f"{i:03d}.png").write_bytes(noise_png(i, (96, 96)) if i % 3 else plain(0))
     flags = ("--data_path", images.parent, "--shard_mb", "0.2", "--image_format", "png", "--short_side", "96")
     prepare(*flags, "--output_dir", tmp_path / "whole")
     code, _, message = prepare(*flags, "--output_dir", small_disk / "out", fails=True)

@@ -6,6 +6,7 @@ docs/FAULTS.md says which test belongs to which fault.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -33,10 +34,11 @@ from shared.ranks import (
     with_preface,
 )
 from util.runtime.errors import REQUEUE_STATUS, run_main
+from util.runtime.files import writable_folder
 from util.runtime.logs import RunLog
-from util.runtime.stop import StopRequest
-from util.train.run import writable_folder
-from util.train.trainer import TrainState
+from util.runtime.stop import SCHEDULER_SIGNALS, StopRequest
+from util.train.monitor import Monitor, MonitorScores
+from util.train.state import TrainState
 from util.weights.checkpoint import CheckpointStore, load_checkpoint
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
@@ -44,7 +46,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks i
 
 @pytest.fixture(autouse=True)
 def _signals_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    before = {number: signal.getsignal(number) for number in (*SCHEDULER_SIGNALS, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -134,7 +136,7 @@ def test_a_signal_during_a_save_or_an_evaluation_waits_for_its_end(
 
         return call
 
-    owner, name = (torch, "save") if during == "save" else (__import__("main_pretrain").Monitor, "look")
+    owner, name = (torch, "save") if during == "save" else (Monitor, "evaluate")
     monkeypatch.setattr(owner, name, signalling(getattr(owner, name)))
     with pytest.raises(SystemExit) as stop:
         pretrain(*flags)
@@ -148,12 +150,14 @@ def test_a_signal_during_a_save_or_an_evaluation_waits_for_its_end(
 
 
 def test_a_stop_at_an_epoch_s_end_keeps_what_was_saved_there(pretrain, flat_folder, tmp_path, monkeypatch):
-    def look(monitor, student, epoch, *_):
-        if epoch == 1:
-            os.kill(os.getpid(), signal.SIGUSR2)
-        return {"knn": 5.0}
+    calls = itertools.count()  # the first one comes before the first epoch
 
-    monkeypatch.setattr("main_pretrain.Monitor.look", look)
+    def evaluate(monitor):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return MonitorScores({"knn": 5.0})
+
+    monkeypatch.setattr(Monitor, "evaluate", evaluate)
     with pytest.raises(SystemExit) as stop:
         pretrain("--data_path", flat_folder, "--monitor_freq 1")
     assert stop.value.code == REQUEUE_STATUS
@@ -166,7 +170,7 @@ def test_a_stop_before_the_first_update_saves_nothing(pretrain, flat_folder, tmp
     with pytest.raises(SystemExit) as stop:
         pretrain("--data_path", flat_folder)
     assert stop.value.code == REQUEUE_STATUS
-    assert "before the first update; to be requeued" in capsys.readouterr().err
+    assert "before the first update; run the same command with --auto_resume" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
@@ -188,7 +192,7 @@ def test_sigterm_to_the_whole_group_with_loader_processes(whole, tmp_path):
 
 def test_the_best_is_saved_whatever_save_freq_says(pretrain, flat_folder, tmp_path, monkeypatch):
     accuracies = iter([1.0, 2.0, 9.0, 3.0, 4.0])  # before the first epoch and after each of four
-    monkeypatch.setattr("main_pretrain.Monitor.look", lambda *_: {"knn": next(accuracies)})
+    monkeypatch.setattr(Monitor, "evaluate", lambda _: MonitorScores({"knn": next(accuracies)}))
     pretrain("--data_path", flat_folder, "--epochs 4 --monitor_freq 1 --save_freq 4 --keep_last 1")
     store = CheckpointStore(tmp_path / "run", 9, None, keep_best=True)
     assert store.best_metric == 9.0
@@ -210,7 +214,8 @@ def test_a_full_disk_at_the_log_is_one_line(small_disk, capsys):
         log.close()
     assert stop.value.code == 1
     assert capsys.readouterr().err == (
-        "x: error: No space left on device; checkpoints are whole, free some space and go on from the last one\n"
+        "x: error: the disk is full: free some space and run the same command again; checkpoints that were written"
+        " before are intact (OSError: [Errno 28] No space left on device)\n"
     )
 
 
@@ -296,7 +301,7 @@ run_main("main_pretrain.py", main)
     ("error", "expected", "words"),
     [
         ("UserError('--this: is wrong')", 2, "main_pretrain.py: error: --this: is wrong"),
-        ("ValueError('a bug')", 1, "ValueError: a bug"),
+        ("ValueError('a bug')", 1, "the command, and the run's config.yaml and run.json"),
         ("SystemExit('words')", 1, "words"),
     ],
 )

@@ -43,13 +43,13 @@ def run(*command: object, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command)], check=check, capture_output=True, text=True, timeout=120)
 
 
-def wait_until(what: Callable[[], object], seconds: float = 60.0, every: float = 0.2) -> object:
-    """The first true value of `what`."""
+def wait_until(condition: Callable[[], object], seconds: float = 60.0, every: float = 0.2) -> object:
+    """Return the first true value of `condition`."""
     deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, what
+    while not (value := condition()):
+        assert time.monotonic() < deadline, condition
         time.sleep(every)
-    return found
+    return value
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +72,11 @@ class Submitted:
 
     def __init__(self, folder: Path, launcher_flags: str, stage_flags: str):
         flags = f"--ngpus 0 --timeout 60 {launcher_flags} --job_dir {folder} -- {stage_flags}"
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(sys, "argv", ["submit.py", "pretrain", *flags.split()])
             submit_main()
-        self.folder, self.number = folder, re.search(r"^job +(\d+):", said.getvalue(), re.M)[1]
+        self.folder, self.number = folder, re.search(r"^job +(\d+):", printed.getvalue(), re.M)[1]
         self.element = ""  # of an array: "_1"
 
     def info(self, name: str) -> str:
@@ -93,7 +93,7 @@ class Submitted:
 
     def ranks(self) -> dict[int, int]:
         """Process id of each rank of the stage."""
-        found = {}
+        processes = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 arguments = (path / "cmdline").read_bytes().split(b"\0")
@@ -102,8 +102,8 @@ class Submitted:
                 continue
             if str(self.folder / "code" / "main_pretrain.py").encode() in arguments:
                 values = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
-                found[int(values[b"RANK"])] = int(path.name)
-        return found
+                processes[int(values[b"RANK"])] = int(path.name)
+        return processes
 
     def hold(self, update: int = 6) -> dict[int, int]:
         """Wait until the run has logged that update and stop its processes there."""
@@ -120,8 +120,8 @@ class Submitted:
 
     def heard(self, name: str) -> None:
         """Wait until the launchers of both ranks have got this signal."""
-        said = f"launch: {name} passed on"
-        wait_until(lambda: said in self.log(0) and said in self.log(1))
+        line = f"launch: forwarded {name}"
+        wait_until(lambda: line in self.log(0) and line in self.log(1))
 
     def end(self, seconds: float = 60.0) -> str:
         """The state in which the job ends; one that is queued again need not wait the usual two minutes."""
@@ -287,10 +287,9 @@ def test_sbatch_refuses(slurm, tmp_path):
     command += ["--job_dir", str(tmp_path / "job"), "--"]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
-    said = refused.stderr.splitlines()
-    assert len(said) == 1
-    assert said[0].startswith("submit.py: error: sbatch refuses: ")
-    assert "invalid partition specified: nowhere" in said[0]
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("submit.py: error: sbatch refuses: ")
+    assert "invalid partition specified: nowhere" in line
     assert not (tmp_path / "job").exists()
 
 

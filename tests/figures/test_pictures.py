@@ -1,5 +1,9 @@
 """Reconstruction grids, pixel by pixel against loops."""
 
+import resource
+import signal
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from util.figures.figure import new_figure, save_figure
 from util.figures.pictures import GAP, as_grid, reconstruction_cells, save_png
 
 MEANS, STDS = [0.4, 0.5, 0.6, 0.3], [0.2, 0.25, 0.3, 0.1]
@@ -94,6 +99,18 @@ def test_small_images_are_enlarged_by_whole_factors(side, factor):
     assert grid.shape == (side * factor, 4 * (side * factor + GAP) - GAP, 3)
 
 
+def test_titles_stand_above_their_columns_and_leave_the_cells():
+    cells = np.full((2, 3, 40, 50, 3), 200, dtype=np.uint8)
+    plain, titled = as_grid(cells), as_grid(cells, ("image", "masked", "two\nlines"))
+    head = titled[: len(titled) - len(plain)]
+    assert np.array_equal(titled[len(head) :], plain)
+    width = 2 * 50 + GAP
+    inked = [(head[:, column * width : (column + 1) * width] < 100).any(axis=(1, 2)) for column in range(3)]
+    assert all(ink.any() for ink in inked)
+    assert not inked[0][len(head) // 2 + GAP :].any()  # one line
+    assert inked[2][len(head) // 2 + GAP :].any()  # two
+
+
 def test_bfloat16_prediction_with_a_graph():
     prediction = torch.zeros(1, 4, 16, dtype=torch.bfloat16, requires_grad=True)
     grid = reconstruction_grid(torch.zeros(1, 1, 8, 8), torch.ones(1, 4), prediction, 4, [0.5], [1], True)
@@ -104,3 +121,27 @@ def test_save_png_round_trip(tmp_path):
     array = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
     save_png(array, tmp_path / "new" / "picture.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "picture.png")), array)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("kind", ["picture", "figure"])
+def test_a_disk_that_is_full_leaves_the_older_picture(tmp_path, kind):
+    def write():
+        if kind == "picture":
+            save_png(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), tmp_path / "a.png")
+        else:
+            save_figure(new_figure(2, 2, "title", "caption"), tmp_path / "a.png")
+
+    write()
+    before = (tmp_path / "a.png").read_bytes()
+    assert len(before) > 2000
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

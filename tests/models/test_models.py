@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from models_architectures import MODELS
 from models_encoder import fixed_positions, patchify, take, unpatchify
-from models_lut import LUT, MODELS, MomentumEncoder, Targets, mask_from_noise, mlp_head, num_visible_patches
-from shared.models import TINY, head_by_hand, images, noise
+from models_lut import LUT, MomentumEncoder, Targets, mlp_head
+from models_masking import mask_from_noise, num_visible_patches
+from shared.models import TINY_MODEL, head_by_hand, images, noise
 from util.optim.losses import cosine_distance
 
 quick = settings(max_examples=60, deadline=None)
@@ -35,7 +37,7 @@ def _one_thread():
 def tiny(**changes) -> LUT:
     """24 patches of 2 x 2 pixels; always the same weights."""
     torch.manual_seed(0)
-    return LUT(**TINY | changes)
+    return LUT(**TINY_MODEL | changes)
 
 
 # ---- patches, masking, positions ---------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def test_shapes_that_cannot_be_are_refused(changes):
 
 def test_initial_weights_are_mae_s():
     torch.manual_seed(0)
-    student = LUT(**TINY | dict(embed_dim=240, depth=1, decoder_embed_dim=160, decoder_depth=1, patch_size=4))
+    student = LUT(**TINY_MODEL | dict(embed_dim=240, depth=1, decoder_embed_dim=160, decoder_depth=1, patch_size=4))
     linear = {n: m for n, m in student.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert len(linear) == 1 + 2 * 4 + 2 + 4  # patches, two blocks, decoder's in and out, heads
     for name, module in linear.items():

@@ -15,11 +15,12 @@ from torch import Tensor
 
 import main_pretrain
 from models_encoder import patchify
-from models_lut import LUT, MomentumEncoder, Steering, mask_squares
+from models_lut import LUT, MomentumEncoder, Steering
+from models_masking import mask_squares
 from models_simmim import SimMIM
 from shared.calls import caller
-from shared.flags import TINY as TINY_RUN
-from shared.models import TINY, head_by_hand, images, noise
+from shared.flags import TINY
+from shared.models import TINY_MODEL, head_by_hand, images, noise
 from util.config.classifier import FinetuneConfig
 from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
@@ -27,7 +28,7 @@ from util.optim.optimizer import build_optimizer
 from util.weights.checkpoint import load_checkpoint
 
 quick = settings(max_examples=60, deadline=None)
-SHAPE = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
+SHAPE = {name: value for name, value in TINY_MODEL.items() if not name.startswith("decoder")}
 
 
 def tiny(**changes) -> SimMIM:
@@ -163,7 +164,7 @@ def test_pictures_are_in_the_image_s_order():
 
 
 def test_the_encoder_is_mae_s_with_a_mask_token():
-    simmim, mae = tiny().state_dict(), LUT(**TINY).state_dict()
+    simmim, mae = tiny().state_dict(), LUT(**TINY_MODEL).state_dict()
     encoder = [name for name in mae if not name.startswith(("decoder", "mask_token", "head", "predictor"))]
     heads = [name for name in mae if name.startswith(("head", "predictor"))]
     assert set(simmim) == {*encoder, *heads, "mask_token", "decoder.weight", "decoder.bias"}
@@ -190,7 +191,7 @@ def test_the_mask_token_learns_at_the_rate_of_the_stem():
 @pytest.fixture
 def simmim(monkeypatch, tmp_path):
     """Call main_pretrain.py with a tiny SimMIM and the given flags."""
-    return caller(monkeypatch, tmp_path, main_pretrain, TINY_RUN.replace("--decoder_depth 1", "--method simmim"))
+    return caller(monkeypatch, tmp_path, main_pretrain, TINY.replace("--decoder_depth 1", "--method simmim"))
 
 
 def test_the_loss_falls_on_digits(simmim, tmp_path):

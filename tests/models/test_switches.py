@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from main_pretrain import build_state
 from models_encoder import patchify
-from models_lut import LUT, MomentumEncoder, Steering, independent_noise, mask_from_noise, mask_squares
+from models_lut import LUT, MomentumEncoder, Steering
+from models_masking import independent_noise, mask_from_noise, mask_squares
 from shared.calls import one_line
-from shared.flags import TINY as TINY_RUN
-from shared.models import TINY, head_by_hand, images, noise
+from shared.flags import TINY
+from shared.models import TINY_MODEL, head_by_hand, images, noise
 from shared.pretrain import config_of
 from shared.slow_losses import SLOW, slow_cosine, slow_infonce
 from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
 from util.config.same_run import check_same_run
 from util.runtime.errors import UserError
+from util.train.pretraining import build_state
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def models(**steering) -> tuple[LUT, MomentumEncoder]:
     """A tiny student whose BatchNorms do something, and a momentum encoder that has gone elsewhere; fp64."""
     torch.manual_seed(0)
     arguments = dict(reconstructs=steering.pop("reconstructs", True), mask_unit_patches=steering.pop("mask_unit", 1))
-    student = LUT(**TINY, steering=Steering(**steering), **arguments).double()
+    student = LUT(**TINY_MODEL, steering=Steering(**steering), **arguments).double()
     for name, head in student.named_children():
         if name.endswith(("head", "predictor")):
             nn.init.uniform_(head[1].weight, 0.5, 2)
@@ -250,7 +251,7 @@ REFUSED = {
     "--infonce_temperature 0.1": "--infonce_temperature 0.1: --distance cosine has none; take infonce",
     "--distance infonce --infonce_temperature 0": "--infonce_temperature 0.0: must be above 0, and finite",
     "--distance infonce --batch_size 1": "--batch_size 1: --distance infonce needs two images at least",
-    "--distance euclid": "invalid choice 'euclid'",
+    "--distance euclid": "--distance euclid: unknown",
     "--method simmim --decoder_depth 2": "--decoder_depth 2: SimMIM's decoder is one linear layer",
     "--method simmim --model mae_vit_nano_patch4": "take lut_vit_nano_patch4, and --alpha 0",
     "--mask_unit 12": "--mask_unit 12: must be a multiple of the patch, 8 pixels",
@@ -263,7 +264,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_what_makes_no_sense_is_refused_in_one_line(flags):
-    base = TINY_RUN.replace("--decoder_depth 1", "") if "simmim" in flags else TINY_RUN
+    base = TINY.replace("--decoder_depth 1", "") if "simmim" in flags else TINY
     with pytest.raises(UserError) as error:
         parse_config(PretrainConfig, [*base.split(), *flags.split()], "main_pretrain.py")
     assert REFUSED[flags] in one_line(error)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models_architectures import ARCHITECTURES
 from models_encoder import fixed_positions
-from models_lut import ARCHITECTURES
 from models_upernet import POOLS, UperNet, feature_blocks, rescaled
 from util.optim.optimizer import parameter_groups
 from util.runtime.distributed import SyncBatchNorm, synchronise_batch_norm

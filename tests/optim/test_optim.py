@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models_lut import LUT, MODELS
+from models_architectures import MODELS
+from models_lut import LUT
 from util.optim.optimizer import build_optimizer, set_learning_rate
 
 TINY = dict(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import struct
+import subprocess
+import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,13 +32,17 @@ from util.config.groups import as_dict
 from util.config.pretrain import PretrainConfig
 from util.config.segment import SegmentConfig
 from util.figures.figure import HEAT_ALPHA, HEAT_GROUND, heat_over
+from util.report import attention as attention_module
 from util.report import report as report_module
-from util.report.parts import commands, differing_settings, environment_rows, speed_rows
+from util.report.attention import attention_maps
+from util.report.films import encode_frames, evenly
 from util.report.report import report
-from util.report.thumbnails import evenly, film
+from util.report.settings import commands, differing_settings, environment_rows
+from util.report.summary import speed_rows
 from util.results.curves import points_per_curve
 from util.results.run_folder import open_runs, read_run
 from util.runtime.errors import UserError
+from util.runtime.files import ROOT
 
 # ---- pictures ----------------------------------------------------------------------------------------------
 
@@ -52,14 +61,34 @@ def test_a_film_fits_its_budget_and_skips_what_is_broken(tmp_path):
         Image.fromarray(rng.integers(0, 256, (8, 700, 3), dtype=np.uint8)).save(path)
         paths.append((epoch, path))
     (tmp_path / "reconstruction-0029.png").write_bytes(b"\x89PNG half of it")
-    whole, broken = film(paths, 10**9)
+    whole, broken = encode_frames(paths, 10**9)
     assert (len(whole), broken) == (23, ["reconstruction-0029.png"])
     assert whole[0][0] == 0
     for budget in (15_000, 3_000, 600):
-        frames, _ = film(paths, budget)
+        frames, _ = encode_frames(paths, budget)
         assert 0 < sum(len(data) for _, data in frames) <= budget
         assert {frames[-1][0], whole[-1][0]} == {whole[-1][0]}
-    assert film(paths, 10)[0] == []
+    assert encode_frames(paths, 10)[0] == []
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def enormous_png() -> bytes:
+    """Some bytes that announce 300,000 x 300,000 pixels."""
+    head = struct.pack(">IIBBBBB", 300_000, 300_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + head
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(
+    "content", [EPS, enormous_png(), b"", b"P6 9 9 255 ", None], ids=["eps", "huge", "empty", "ppm", "pipe"]
+)
+def test_pictures_of_other_formats_are_never_opened(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    path = tmp_path / "reconstruction-0001.png"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    assert encode_frames([(1, path)], 10**6) == ([], [path.name])
 
 
 def test_heat_lies_over_the_grey_image_patch_by_patch():
@@ -103,7 +132,7 @@ def test_speed_and_environment(tmp_path):
     rows = dict(environment_rows([run])[1:])
     assert {"commit", "torch", "Python", "CPU", "processes"} <= rows.keys()
     assert rows["processes"] == "1"
-    assert "command" not in rows
+    assert not {"command", "stage"} & rows.keys()
 
 
 def test_commands_repeat_the_run(tmp_path):
@@ -113,13 +142,15 @@ def test_commands_repeat_the_run(tmp_path):
     command = "/opt/python /home/me/main_pretrain.py --data_path 'two words'"
     run = read_run(write_run(tmp_path / "a b", [{"step": 1, "loss": 1}], config, command=command), "a")
     found = dict(commands(run))
-    assert found["As it was last started"] == "python main_pretrain.py --data_path 'two words'"
-    again = found["From its settings, whatever has become of the recipe"]
+    assert found["As it was last started"] == command
+    again = found["From its saved settings, even if the recipe has changed"]
     assert again == f"python main_pretrain.py --recipe '{run.path}/config.yaml' --output_dir AGAIN"
     settings = parse_config(PretrainConfig, ["--recipe", str(run.path / "config.yaml"), "--output_dir", "AGAIN"], "x")
     assert as_dict(settings) == config | {"recipe": str(run.path / "config.yaml"), "output_dir": "AGAIN"}
-    many = dataclasses.replace(run, info=run.info | {"processes": 8})
-    assert dict(commands(many))["As it was last started"].startswith("torchrun --nproc_per_node=8 main_pretrain.py")
+    many = dict(commands(dataclasses.replace(run, facts=run.facts | {"processes": 8})))
+    assert many["As it was last started, in each of 8 processes"] == command
+    again = many["From its saved settings, even if the recipe has changed"]
+    assert again.startswith("torchrun --nproc_per_node=8 main_pretrain.py --recipe ")
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -187,7 +218,7 @@ def test_a_page_of_two_runs_needs_nothing_else(call, tmp_path):
     assert "default-src 'none'" in html
     words = " ".join(" ".join(page.words).split())
     for expected in (
-        "Settings that differ",
+        "All runs have the same settings",
         "kNN accuracy",
         "21.00 %",
         "finished",
@@ -253,17 +284,17 @@ def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path, monkeypat
     folder = write_run(tmp_path / "a", pretraining_lines(1, 3), config)
     complete(save_lut(folder / "checkpoint-0.pth"), epoch=0, step=3)
     runs = open_runs([str(folder)])
-    seen = report_module.attention(runs, (), torch.device("cpu"))
-    assert seen.said == []
+    seen = attention_maps(runs, (), torch.device("cpu"))
+    assert seen.remarks == []
     assert len(seen.images) == 3
     assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
     assert seen.images[0].mark == (62.5, 62.5)  # the patch after the middle of 4 x 4
     words = " ".join(" ".join(parsed(report(runs, "a", seen)).words).split())
     assert "a, checkpoint-0.pth" in words
-    monkeypatch.setattr(report_module, "ATTENTION_CELLS", 11)
-    few = report_module.attention(runs, (), torch.device("cpu"))
+    monkeypatch.setattr(attention_module, "MOST_MAPS", 11)
+    few = attention_maps(runs, (), torch.device("cpu"))
     assert [name for name, _ in few.images[2].rows[0].cells] == ["mean"]
-    assert few.said == ["So many runs: only the means over heads are shown."]
+    assert few.remarks == ["So many runs: only means over heads are shown."]
 
 
 @pytest.mark.parametrize("layout", ["data_path", "folders"])
@@ -279,16 +310,16 @@ def test_attention_of_a_segmenter_on_its_validation_images(tmp_path, scenes, lay
     torch.save({"model": model.state_dict(), "config": as_dict(settings)}, folder / "checkpoint-0.pth")
     complete(folder / "checkpoint-0.pth", epoch=0, step=2)
     runs = open_runs([str(folder)])
-    seen = report_module.attention(runs, (), torch.device("cpu"))
-    assert seen.said == []
+    seen = attention_maps(runs, (), torch.device("cpu"))
+    assert seen.remarks == []
     names = {path.name for path in (scenes / "images" / "val").iterdir()}
     assert {image.title for image in seen.images} <= names
     assert len({image.title for image in seen.images}) == 3
     assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
     shutil.rmtree(scenes / "images" / "val")
-    seen = report_module.attention(runs, (), torch.device("cpu"))
+    seen = attention_maps(runs, (), torch.device("cpu"))
     assert seen.images == []
-    assert "No images to look at" in seen.said[0]
+    assert "No images to look at" in seen.remarks[0]
 
 
 @pytest.mark.slow
@@ -334,8 +365,6 @@ def test_checkpoints_and_images_that_cannot_be_opened_are_said(call, tmp_path):
     [
         ("nowhere", "RUN nowhere: there is no such folder"),
         ("none", "RUN none: is no run, neither it nor a folder below has a log.jsonl"),
-        ("empty", "RUN empty: its log.jsonl holds no complete line yet"),
-        ("cut", "RUN cut: its log.jsonl holds no complete line yet"),
         ("", "RUN: give the folder of a run"),
         ("run --output page.pdf", "--output page.pdf: is written as .html"),
         ("run --output /proc/none/page.html", "--output /proc/none/page.html: cannot be written"),
@@ -347,9 +376,6 @@ def test_checkpoints_and_images_that_cannot_be_opened_are_said(call, tmp_path):
 def test_wrong_input_is_one_line(call, flags, said):
     write_run(Path("run"), [{"step": 1, "loss": 1.0}])
     Path("none").mkdir()
-    for name, text in (("empty", ""), ("cut", '{"step": 1, "lo')):
-        Path(name).mkdir()
-        (Path(name) / "log.jsonl").write_text(text)
     before = sorted(Path().rglob("*"))
     status, _, error = call(flags if "label a b" in flags or "--output" in flags else f"{flags} --no_attention")
     assert (status, error.count("\n")) == (2, 1), error
@@ -363,6 +389,18 @@ def test_an_image_that_is_none_is_one_line(call, pretrain, tmp_path):
     status, _, error = call(f"{tmp_path}/lut --image fake.png")
     assert (status, error.count("\n")) == (2, 1)
     assert "--image fake.png: cannot be read" in error
+
+
+def test_help_does_not_import_what_draws():
+    """Plotly, matplotlib, SciPy and scikit-learn take seconds."""
+    program = (
+        "import runpy, sys; sys.argv = ['report.py', '--help']\n"
+        "try: runpy.run_path('scripts/report.py', run_name='__main__')\n"
+        "finally: print(*sorted({'plotly', 'matplotlib', 'scipy', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "folders of runs" in done.stdout
+    assert done.stderr.strip() == ""
 
 
 def test_labels_must_fit_the_runs(tmp_path):

@@ -13,7 +13,8 @@ import torch
 
 from shared.checkpoints import save_lut
 from shared.runs import complete, pretraining_lines, write_run
-from util.report.report import attention, report
+from util.report.attention import attention_maps
+from util.report.report import report
 from util.results.run_folder import open_runs
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -109,7 +110,7 @@ def page(tmp_path_factory) -> Path:
     labels = ["LUT </script><b>", "a rather long name of a run, without a chance to fit on a phone" + "_x" * 40]
     runs = open_runs([str(folder / "lut"), str(folder / "mae")], labels)
     path = folder / "report.html"
-    path.write_text(report(runs, "Two <runs>", attention(runs, (), torch.device("cpu"))), encoding="utf-8")
+    path.write_text(report(runs, "Two <runs>", attention_maps(runs, (), torch.device("cpu"))), encoding="utf-8")
     return path
 
 
@@ -177,6 +178,12 @@ def test_axes_smoothing_logarithm_and_single_runs(browser, page):
         browser.run("document.querySelector(`[name=axis][value=${arguments[0]}]`).click()", axis)
         high = browser.ranges()["loss"][1]
         assert high == pytest.approx(1.02 * last, rel=0.01)
+    browser.run("document.querySelector('[name=axis][value=share]').click()")
+    lengths = browser.lengths("loss")  # 3000 and 1200 updates, and both are as wide as the panel
+    assert min(lengths) > 250
+    ends = "return [...document.querySelector('[data-panel=loss] .plot').data].map(t => t.x.at(-1))"
+    assert all(end == pytest.approx(100, abs=0.1) for end in browser.run(ends))
+    browser.run("document.querySelector('[name=axis][value=time]').click()")
     title = "return document.querySelector('[data-panel=loss] .plot')._fullLayout.xaxis.title.text"
     assert browser.run(title) == "minutes"
 
@@ -278,6 +285,12 @@ def test_nothing_scrolls_sideways(browser, page, width):
         ".filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.className || e.tagName)"
     )
     assert over == []
+    links = browser.run(
+        "return [...document.querySelectorAll('.links a')].map(a => a.getBoundingClientRect())"
+        ".map(box => [box.left, box.right])"
+    )
+    assert len(links) == 8
+    assert all(0 <= left < right <= width for left, right in links)  # none is reached by scrolling alone
     assert browser.run(
         "return Math.min(...[...document.querySelectorAll('.plot')].map(p => p.clientWidth))"
     ) > 0.7 * min(width, 400)

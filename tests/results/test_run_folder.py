@@ -14,8 +14,9 @@ from shared.runs import pretraining_lines, segmenting_lines, write_run
 from util.config.groups import as_dict
 from util.config.pretrain import PretrainConfig
 from util.config.segment import SegmentConfig
-from util.report.parts import card, differing_settings, summary_rows
 from util.report.report import report
+from util.report.settings import differing_settings
+from util.report.summary import card, summary_rows
 from util.results.curves import METRICS, Thinned, curves_of, metrics_of, thin
 from util.results.run_folder import Curve, open_runs, read_run
 from util.runtime.logs import RunLog
@@ -53,9 +54,8 @@ def test_a_run_under_way_a_cut_line_and_lines_that_are_none(tmp_path):
     assert (run.updates, run.updates_per_epoch, run.total_updates, run.finished) == (7, 5, 10, False)
     assert np.isnan(run.curves["loss"].last)
     assert run.remarks == (
-        "line 9 of log.jsonl is damaged and left out",
-        "line 11 of log.jsonl is cut short (it may be being written) and left out",
-        "1 lines of the log have a loss that is not finite",
+        "log.jsonl, lines 9 and 11: cut short or damaged, left out",
+        "log.jsonl: the loss is not finite in 1 lines",
     )
 
 
@@ -64,7 +64,17 @@ def test_the_first_epoch_does_not_tell_how_long_it_is(tmp_path):
     run = read_run(write_run(tmp_path / "a", lines), "a")
     assert (run.updates_per_epoch, run.total_updates) == (None, None)
     done = read_run(write_run(tmp_path / "b", pretraining_lines(1, 5)), "b")
-    assert done.updates_per_epoch == 5  # the monitor's line tells
+    assert done.updates_per_epoch is None  # an old run of one epoch; now run.json tells
+
+
+def test_run_json_tells_updates_and_recipe(tmp_path):
+    facts = {"updates_per_epoch": 7, "total_updates": 21, "recipe": "mine"}
+    folder = write_run(tmp_path / "a", [{"step": 1, "loss": 1.0, "lr": 1.0, "epoch": 0}], **facts)
+    run = read_run(folder, "a")
+    assert (run.updates_per_epoch, run.total_updates, run.recipe) == (7, 21, "mine")
+    (folder / "run.json").write_text("{}")  # as runs wrote it before
+    old = read_run(folder, "a")
+    assert (old.updates_per_epoch, old.total_updates, old.recipe) == (None, None, old.config["recipe"])
 
 
 def test_max_steps_cuts_an_epoch_short(tmp_path):
@@ -103,18 +113,19 @@ def test_a_finished_run_that_was_prolonged_is_under_way(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "results", "config", "stage"),
+    ("facts", "results", "config", "stage"),
     [
-        ("python main_segment.py", [], {}, "segment"),
-        ("/code/main_pretrain.py --x", [], {}, "pretrain"),
-        ("", ["linprobe-eval"], {}, "linprobe"),
-        ("", [], {"mask_ratio": 0.75}, "pretrain"),
-        ("", [], {"max_updates": 5}, "segment"),
-        ("", [], {}, ""),
+        ({"stage": "finetune"}, ["pretrain"], {"mask_ratio": 0.75}, "finetune"),
+        ({}, ["linprobe-eval"], {}, "linprobe"),  # the rest: folders without a stage in run.json
+        ({}, [], {"mask_ratio": 0.75}, "pretrain"),
+        ({}, [], {"max_updates": 5}, "segment"),
+        ({}, [], {"mixup": 0.8}, "finetune"),
+        ({"stage": ["segment"]}, [], {}, ""),
     ],
 )
-def test_the_stage_is_found_where_it_can_be(tmp_path, command, results, config, stage):
-    folder = write_run(tmp_path / "a", [{"step": 1, "loss": 1.0}], config, command=command)
+def test_the_stage_is_read_from_run_json_or_else_the_results_or_settings(tmp_path, facts, results, config, stage):
+    folder = write_run(tmp_path / "a", [{"step": 1, "loss": 1.0}], config)
+    (folder / "run.json").write_text(json.dumps(facts))
     lines = [json.dumps({"stage": name, "metrics": {}, "config": {}}) for name in results]
     (folder / "results.jsonl").write_text("\n".join(lines))
     assert read_run(folder, "a").stage == stage
@@ -192,10 +203,10 @@ def test_numbers_of_other_stages_are_shown_under_their_own_name(tmp_path):
         {"step": 1, "epoch": 0, "loss": 1.0, "aux_loss": 0.5},
         {"step": 1, "epoch": 1, "miou": 40.0, "road_iou": 9.0},
     ]
-    run = read_run(write_run(tmp_path / "a", lines, {}, stage="segment"), "a")
+    run = read_run(write_run(tmp_path / "a", lines, {}, stage="segment", updates_per_epoch=1), "a")
     found = {name: (metric.title, metric.group) for name, metric in metrics_of([run]).items()}
     assert found["aux_loss"] == ("aux loss", "Training")
-    assert found["road_iou"] == ("road iou", "What it has learned")
+    assert found["road_iou"] == ("road iou", "Evaluation")
     assert found["miou"][0] == "Mean IoU"
     assert ["Mean IoU, best", "40.00 % (epoch 1)"] in summary_rows([run], metrics_of([run]))
 
@@ -206,7 +217,7 @@ def test_all_numbers_of_a_segmentation_are_known(tmp_path):
     metrics = metrics_of([run])
     assert metrics.keys() - METRICS.keys() == set()
     assert {metrics[name].better for name in ("loss", "main", "auxiliary")} == {"lower"}
-    assert ["Mean accuracy of the classes, best", "50.00 % (epoch 1)"] in summary_rows([run], metrics)
+    assert ["Mean class accuracy, best", "50.00 % (epoch 1)"] in summary_rows([run], metrics)
     assert differing_settings([run]) == [
         ["", "a", "default"], ["data_path", "scenes", "–"], ["max_updates", "5", "160000"],
         ["warmup_updates", "0", "1500"],

@@ -8,7 +8,8 @@ import io
 import pytest
 import torch
 
-from models_lut import ARCHITECTURES, LUT
+from models_architectures import ARCHITECTURES
+from models_lut import LUT
 from util.runtime import amp
 from util.runtime.amp import autocast_dtype, choose_attention, computes_in_bf16, cpu_flags, grad_scaler
 from util.runtime.errors import UserError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import time
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from shared.calls import one_line
+from shared.ranks import Ranks, command, in_two_processes, with_preface
 from util.runtime.distributed import (
     SyncBatchNorm,
     broadcast_module,
     check_in_sync,
+    check_same_on_all_ranks,
     choose_device,
     is_main,
     start_processes,
@@ -242,8 +247,92 @@ def test_the_launcher_s_numbers(monkeypatch):
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         assert (world_size(), is_main()) == (8, rank == 0)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(UserError, match="--dist_backend smoke: not in this build of torch, use auto, nccl or gloo"):
         start_processes("cpu", backend="smoke")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("RANK=1", "RANK=1 in the environment: but WORLD_SIZE=1"),
+        ("WORLD_SIZE=4", "WORLD_SIZE=4 in the environment: without RANK and MASTER_ADDR and MASTER_PORT;"),
+        ("WORLD_SIZE=", "WORLD_SIZE= in the environment: must be a number from 1;"),
+        ("WORLD_SIZE=0", "WORLD_SIZE=0 in the environment: must be a number from 1;"),
+        ("MASTER_PORT=abc", "MASTER_PORT=abc in the environment: must be a number from 1;"),
+        ("MASTER_PORT=70000", "MASTER_PORT=70000 in the environment: must be a number from 1;"),
+        ("LOCAL_RANK=-1", "LOCAL_RANK=-1 in the environment: must be a number from 0;"),
+        ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=h MASTER_PORT=1", "RANK=2 in the environment: but WORLD_SIZE=2"),
+    ],
+)
+def test_variables_that_another_job_left_are_named(monkeypatch, variables, said):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for assignment in variables.split():
+        monkeypatch.setenv(*assignment.split("="))
+    with pytest.raises(UserError) as error:
+        start_processes("cpu")
+    assert one_line(error).startswith(said)
+    assert "start several processes with torchrun or scripts/submit.py" in one_line(error)
+
+
+# ---- what ranks must have in common ------------------------------------------------------------------------
+SAME = {"images": 9, "names of the images": "1f", "seed": 0, "peak lr": 1e-3, "batch_size": 8, "model": "ab"}
+
+
+def compare(rank: int) -> list[tuple[str, float]]:
+    """The message about each fact that differs on rank 1, and the seconds until it came."""
+    check_same_on_all_ranks(SAME)
+    messages = []
+    for name in SAME:
+        begin = time.perf_counter()
+        with pytest.raises(UserError) as error:
+            check_same_on_all_ranks(SAME | ({name: "other"} if rank else {}))
+        messages.append((one_line(error), time.perf_counter() - begin))
+    return messages
+
+
+@pytest.mark.slow
+def test_ranks_with_other_data_or_settings_are_refused_by_name(tmp_path):
+    for found in in_two_processes(compare, tmp_path):
+        for (message, seconds), (name, value) in zip(found, SAME.items(), strict=True):
+            assert message.startswith(f"{name}: is {value} on rank 0 but other on rank 1;")
+            assert seconds < 1
+
+
+OTHER = {  # what rank 1 does otherwise, in Python before its program, and the fact that is named
+    "--seed": ("sys.argv += ['--seed', '1']", "seed: is 0 on rank 0 but 1 on rank 1;"),
+    "--blr": ("sys.argv += ['--blr', '1e-3']", "peak lr: is "),
+    "--decoder_depth": ("sys.argv += ['--decoder_depth', '2']", "decoder_depth: is 1 on rank 0 but 2 on rank 1;"),
+    "batch": ("sys.argv += ['--accum_iter', '2']", "effective batch: is 16 on rank 0 but 32 on rank 1;"),
+    "images": ("sys.argv += ['--data_path', 'FEWER']", "number of images: is 32 on rank 0 but 30 on rank 1;"),
+    "names": ("sys.argv += ['--data_path', 'RENAMED']", "names of the images: is "),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", OTHER)
+def test_a_run_whose_ranks_differ_is_refused_on_all_of_them(flat_folder, tmp_path, other):
+    shutil.copytree(flat_folder, fewer := tmp_path / "FEWER")
+    for path in list(fewer.glob("*.png"))[:2]:
+        path.unlink()
+    shutil.copytree(flat_folder, renamed := tmp_path / "RENAMED")
+    next(renamed.glob("*.png")).rename(renamed / "other.png")
+    code, message = OTHER[other]
+    code = code.replace("FEWER", str(fewer)).replace("RENAMED", str(renamed))
+    preface = f"import os\nif os.environ['RANK'] == '1': {code}"
+    with Ranks(with_preface(preface, command(flat_folder, tmp_path / "run")), 2) as ranks:
+        ends = ranks.finish()
+    for status, text in ends:
+        assert status == 2
+        assert f"main_pretrain.py: error: {message}" in text
+        assert len(text.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_rank_has_nothing_to_compare():
+    check_same_on_all_ranks(SAME)
 
 
 @pytest.mark.parametrize(
@@ -291,4 +380,5 @@ def pretend(monkeypatch, gpus: int, local_rank: int) -> None:
     """A machine with so many GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))

@@ -255,3 +255,68 @@ def test_git_state_of_a_checkout(tmp_path):
 def test_a_copy_of_the_code_knows_its_commit(tmp_path, written, state):
     (tmp_path / "COMMIT").write_text(written)
     assert logs.git_state(tmp_path) == state
+
+
+# ---- damaged files, full disks ---------------------------------------------------------------------------------
+DAMAGED = [
+    b'{"step": 2, "lo',
+    b"[1, 2]",
+    b"7",
+    b'{"loss": 1}',
+    b'{"step": "2"}',
+    b'{"step": null}',
+    b'{"step": 2, "seconds": "\xff"}',
+    b"\x00\x01",
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_resume_leaves_out_damaged_lines_and_says_so(tmp_path, capsys, line):
+    whole = [b'{"step": 1, "seconds": 3.0}\n', b'{"step": 2, "seconds": 5.0}\n']
+    (tmp_path / "log.jsonl").write_bytes(whole[0] + line + b"\n" + whole[1] + line)
+    log = RunLog(tmp_path, None, enabled=True, resume_step=2)
+    log.close()
+    assert (tmp_path / "log.jsonl").read_bytes() == b"".join(whole)
+    assert 5 <= log.seconds < 60
+    assert capsys.readouterr().err == f"WARNING: {tmp_path / 'log.jsonl'}: 2 damaged lines are left out\n"
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "config.yaml", "run.json"])
+def test_a_folder_in_a_file_s_place_is_renamed(tmp_path, capsys, name):
+    (tmp_path / name / "x").mkdir(parents=True)
+    write_run_info(tmp_path, {"epochs": 3})
+    RunLog(tmp_path, None, enabled=True, resume_step=0).close()
+    assert (tmp_path / name).is_file()
+    assert (tmp_path / f"{name}.damaged-0" / "x").is_dir()
+    where = f"{tmp_path / name}: is not a file, so it was renamed to {name}.damaged-0"
+    assert capsys.readouterr().err == f"WARNING: {where}\n"
+
+
+def test_settings_are_replaced_only_by_a_complete_file(tmp_path, monkeypatch):
+    write_run_info(tmp_path, {"epochs": 3})
+    before = (tmp_path / "config.yaml").read_bytes()
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("util.runtime.files.os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_run_info(tmp_path, {"epochs": 4})
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "run.json"}
+
+
+def test_tensorboard_on_a_full_disk_is_one_line_and_the_run_continues(small_disk, tmp_path, capfd):
+    log = RunLog(tmp_path, small_disk, enabled=True)
+    (small_disk / "other").write_bytes(bytes(1_000_000))
+    for step in range(2000):
+        log.scalars(step, {"loss": 1.0})
+        if step % 100 == 0:
+            log.image(step, "noise", np.random.default_rng(step).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    log.close()
+    assert len(read_lines(tmp_path)) == 2000
+    out, err = capfd.readouterr()
+    assert out.count("WARNING: TensorBoard's files can no longer be written: ") == 1
+    assert "No space left on device" in out
+    assert "Traceback" not in out + err

@@ -85,6 +85,6 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def noise(seed, size=(60, 50)):
+def noise_png(seed, size=(60, 50)):
     """A picture that no format makes small."""
     return encode(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-TINY = dict(
+TINY_MODEL = dict(
     img_size=(8, 12), patch_size=2, in_chans=3, embed_dim=12, depth=2, num_heads=3, decoder_embed_dim=8,
     decoder_depth=2, decoder_num_heads=2, heads=dict(hidden_dim=10),
 )  # fmt: skip

@@ -54,13 +54,13 @@ def write_run(
     finished: dict | None = None,
     stage: str = "pretrain",
     command: str | None = None,
+    **facts: object,
 ) -> Path:
-    """A run's folder; `finished`: the metrics of its result, None: it is still under way."""
+    """A run's folder; `finished`: metrics of its result, None: it is still training; `facts`: more for run.json."""
     config = as_dict(PretrainConfig(epochs=2, warmup_epochs=1)) if config is None else config
-    write_run_info(folder, config)
-    info = json.loads((folder / "run.json").read_text())
-    info["command"] = f"/usr/bin/python3 main_{stage}.py --output_dir {folder}" if command is None else command
-    (folder / "run.json").write_text(json.dumps(info))
+    command = f"/usr/bin/python3 main_{stage}.py --output_dir {folder}" if command is None else command
+    facts = {"stage": stage, "recipe": config.get("recipe", ""), "command": command} | facts
+    write_run_info(folder, config, **facts)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for epoch in pictures:
         cells = np.full((40, 84, 3), 10 * epoch % 256, dtype=np.uint8)

@@ -19,7 +19,7 @@ from util.data.masked_samples import MaskedBatch
 from util.data.masks import IGNORED
 from util.optim.optimizer import build_optimizer
 from util.runtime.amp import grad_scaler
-from util.train.trainer import TrainState
+from util.train.state import TrainState
 
 
 def config_of(*flags: object) -> SegmentConfig:

@@ -6,7 +6,7 @@ import re
 
 from shared.flags import TINY_CLASSIFIER
 
-TINY = f'--finetune scratch --finetune_flags="{TINY_CLASSIFIER} --input_size 32 --aa none --drop_path 0"'
+TINY_GRID = f'--finetune scratch --finetune_flags="{TINY_CLASSIFIER} --input_size 32 --aa none --drop_path 0"'
 
 
 def rows_of(shown: str) -> list[list[str]]:

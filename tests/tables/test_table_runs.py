@@ -116,10 +116,10 @@ def test_numbers_of_competitors_and_missing_tools_are_the_papers(call):
 def test_a_column_may_name_its_metric(call, tmp_path):
     """Student and momentum encoder come from one probing; MAE has no momentum encoder."""
     folder = tmp_path / "output" / "tables"
-    for name, found in (("ablation_mae", {}), ("ablation_lut_rrc-alpha_0.1", {"momentum encoder, kNN, k 20": 31.0})):
+    for name, found in (("ablation_mae", {}), ("ablation_lut_rrc-alpha_0.1", {"momentum/knn": 31.0})):
         path = finish(folder, "parts", name, 0, "probe", 44.0)
         line = json.loads(path.read_text())
-        line["metrics"] |= {"student, kNN, k 20": 33.0} | found
+        line["metrics"] |= {"student, kNN, k 20": 33.0} | found  # the old name too
         path.write_text(json.dumps(line) + "\n")
     _, shown, _ = call("show parts --scale tiny --format markdown --against paper")
     assert "| MAE | 33.0 | 44.0 | – | – | 0–1 |" in shown
@@ -181,9 +181,7 @@ def test_a_results_file_cut_short_counts_as_not_finished(call, tmp_path):
     status, shown, said = call("show B --scale tiny")
     assert status == 0
     assert "60.0" in shown
-    assert said.splitlines() == [
-        f"WARNING: {path.relative_to(tmp_path)}, line 2: is cut short or no result, it does not count"
-    ]
+    assert said.splitlines() == [f"WARNING: {path.relative_to(tmp_path)}, line 2: cut short or not a result, left out"]
     path.write_text(whole[: len(whole) // 2])
     assert "60.0" not in call("show B --scale tiny")[1]
     append_result(path.parent, "finetune", {}, {"top1": 61.0}, 1.0, {})  # begins a line of its own
@@ -244,7 +242,7 @@ WRONG = {
     "run B --scale tiny --processes 4 --submit": "--processes 4: the launcher starts 8, leave it out",
     "show 4 --curves x.png": "--curves x.png: draws one table, 4 is 6",
     "show 4 --picture x.png": "--picture x.png: draws one table, 4 is 6",
-    "show 4c --format html": "invalid choice",
+    "show 4c --format html": "--format html: unknown",
 }
 
 

@@ -28,7 +28,7 @@ from util.runtime.files import ROOT
 from util.tables.plan import Clock, flops, parse, plan_runs, read_scale, work_behind
 from util.tables.tables import FOLDER, PRETRAIN, PROBE, STAGES, Score, find_tables, load_tables, read_score
 from util.tables.view import fill, render
-from util.train.run import share_batch
+from util.train.resume import share_batch
 
 OURS = [(table, row) for table in TABLES.values() for row in table.rows if row.recipes]
 

@@ -20,7 +20,7 @@ from shared.calls import script_caller
 from shared.flags import TINY_CLASSIFIER
 from shared.images import write_images
 from shared.published import make_aircraft, make_cub200, make_flowers102, make_naturalist
-from shared.transfer import TINY, rows_of
+from shared.transfer import TINY_GRID, rows_of
 from util.config.classifier import FinetuneConfig
 from util.config.command_line import parse_config
 from util.config.groups import as_dict
@@ -164,7 +164,7 @@ def test_more_processes_keep_the_images_of_an_update(call, tmp_path):
 
 
 def test_a_holdout_is_told_to_the_runs(call, class_folders):
-    _, shown, _ = call(f"plan {TINY} --data_path {class_folders} {SMALL_GRID} --holdout 0.25 --seeds 3")
+    _, shown, _ = call(f"plan {TINY_GRID} --data_path {class_folders} {SMALL_GRID} --holdout 0.25 --seeds 3")
     assert shown.count("--holdout 0.25 --auto_resume") == 12
     assert "/images/holdout_0.25/lr_0.001-wd_0.05/seed_0 " in shown
     assert "# then the best cell of each data set again, on all training images: 3 runs each" in shown
@@ -415,7 +415,7 @@ def test_wrong_input_is_one_line(call, monkeypatch, tmp_path, flags):
 def test_a_folder_in_use_is_refused(call, tmp_path, class_folders):
     (tmp_path / "output/transfer/ours/images").mkdir(parents=True)
     lock = lock_folder(tmp_path / "output/transfer/ours/images")
-    status, _, said = call(f"run {TINY} --data_path {class_folders} {SMALL_GRID}")
+    status, _, said = call(f"run {TINY_GRID} --data_path {class_folders} {SMALL_GRID}")
     lock.close()
     assert status == 2
     assert said.startswith(
@@ -455,7 +455,7 @@ def test_a_call_that_submits_first_deletes_what_the_last_one_s_jobs_left(call, m
     submitted = []
     monkeypatch.setattr(script.submit, "check_sbatch", lambda: None)
     monkeypatch.setattr(script.submit, "submit_array", lambda config, runs, *_: submitted.extend(runs))
-    flags = f"run {TINY} --data_path {class_folders} --lrs 1e-3 4e-3 9e-3 --weight_decays 0.05 --submit"
+    flags = f"run {TINY_GRID} --data_path {class_folders} --lrs 1e-3 4e-3 9e-3 --weight_decays 0.05 --submit"
     for more, kept in (("--dry_run", [0, 1, 2]), ("--keep_checkpoints all", [0, 1, 2]), ("", [1, 2])):
         submitted.clear()
         status, _, said = call(f"{flags} {more} -- --ngpus 0")

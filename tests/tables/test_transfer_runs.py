@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from shared.ranks import PATIENCE, wait_until
-from shared.transfer import TINY, rows_of
+from shared.transfer import TINY_GRID, rows_of
 from util.results.results import read_results
 from util.runtime.files import ROOT
 from util.tables.transfer import read_grid
@@ -34,7 +34,7 @@ def start(folder: Path, flags: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_grid_that_is_killed_goes_on_and_the_held_out_choice_is_trained_again(tmp_path, class_folders):
-    flags = f"run {TINY} --data_path {class_folders} --lrs 1e-3 4e-3 --weight_decays 0.05 --holdout 0.25"
+    flags = f"run {TINY_GRID} --data_path {class_folders} --lrs 1e-3 4e-3 --weight_decays 0.05 --holdout 0.25"
     flags = flags.replace("--epochs 2", "--epochs 15 --save_freq 1")
     grid = tmp_path / "output/transfer/ours/images/holdout_0.25"
     first, second = (grid / f"lr_{lr}-wd_0.05" / "seed_0" for lr in ("0.001", "0.004"))

@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import models_lut
-from main_pretrain import build_state, build_trainer
+import models_architectures
+from engine_pretrain import build_trainer
 from models_lut import LUT
+from shared.pretrain import config_of, random_batch
 from shared.ranks import in_two_processes
-from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
 from util.data.samples import Batch
 from util.train.cost import count_parameters, pretrain_cost
+from util.train.pretraining import build_state
 from util.weights.export import write_mae
 from util.weights.interop import load_weights, part_of, read_weights
 
@@ -27,11 +28,6 @@ PICO = dict(
     img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2,
     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2,
 )  # fmt: skip
-FLAGS = (
-    "--model lut_vit_pico_patch8 --head_mlp_dim 16 --batch_size 8 --epochs 2 --warmup_epochs 1 --blr 1e-2"
-    " --num_workers 0 --print_freq 1 --monitor_freq 0 --device cpu"
-)
-
 SWITCHES = (
     "",
     "--steered_tokens none",
@@ -55,25 +51,18 @@ COMBINATIONS = [*METHODS, *(f"{flags} --views symmetric" for flags in METHODS if
 
 def add_pico() -> None:
     """A model that is smaller than any real one."""
-    models_lut.ARCHITECTURES["vit_pico_patch8"] = models_lut.MODELS["lut_vit_pico_patch8"] = PICO
+    models_architectures.ARCHITECTURES["vit_pico_patch8"] = models_architectures.MODELS["lut_vit_pico_patch8"] = PICO
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _pico():
     add_pico()
     yield
-    del models_lut.ARCHITECTURES["vit_pico_patch8"], models_lut.MODELS["lut_vit_pico_patch8"]
+    del models_architectures.ARCHITECTURES["vit_pico_patch8"], models_architectures.MODELS["lut_vit_pico_patch8"]
 
 
-def config_of(flags: str) -> PretrainConfig:
-    return parse_config(PretrainConfig, [*FLAGS.split(), *flags.split()], "main_pretrain.py")
-
-
-def random_batch(number: int) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    views = torch.randint(0, 256, (number, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    numbers = torch.arange(number)
-    return Batch(views, torch.rand(number, 16, generator=generator), numbers, numbers, torch.empty(number, 0))
+def pico_config(flags: str) -> PretrainConfig:
+    return config_of(f"--model lut_vit_pico_patch8 --decoder_depth None {flags}")
 
 
 # ---- one process -------------------------------------------------------------------------------------------
@@ -82,7 +71,7 @@ def random_batch(number: int) -> Batch:
 @pytest.mark.parametrize("flags", COMBINATIONS)
 def test_every_parameter_learns(flags):
     """DistributedDataParallel waits for the gradient of each."""
-    config = config_of(flags)
+    config = pico_config(flags)
     state, _ = build_state(config, None, CPU)
     trainer = build_trainer(config, state, None, CPU, updates_per_epoch=10)
     state.updates = 5  # no longer at learning rate 0
@@ -99,7 +88,7 @@ def test_every_parameter_learns(flags):
     ["", "--steered_tokens all", "--w_mim 0", "--method simmim --steered_tokens all", "--method simmim --w_mim 0"],
 )
 def test_checkpoints_are_read_by_all_that_read_checkpoints(flags, tmp_path):
-    config, path = config_of(flags), tmp_path / "checkpoint.pth"
+    config, path = pico_config(flags), tmp_path / "checkpoint.pth"
     state, _ = build_state(config, None, CPU)
     torch.save(state.state_dict(), path)
     same = load_weights(config.student_type(**config.model_arguments), path, whole=True)
@@ -107,7 +96,7 @@ def test_checkpoints_are_read_by_all_that_read_checkpoints(flags, tmp_path):
     assert not same.unexpected
     assert read_weights(path).layout == ("SimMIM, student" if "decoder.weight" in same.loaded else "LUT, student")
 
-    mae = LUT(**config_of("--alpha 0").model_arguments)
+    mae = LUT(**pico_config("--alpha 0").model_arguments)
     has_decoder = config.method == "mae" and config.w_mim > 0
     for weights in ("student", "momentum"):
         whole = has_decoder and weights == "student"
@@ -120,18 +109,18 @@ def test_checkpoints_are_read_by_all_that_read_checkpoints(flags, tmp_path):
 
 @pytest.mark.parametrize("flags", ["--steered_tokens all", "--w_mim 0 --distance infonce", "--method simmim"])
 def test_cost_counts_what_is_there(flags):
-    config = config_of(flags)
+    config = pico_config(flags)
     cost = pretrain_cost(config.model_arguments, False, config.student_type)
     student = config.student_type(**config.model_arguments)
     assert cost.student_parameters == count_parameters(student)
-    plain = config_of("--alpha 0 --w_mim 1")
+    plain = pico_config("--alpha 0 --w_mim 1")
     encoder = [name for name in LUT(**plain.model_arguments).state_dict() if part_of(name) == "encoder"]
     assert cost.encoder_parameters == sum(p.numel() for name, p in student.named_parameters() if name in encoder)
 
 
 def test_what_costs_more_and_what_costs_less():
     def flops(flags: str) -> int:
-        config = config_of(flags)
+        config = pico_config(flags)
         return pretrain_cost(config.model_arguments, False, config.student_type).flops_per_image
 
     default = flops("")
@@ -155,7 +144,7 @@ TOGETHER = [
 
 def losses_and_gradients(flags: str, ranks: slice) -> dict[str, Tensor]:
     """Of these images of a batch, in fp64; the second of two passes, as a parameter left out in the first fails it."""
-    config = config_of(flags)
+    config = pico_config(flags)
     state, _ = build_state(config, None, CPU)
     state.model.double()
     state.model_ema.double()

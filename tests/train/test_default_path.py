@@ -18,7 +18,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from engine_pretrain import PretrainTrainer
-from main_pretrain import build_state
 from shared.flags import TINY
 from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
@@ -26,7 +25,8 @@ from util.data.samples import Batch
 from util.optim.optimizer import build_optimizer
 from util.optim.schedules import momentum_decay
 from util.runtime.amp import grad_scaler
-from util.train.trainer import TrainState
+from util.train.pretraining import build_state
+from util.train.state import TrainState
 
 CPU = torch.device("cpu")
 UPDATES = 12

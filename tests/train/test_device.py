@@ -13,8 +13,8 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import main_pretrain
 from engine_finetune import ClassifierTrainer
+from engine_pretrain import build_trainer
 from engine_segment import SegmenterTrainer
 from models_upernet import UperNet
 from models_vit import Classifier, LinearProbe
@@ -31,7 +31,9 @@ from util.data.samples import Batch, DrawnBatch
 from util.data.views import TwoViews
 from util.optim import optimizer as optim
 from util.optim.optimizer import build_lars, build_optimizer
-from util.train.trainer import Trainer, TrainState
+from util.train.pretraining import build_state
+from util.train.state import TrainState
+from util.train.trainer import Trainer
 
 GPU = torch.device("meta")
 MIXES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
@@ -83,8 +85,8 @@ def state_of(model, optimizer, average=None):
 def test_pretraining(flags):
     tiny = TINY.replace("--decoder_depth 1", "") if "simmim" in flags else TINY
     config = parse_config(PretrainConfig, f"{tiny} --data_path x {flags}".split(), "main_pretrain.py")
-    state, _ = main_pretrain.build_state(config, None, GPU)
-    trainer = main_pretrain.build_trainer(config, state, None, GPU, updates_per_epoch=10)
+    state, _ = build_state(config, None, GPU)
+    trainer = build_trainer(config, state, None, GPU, updates_per_epoch=10)
     views = torch.zeros(8, 2, 3, 32, 32, dtype=torch.uint8)
     batch = Batch(views, torch.rand(8, 16), torch.arange(8), torch.arange(8))
     update(trainer, [batch] * config.accum_iter)
@@ -98,8 +100,8 @@ def test_pretraining(flags):
 def test_views_of_images_on_the_device(crop):
     flags = f"{TINY} --data_path x --cache device --augment_on device --crop {crop} --no_photometric"
     config = parse_config(PretrainConfig, flags.split(), "main_pretrain.py")
-    state, _ = main_pretrain.build_state(config, None, GPU)
-    trainer = main_pretrain.build_trainer(config, state, None, GPU, updates_per_epoch=10)
+    state, _ = build_state(config, None, GPU)
+    trainer = build_trainer(config, state, None, GPU, updates_per_epoch=10)
     pixels, starts = torch.zeros(8 * 3 * 40 * 50, dtype=torch.uint8), torch.arange(8)
     cached = CachedImages(None, pixels, starts, torch.zeros(8, 2, dtype=torch.int64), in_chans=3, bad={})
     trainer.images = cached.to(GPU)

@@ -232,7 +232,10 @@ def test_a_checkpoint_of_another_kind_of_training_is_told_where_to_go(
     pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
     with pytest.raises(SystemExit):
         finetune("--data_path", class_folders, "--resume", tmp_path / "pre" / "checkpoint-0-step1.pth")
-    assert "a checkpoint of pretrain, and this is finetune; give its weights to --finetune" in capsys.readouterr().err
+    assert (
+        "the checkpoint is of pretrain, this run is finetune; start from its weights by --finetune"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

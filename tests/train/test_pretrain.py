@@ -172,7 +172,9 @@ def test_a_resumed_run_ends_bit_equal(pretrain, flat_folder, tmp_path, stop_afte
 
 @pytest.mark.parametrize("stop_after", [3, 4])  # at the epoch's end; in the middle of one
 def test_a_stream_resumes_with_what_it_has_not_had(pretrain, tmp_path, monkeypatch, capsys, stop_after):
-    monkeypatch.setattr("main_pretrain.open_images", lambda *_: Numbers(bad={5}))  # twelve, one of them unreadable
+    monkeypatch.setattr(
+        "util.train.pretraining.open_images", lambda *_: Numbers(bad={5})
+    )  # twelve, one of them unreadable
     flags = "--dataset wds/x --batch_size 4 --on_bad_image skip"
     expected = pretrain(flags, output=tmp_path / "whole")
     pretrain(flags, "--max_steps", str(stop_after))
@@ -231,7 +233,7 @@ WRONG = {
     "--input_size 36": "--input_size 36 36: must be a multiple of the patch, 8 pixels",
     "--model lut_vit_bsae_patch16": "did you mean lut_vit_base_patch16?",
     "--recipe quickstrat": "did you mean quickstart?",
-    "--epochs 3 4": "4: stands behind no flag that takes it",
+    "--epochs 3 4": "4: no flag takes this value",
     "--bach_size 4": "--bach_size: unknown flag, did you mean --batch_size?",
     "--batch_size 64": "= 64 images per update, but the data set has 32",
     "--data_path nowhere": "--data_path nowhere: there is no such file or folder",
@@ -385,7 +387,7 @@ def test_resume_knows_its_images_by_their_names_wherever_they_lie(pretrain, flat
     (flat_folder / "image-003.png").rename(flat_folder / "another.png")
     with pytest.raises(SystemExit):
         pretrain("--data_path", flat_folder, "--auto_resume")
-    assert "--resume: other images or classes than the checkpoint's, by their names" in capsys.readouterr().err
+    assert "--resume: the names of images or classes differ from the checkpoint's" in capsys.readouterr().err
     assert losses(pretrain("--data_path", tmp_path / "copy", "--auto_resume"))
 
 

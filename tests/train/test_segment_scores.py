@@ -100,7 +100,7 @@ def test_images_of_any_size_are_seen_whole(size, mode):
 
 @pytest.mark.parametrize("most", [1, 500, 10**9])
 def test_classes_of_enlarged_logits(monkeypatch, most):
-    monkeypatch.setattr("engine_segment.MOST_NUMBERS", most)  # one class at a time; two; all
+    monkeypatch.setattr("engine_segment.MAX_LOGITS", most)  # one class at a time; two; all
     logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
     enlarged = F.interpolate(logits[None], (15, 16), mode="bilinear", align_corners=False)[0]
     assert torch.equal(classes_at(logits, (15, 16)), enlarged.argmax(0))

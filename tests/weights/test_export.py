@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 import scripts.convert as convert
-from models_lut import LUT, MODELS, MomentumEncoder
+from models_architectures import MODELS
+from models_lut import LUT, MomentumEncoder
 from models_vit import Classifier
 from shared.reference import tiny_student
 from util.runtime.errors import run_main

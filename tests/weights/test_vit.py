@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from models_lut import ARCHITECTURES, MODELS, fixed_positions, patchify
+from models_architectures import ARCHITECTURES, MODELS
+from models_encoder import fixed_positions, patchify
 from models_vit import Classifier, DropPath, LinearProbe
 from shared.reference import tiny_student
 from util.optim.optimizer import build_lars, build_optimizer, set_learning_rate

@@ -1,4 +1,4 @@
-"""The images that analysis looks at: named files, or some of a data set."""
+"""The images that are analysed: named files, or some of a data set."""
 
 from __future__ import annotations
 
@@ -26,45 +26,50 @@ from util.weights.vit import NamedViT
 
 @dataclass(frozen=True)
 class Images:
-    """Which images are looked at, and how they are read."""
+    """The images that are analysed, and how they are read."""
 
     source: ImageSource
-    order: Sequence[int]  # all that studies of a data set go over; pictures show the first of them
+    order: Sequence[int]  # indices of all images that are analysed; pictures show the first `num_shown`
     num_shown: int
     batch_size: int
     num_workers: int
     exif: Exif = "ignore"
 
     def loader(self, vit: NamedViT) -> Loader:
-        """uint8 centre views for this model and labels (-1: none) of all images, in their order."""
+        """Return a loader of uint8 centre views for this model and labels (-1: none) of all images, in order."""
         dataset = LabelledDataset(self.source, self.order, vit.size, vit.in_chans, exif=self.exif)
         return Loader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def batches(self, vit: NamedViT, title: str) -> Iterator[Tensor]:
-        """All images as the model takes them, with progress on stderr."""
+        """Yield all images as the model takes them, with progress on stderr."""
         return (vit.images(pixels) for pixels, _ in with_progress(self.loader(vit), f"{title}, {vit.label}"))
 
     def shown(self, vit: NamedViT) -> tuple[Tensor, np.ndarray]:
-        """The images of the pictures: as the model takes them, and as they are drawn, uint8 [n, H, W, 3]."""
+        """Return the images of the pictures as the model takes them, and as uint8 [n, H, W, 3] for drawing."""
         dataset = LabelledDataset(self.source, self.order[: self.num_shown], vit.size, vit.in_chans, exif=self.exif)
-        pixels = torch.stack([dataset[place][0] for place in range(len(dataset))])
+        pixels = torch.stack([dataset[position][0] for position in range(len(dataset))])
         return vit.images(pixels), drawable(pixels / 255)
 
-    def title(self, place: int) -> str:
-        """A short name of the image at a place of the order."""
-        name = self.source.name(self.order[place])
-        return broken(Path(name).name if "/" in name else name)
+    def title(self, position: int) -> str:
+        """Return a short name, in lines, of the image at a position of `order`."""
+        name = self.source.name(self.order[position])
+        return wrap_name(Path(name).name if "/" in name else name)
+
+    @property
+    def shown_names(self) -> list[str]:
+        """The full names of the images of the pictures."""
+        return [self.source.name(index) for index in self.order[: self.num_shown]]
 
     @property
     def labelled(self) -> bool:
-        """Whether there are classes, two at least."""
+        """True if the images have labels of at least two classes."""
         return labelled_or_none(self.source) is not None
 
-    def class_of(self, place: int) -> str:
-        """The class of the image at a place of the order, or nothing."""
+    def class_of(self, position: int) -> str:
+        """Return the class of the image at a position of `order`; empty without labels."""
         if not self.labelled:
             return ""
-        label = self.source.labels[self.order[place]]
+        label = self.source.labels[self.order[position]]
         return self.source.class_names[label] if self.source.class_names else str(label)
 
 
@@ -81,15 +86,15 @@ def find_images(
     num_workers: int = 0,
     exif: Exif = "ignore",
 ) -> Images:
-    """Image files in their order, or at most `most` images of a data set, in an order drawn with `seed`.
+    """Open image files in their order, or at most `most` images of a data set in an order drawn with `seed`.
 
     Args:
-        files: empty: the data set of --data_path and --dataset, by default digits.
+        files: paths of images; empty: the data set of --data_path and --dataset, by default digits.
         exif: see `util.data.decode.decode`.
-        show: how many of a data set's images are drawn in pictures; of files, all are.
+        show: number of a data set's images in pictures; files are all shown.
 
     Raises:
-        UserError: a file that is no image, or a data set that cannot be opened or is a stream.
+        UserError: a file is no image, or the data set cannot be opened or is a stream.
     """
     if files:
         source = image_files(files)
@@ -97,13 +102,13 @@ def find_images(
     name = dataset or ("" if data_path else "digits")
     source = open_images(data_path, name, split)
     if isinstance(source, IterableDataset):
-        raise UserError(f"--dataset {name}: is a stream, images must be known by number here")
+        raise UserError(f"--dataset {name}: is a stream, analysis needs a data set whose images can be read by index")
     order = np.random.default_rng(seed).permutation(len(source))[:most].tolist()
     return Images(source, order, min(show, len(order)), batch_size, num_workers, exif)
 
 
 def image_files(paths: Sequence[str]) -> FileSource:
-    """Image files without labels; UserError for the first that is none."""
+    """Open image files without labels; raise UserError for the first that cannot be read."""
     source = FileSource(list(paths), None, None)
     for index, path in enumerate(paths):
         if Path(path).is_dir():
@@ -115,8 +120,8 @@ def image_files(paths: Sequence[str]) -> FileSource:
     return source
 
 
-def broken(text: str, width: int = 18) -> str:
-    """In lines of about `width`, for the side or the head of a picture; names break after _ and / too."""
+def wrap_name(text: str, width: int = 18) -> str:
+    """Break a name into lines of about `width` characters; lines may also break after _ and /."""
     lines = [""]
     for word in re.findall(r"[^\s_/]+[\s_/]*|[\s_/]+", text):
         if lines[-1] and len(lines[-1] + word) > width:

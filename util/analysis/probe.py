@@ -1,28 +1,32 @@
-"""Quality of frozen features: neighbours, rank and linear probes. N samples, D features."""
+"""Quality of frozen features: nearest neighbours, rank and linear probes.
+
+scikit-learn is imported by the functions that fit with it, so that other programs start faster.
+
+Letters: N samples, D features, K classes, G heads.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from util.runtime.errors import UserError
 
-MAX_SIMILARITIES = 2**26  # at a time, 256 MiB of float32
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+MAX_SIMILARITIES = 2**26  # computed at a time, 256 MiB of float32
 RANKME_EPSILON = 1e-7  # Garrido et al. 2023, for float32 features
-RIDGE = 0.01  # penalty, per sample
+RIDGE = 0.01  # penalty for each sample
 PROBE_C_GRID = (0.001, 0.01, 0.1, 1.0)  # inverse strength of the L2 penalty, strongest first
-PROBE_C_WITHOUT_CHOICE = 0.1  # when no sample can be held out to choose by
+PROBE_C_WITHOUT_CHOICE = 0.1  # used if no sample can be held out
 
 
 @torch.no_grad()
@@ -32,21 +36,21 @@ def extract_features(
     """Encode a data set.
 
     Args:
-        encode: from a batch of images as the loader gives it to features [B, D], on any device.
+        encode: maps a batch of images from the loader to features [B, D], on any device.
         loader: yields images and integer labels [B].
 
     Returns:
         Features [N, D], float32, and labels [N], int64, both on the CPU.
 
     Raises:
-        UserError: the loader yields nothing.
+        UserError: the loader yields no batch.
     """
     features, labels = [], []
     for images, batch_labels in loader:
         features.append(encode(images).float().cpu())
         labels.append(batch_labels.long().cpu())
     if not features:
-        raise UserError("the data set of the probe yields no batch: it is empty or smaller than a batch")
+        raise UserError("the data set of the probe yields no batch, it is empty")
     return torch.cat(features), torch.cat(labels)
 
 
@@ -61,49 +65,55 @@ def knn_accuracy(
 ) -> float:
     """Return the top-1 accuracy, in per cent, of a weighted vote among the k nearest training samples.
 
-    Similarity is the cosine, a vote weighs exp(similarity / temperature) (Wu et al. 2018; the protocol
-    of DINO). A k above the number of training samples means all of them.
+    Similarity is the cosine, and a vote weighs exp(similarity / temperature) (Wu et al. 2018, as DINO does it). If k
+    exceeds the number of training samples, all of them vote.
 
     Args:
-        train_features, test_features: [N, D] each; they need no normalisation.
+        train_features, test_features: [N, D] each, not necessarily normalised.
         train_labels, test_labels: [N] each, any integers.
     """
+    predicted = knn_predictions(train_features, train_labels, test_features, k, temperature)
+    return 100 * (predicted == test_labels).sum().item() / len(test_features)
+
+
+@torch.no_grad()
+def knn_predictions(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int, temperature: float
+) -> Tensor:
+    """Return the labels [N] that `knn_accuracy` compares."""
     classes, train_classes = train_labels.unique(return_inverse=True)
     train_features = F.normalize(train_features.float(), dim=1)
     test_features = F.normalize(test_features.float(), dim=1)
     k = min(k, len(train_features))
     chunk = max(1, MAX_SIMILARITIES // len(train_features))
-    correct = 0
-    for features, labels in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
+    predicted = []
+    for features in test_features.split(chunk):
         similarities, neighbours = (features @ train_features.T).topk(k, dim=1)  # [chunk, k]
-        # Relative to the nearest: the same vote, and a small temperature does not overflow.
+        # relative to the nearest, so that a small temperature does not overflow; the vote is the same
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(features), len(classes))
         votes.scatter_add_(1, train_classes[neighbours], weights)
-        correct += (classes[votes.argmax(dim=1)] == labels).sum().item()
-    return 100 * correct / len(test_features)
+        predicted.append(classes[votes.argmax(dim=1)])
+    return torch.cat(predicted)
 
 
 @torch.no_grad()
 def rankme(features: Tensor) -> float:
     """Return RankMe, a smooth rank of the features [N, D], between 1 (collapsed) and min(N, D).
 
-    exp(-sum p log p) with p = s / sum(s) + 1e-7 over the singular values s of the features, which are not
-    centred (Garrido et al. 2023).
+    It is exp(-sum p log p) with p = s / sum(s) + 1e-7 over the singular values s of the features, which are not
+    centred (Garrido et al. 2023). Features that are not finite, of a run that diverges, give nan.
 
-    The singular values are square roots of the eigenvalues of the Gram matrix on the shorter side, [D, D]
-    for N >> D: one pass over the features, in memory of that side alone, where an SVD holds [N, D] more.
-    Squaring costs half the digits: in float64 it blurs singular values below about 1e-8 of the largest,
-    which the formula's own 1e-7 hides anyway.
-
-    nan for features that are not finite, of a run that diverges: no reason to end it here.
+    The singular values are square roots of the eigenvalues of the Gram matrix on the shorter side, [D, D] for N >> D,
+    because an SVD needs another [N, D] of memory. Squaring halves the digits: in float64, singular values below about
+    1e-8 of the largest are lost, and the formula's own 1e-7 hides them anyway.
     """
     if not features.isfinite().all():
         return math.nan
     if len(features) < features.shape[1]:
         features = features.T
     gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
-    for rows in features.split(8192):  # so that no float64 copy of all features is made
+    for rows in features.split(8192):  # avoids a float64 copy of all features
         gram += rows.double().T @ rows.double()
     eigenvalues = torch.linalg.eigvalsh(gram)
     singular_values = eigenvalues.clamp_min(0).sqrt()
@@ -117,15 +127,19 @@ def ridge_probe_accuracy(
 ) -> float:
     """Return the test accuracy, in per cent, of ridge regression of the classes on standardised features.
 
-    A linear probe in closed form: a few points below the logistic one, and a thousand times as fast, so that it can be
-    taken while training.
+    This linear probe in closed form is a few points below the logistic one and a thousand times as fast, so that it can
+    run during training. Features that are not finite give nan.
 
     Args:
         train_features, test_features: [N, D] each.
         train_labels, test_labels: [N] each, any integers.
     """
     if not (train_features.isfinite().all() and test_features.isfinite().all()):
-        return math.nan  # as `rankme`
+        return math.nan
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     train_x, test_x = train_features.double().cpu().numpy(), test_features.double().cpu().numpy()
     probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=RIDGE * len(train_x)))
     return 100 * float(probe.fit(train_x, train_labels.cpu().numpy()).score(test_x, test_labels.cpu().numpy()))
@@ -140,9 +154,9 @@ def logistic_probe_accuracy(
 ) -> float:
     """Return the test accuracy, in per cent, of logistic regression on frozen features.
 
-    Features are standardised with the mean and standard deviation of the fitted samples. The L2 penalty is
-    the best of `PROBE_C_GRID` (ties: the strongest) on a fifth of each training class, drawn with `seed`;
-    then all training samples are fitted. Where every class has a single sample, the penalty is a fixed one.
+    Features are standardised with the mean and standard deviation of the fitted samples. The L2 penalty is the best of
+    `PROBE_C_GRID` (ties: the strongest) on the samples of `hold_out`; then all training samples are fitted. If no
+    sample can be held out, the penalty is `PROBE_C_WITHOUT_CHOICE`.
 
     Args:
         train_features, test_features: [N, D] each.
@@ -151,16 +165,18 @@ def logistic_probe_accuracy(
     Raises:
         UserError: the training labels hold fewer than two classes.
     """
-    classes, counts = train_labels.unique(return_counts=True)
+    predicted = logistic_predictions(train_features, train_labels, test_features, seed)
+    return 100 * (predicted == test_labels.cpu()).double().mean().item()
+
+
+def logistic_predictions(train_features: Tensor, train_labels: Tensor, test_features: Tensor, seed: int) -> Tensor:
+    """Return the labels [N] that `logistic_probe_accuracy` compares; the same errors are raised."""
+    classes = train_labels.unique()
     if len(classes) < 2:
         raise UserError(f"a logistic probe needs two classes, its training labels hold {classes.tolist()}")
     train_x, test_x = train_features.double().cpu().numpy(), test_features.double().cpu().numpy()
-    train_y, test_y = train_labels.cpu().numpy(), test_labels.cpu().numpy()
-
-    # A class of two to four gives one sample, a class of one gives none: every class stays in the fit.
-    held_out_counts = (counts // 5).clamp_min(1).minimum(counts - 1)
-    held_out = np.zeros(len(train_y), dtype=bool)
-    held_out[_first_of_each_class(train_labels, held_out_counts, seed).numpy()] = True
+    train_y = train_labels.cpu().numpy()
+    held_out = hold_out(train_labels, seed).numpy()
     best_c, best_correct = PROBE_C_WITHOUT_CHOICE, -1
     if held_out.any():
         for c in PROBE_C_GRID:
@@ -168,16 +184,16 @@ def logistic_probe_accuracy(
             correct = int((probe.predict(train_x[held_out]) == train_y[held_out]).sum())
             if correct > best_correct:
                 best_c, best_correct = c, correct
-    return 100 * float(_fit_probe(train_x, train_y, best_c).score(test_x, test_y))
+    return torch.from_numpy(_fit_probe(train_x, train_y, best_c).predict(test_x))
 
 
 class Sweep(NamedTuple):
-    """What `linear_sweep` found."""
+    """The head that a sweep has chosen."""
 
-    accuracy: float  # % of the test samples, of the head that was chosen
+    accuracy: float  # % of the test samples
     lr: float
     weight_decay: float
-    held_out: Tensor  # [lrs, weight decays] accuracy in % on the samples by which it was chosen
+    held_out: Tensor  # [lrs, weight decays] accuracy in % on the held-out training samples
 
 
 def linear_sweep(
@@ -193,53 +209,58 @@ def linear_sweep(
 ) -> Sweep:
     """Train linear heads for all pairs of learning rate and weight decay at once, by SGD on cached features.
 
-    Features are standardised with the fitted samples' mean and deviation (the BatchNorm of MAE's probe, on the whole
-    set); momentum .9, a half cosine to 0. The pair is chosen on a fifth of each training class, drawn with `seed`
-    (ties: the first pair), and its head is then trained on all training samples.
+    Features are standardised with the fitted samples' mean and deviation (the BatchNorm of MAE's probe, over the whole
+    set). SGD has momentum 0.9 and a half cosine to 0. The pair is chosen on the samples of `hold_out` (ties: the first
+    pair), and its head is then trained on all training samples.
 
     Args:
         train_features, test_features: [N, D] each.
         train_labels, test_labels: [N] each, 0 to K - 1.
-        lrs: per step, not scaled by the batch.
+        lrs: learning rates of a step, not scaled by the batch size.
 
     Raises:
-        UserError: a class of the training labels has a single sample, so that none can be held out.
+        UserError: a class of the training labels has a single sample, so none can be held out.
     """
-    chosen_by = hold_out(train_labels, seed)
+    check_hold_out(train_labels, "--sweep")
+    held_out = hold_out(train_labels, seed)
     pairs = torch.tensor([(lr, decay) for lr in lrs for decay in weight_decays])  # [G, 2]
     K = 1 + int(max(train_labels.max(), test_labels.max()))
 
-    def accuracy(fit: Tensor, test: tuple[Tensor, Tensor], chosen: Tensor) -> Tensor:
-        x, y = train_features[fit].float(), train_labels[fit]
+    def accuracy(fitted: Tensor, test: tuple[Tensor, Tensor], grid: Tensor) -> Tensor:
+        x, y = train_features[fitted].float(), train_labels[fitted]
         mean, scale = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-6
-        weight, bias = _train_heads((x - mean) / scale, y, K, *chosen.T, epochs, batch_size, seed)
+        weight, bias = _train_heads((x - mean) / scale, y, K, *grid.T, epochs, batch_size, seed)
         logits = torch.einsum("nd,gdk->gnk", (test[0].float() - mean) / scale, weight) + bias
         return 100 * (logits.argmax(dim=2) == test[1]).float().mean(dim=1)  # [G]
 
-    validation = accuracy(~chosen_by, (train_features[chosen_by], train_labels[chosen_by]), pairs)
+    validation = accuracy(~held_out, (train_features[held_out], train_labels[held_out]), pairs)
     best = pairs[validation.argmax()]
-    found = accuracy(torch.ones_like(chosen_by), (test_features, test_labels), best[None])
-    return Sweep(found.item(), *best.tolist(), validation.reshape(len(lrs), len(weight_decays)))
+    test_accuracy = accuracy(torch.ones_like(held_out), (test_features, test_labels), best[None])
+    return Sweep(test_accuracy.item(), *best.tolist(), validation.reshape(len(lrs), len(weight_decays)))
 
 
 def hold_out(labels: Tensor, seed: int) -> Tensor:
-    """[N] bool: a fifth of each class of `labels` [N], by which `linear_sweep` chooses.
+    """Return a mask [N], true for a fifth of each class of `labels` [N]: one sample at least, of a single sample none.
 
-    Raises:
-        UserError: a class has a single sample.
+    Every class keeps samples to fit. util.data.sources.hold_out divides images in the same way but draws others, and
+    recorded results depend on both.
     """
     counts = labels.unique(return_counts=True)[1]
-    if counts.min() < 2:
-        raise UserError("--sweep: a class has a single training image, none can be held out to choose by")
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[_first_of_each_class(labels, (counts // 5).clamp_min(1), seed)] = True
-    return chosen
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[_first_of_each_class(labels, (counts // 5).clamp_min(1).minimum(counts - 1), seed)] = True
+    return held_out
+
+
+def check_hold_out(labels: Tensor, flag: str) -> None:
+    """Raise UserError if a class has a single sample, so that none can be held out to choose hyper-parameters."""
+    if labels.unique(return_counts=True)[1].min() < 2:
+        raise UserError(f"{flag}: a class has a single training image, none can be held out to choose a head")
 
 
 def _train_heads(
     x: Tensor, y: Tensor, K: int, lr: Tensor, decay: Tensor, epochs: int, batch_size: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights [G, D, K] and biases [G, 1, K] of heads that differ in `lr` and `decay` [G], on the same batches."""
+    """Return weights [G, D, K] and biases [G, 1, K] of heads trained on the same batches with `lr` and `decay` [G]."""
     generator = torch.Generator().manual_seed(seed)
     heads = [torch.zeros(len(lr), x.shape[1], K), torch.zeros(len(lr), 1, K)]
     velocity = [torch.zeros_like(p) for p in heads]
@@ -260,13 +281,13 @@ def _train_heads(
 def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """Return the indices, ascending, of `per_class` samples of every class.
 
-    The same seed gives the same samples, and more of a class contains fewer of it.
+    With the same seed, a larger subset contains the smaller ones.
 
     Args:
         labels: [N], any integers.
 
     Raises:
-        UserError: `per_class` is below 1, or more than some class has.
+        UserError: `per_class` is below 1 or above the size of a class.
     """
     if per_class < 1:
         raise UserError(f"--labels_per_class {per_class}: is too few, use 1 or more")
@@ -292,8 +313,13 @@ def _first_of_each_class(labels: Tensor, wanted: Tensor, seed: int) -> Tensor:
 
 
 def _fit_probe(x: np.ndarray, y: np.ndarray, c: float) -> Pipeline:
+    """Return a fitted logistic regression on standardised features, with inverse penalty `c`."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     with warnings.catch_warnings():
-        # Separable classes under a weak penalty may still creep after 1000 iterations. Such a fit is
-        # judged on the held-out samples like any other.
+        # classes that can be separated may not converge under a weak penalty; held-out samples judge such a fit too
         warnings.simplefilter("ignore", ConvergenceWarning)
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x, y)

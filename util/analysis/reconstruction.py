@@ -1,4 +1,4 @@
-"""Reconstructions by any checkpoint that has its decoder, in pictures and numbers.
+"""Reconstructions by any checkpoint that holds its decoder, as pictures and numbers.
 
 Letters: n images, L patches, P numbers in a patch.
 """
@@ -7,29 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from models_encoder import patch_statistics
-from models_lut import ARCHITECTURES, LUT, Student, num_visible_patches, patchify
+from models_architectures import ARCHITECTURES
+from models_encoder import patch_statistics, patchify
+from models_lut import LUT, Student
+from models_masking import num_visible_patches
 from models_simmim import SimMIM
-from util.analysis.images import Images, broken
+from util.analysis.images import Images, wrap_name
 from util.config.groups import DataConfig, check, config_from_dict
 from util.config.pretrain import PretrainConfig
 from util.data.device_views import Normalise
 from util.figures.figure import Cell, picture_grid
-from util.figures.pictures import reconstruction_cells
+from util.figures.pictures import RECONSTRUCTION_COLUMNS, reconstruction_cells
 from util.runtime.errors import UserError
 from util.weights.export import shape_of
 from util.weights.interop import WeightsFile, load_weights, read_weights
 from util.weights.vit import NamedViT, default_label, image_size
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Target = Literal["run", "normalised", "pixels"]
-COLUMNS = ("image", "masked", "reconstruction", "reconstruction,\nvisible pasted in")
 
 # --------------------------------------------------------------------------------------------------------
 # Opening
@@ -39,21 +42,21 @@ COLUMNS = ("image", "masked", "reconstruction", "reconstruction,\nvisible pasted
 def open_autoencoder(
     path: Path, target: Target, size: Sequence[int], heads: tuple[int | None, int | None], device: torch.device
 ) -> NamedViT:
-    """The student of a checkpoint with its decoder: ours (SimMIM's too), MAE's full one, the release's.
+    """Open the student of a checkpoint with its decoder: ours (SimMIM too), MAE's full checkpoint, the release's.
 
     Args:
         target: what the decoder was trained to predict; `run`: as the settings in the file say.
-        size: of the images in pixels, one number or height and width; empty: the model's own. Positions are computed.
-        heads: attention heads of encoder and decoder; None: of the run's settings, or of the known model of that width.
+        size: image size in pixels, one number or height and width; empty: the model's own. Positions are recomputed.
+        heads: attention heads of encoder and decoder; None: from the run's settings, or the known model of that width.
 
     Raises:
-        UserError: no decoder in it, or heads or target cannot be known.
+        UserError: the file holds no decoder, or does not tell heads or target.
     """
     file = read_weights(path, flag="CHECKPOINT")
     decoder = next((name for name in ("decoder_embed.weight", "decoder.weight") if name in file.state), None)
     if "mask_token" not in file.state or decoder is None:
         raise UserError(
-            f"CHECKPOINT {path}: holds no decoder ({file.layout}), nothing can be reconstructed with it;"
+            f"CHECKPOINT {path}: holds no decoder ({file.layout}), so it cannot reconstruct;"
             " give a checkpoint of pre-training"
         )
     run = file.config or {}
@@ -84,7 +87,7 @@ def open_autoencoder(
 
 
 def mask_unit_patches(run: dict[str, Any]) -> int:
-    """Patches are hidden in squares of so many by so many, by the settings of a run; without any one by one."""
+    """Return the side, in patches, of the squares that a run hides; 1 if its settings do not say."""
     if "mask_unit" not in run:
         return 1
     config = config_from_dict(PretrainConfig, run | {"recipe": ""})
@@ -92,7 +95,7 @@ def mask_unit_patches(run: dict[str, Any]) -> int:
 
 
 def decoder_shape(file: WeightsFile, num_heads: int | None) -> dict[str, int]:
-    """Width, depth and heads of the decoder in a file, as arguments of LUT."""
+    """Return width, depth and heads of the decoder in a file, as arguments of LUT."""
     width = len(file.state["decoder_embed.weight"])
     blocks = {int(name.split(".")[1]) for name in file.state if name.startswith("decoder_blocks.")}
     known = {shape["decoder_embed_dim"]: shape["decoder_num_heads"] for shape in ARCHITECTURES.values()}
@@ -111,17 +114,19 @@ def decoder_shape(file: WeightsFile, num_heads: int | None) -> dict[str, int]:
 class Reconstruction(NamedTuple):
     """One image with one mask."""
 
-    image: int  # its place among those shown
+    image: int  # position among the shown images
     mask_ratio: float
     seed: int
-    cells: np.ndarray  # uint8 [4, H, W, 3]: see pictures.reconstruction_cells
+    cells: np.ndarray  # uint8 [4, H, W, 3], see pictures.reconstruction_cells
     error: float  # L_MIM of this image (Eq. 1) on its hidden patches, in the decoder's target
 
 
 def reconstructions(
     vit: NamedViT, images: Images, ratios: Sequence[float], seeds: Sequence[int]
 ) -> list[Reconstruction]:
-    """Every shown image with every mask; a mask follows from its seed, the place of its image and the ratio alone.
+    """Reconstruct every shown image with every mask.
+
+    A mask depends only on its seed, the position of its image and the ratio.
 
     Raises:
         UserError: a ratio leaves no patch visible, or none hidden.
@@ -130,7 +135,7 @@ def reconstructions(
     inputs, _ = images.shown(vit)
     L, p = model.num_patches, model.patch_size
     squares = L // model.mask_unit_patches**2
-    found = []
+    reconstructed = []
     for ratio in ratios:
         visible = num_visible_patches(squares, ratio)
         if not 1 <= visible < squares:
@@ -143,21 +148,21 @@ def reconstructions(
                 inputs, mask, prediction, p, vit.normalise.mean, vit.normalise.std, model.norm_pix_loss
             )
             errors = hidden_error(model, inputs, mask, prediction)
-            found += [Reconstruction(i, ratio, seed, cells[i], errors[i]) for i in range(len(inputs))]
-    return sorted(found, key=lambda each: each.image)  # stable: masks in the order asked for
+            reconstructed += [Reconstruction(i, ratio, seed, cells[i], errors[i]) for i in range(len(inputs))]
+    return sorted(reconstructed, key=lambda each: each.image)  # a stable sort keeps the order of the masks
 
 
 def reconstruct(model: Student, inputs: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Mask [n, L] and predicted patches [n, L, P] at another mask ratio than the model's own, which it keeps."""
-    own, model.mask_ratio = model.mask_ratio, ratio
+    """Return mask [n, L] and predicted patches [n, L, P] at mask ratio `ratio`; the model keeps its own ratio."""
+    original, model.mask_ratio = model.mask_ratio, ratio
     try:
         return model.reconstruct(inputs, noise)
     finally:
-        model.mask_ratio = own
+        model.mask_ratio = original
 
 
 def hidden_error(model: Student, inputs: Tensor, mask: Tensor, prediction: Tensor) -> list[float]:
-    """L_MIM of each image [n]."""
+    """Return L_MIM (Eq. 1) of each of n images, averaged over its hidden patches."""
     target = patchify(inputs, model.patch_size)  # [n, L, P]
     if model.norm_pix_loss:
         mean, std = patch_statistics(target)
@@ -166,29 +171,30 @@ def hidden_error(model: Student, inputs: Tensor, mask: Tensor, prediction: Tenso
     return ((errors * mask).sum(dim=1) / mask.sum(dim=1)).tolist()
 
 
-def reconstruction_figure(vit: NamedViT, images: Images, found: Sequence[Reconstruction], title: str) -> Figure:
-    """A row for each image and mask."""
-    rows = [[Cell(cell) for cell in each.cells] for each in found]
-    names = [f"{each.mask_ratio:.0%} hidden\nseed {each.seed}, error {each.error:.3f}" for each in found]
-    for place, each in enumerate(found):
-        if place == 0 or found[place - 1].image != each.image:
-            names[place] = f"{broken(images.title(each.image), 24)}\n{names[place]}"
+def reconstruction_figure(vit: NamedViT, images: Images, reconstructed: Sequence[Reconstruction], title: str) -> Figure:
+    """Draw a row for each image and mask."""
+    rows = [[Cell(cell) for cell in each.cells] for each in reconstructed]
+    names = [f"{each.mask_ratio:.0%} hidden\nseed {each.seed}, error {each.error:.3f}" for each in reconstructed]
+    for position, each in enumerate(reconstructed):
+        if position == 0 or reconstructed[position - 1].image != each.image:
+            names[position] = f"{wrap_name(images.title(each.image), 24)}\n{names[position]}"
     if vit.model.norm_pix_loss:
         caption = (
-            "The model predicts patches without their mean and variance. Those of the true patch, hidden ones too, are"
-            " put back: brightness and contrast of each patch are the truth's, only its pattern is the model's."
+            "The model predicts patches without their mean and variance; the mean and variance of the true patch are"
+            " put back. Brightness and contrast of each patch are therefore true, only its pattern is the model's."
         )
     else:
         caption = "The model predicts pixels."
     kind = "absolute" if isinstance(vit.model, SimMIM) else "squared"
     caption += (
-        f" Error: mean {kind} error on hidden patches, as trained. No loss asks for visible patches (third column)."
+        f" Error: mean {kind} error on hidden patches, as trained."
+        " No loss trains the prediction of visible patches (third column)."
     )
-    return picture_grid(rows, COLUMNS, names, title, caption, cell_inches=1.6)
+    return picture_grid(rows, RECONSTRUCTION_COLUMNS, names, title, caption, cell_inches=1.6)
 
 
-def reconstruction_numbers(images: Images, found: Sequence[Reconstruction]) -> list[dict[str, Any]]:
-    """The errors, as plain types."""
+def reconstruction_numbers(images: Images, reconstructed: Sequence[Reconstruction]) -> list[dict[str, Any]]:
+    """Return the errors as plain types, for JSON."""
     return [
         dict(
             image=images.source.name(images.order[each.image]),
@@ -196,5 +202,5 @@ def reconstruction_numbers(images: Images, found: Sequence[Reconstruction]) -> l
             seed=each.seed,
             error=each.error,
         )
-        for each in found
+        for each in reconstructed
     ]

@@ -1,17 +1,17 @@
-"""The pre-training step as plain eager PyTorch takes it, for scripts/bench.py to compare ours with.
+"""A plain eager PyTorch implementation of the pre-training step, with which scripts/bench.py compares ours.
 
-MAE, and LUT with the paper's choices of its Table 4: the same networks, weights, masks, losses and schedules, without
-any of the savings that keep the result:
+It computes MAE, and LUT with the choices that the paper makes in its Table 4. Networks, weights, masks, losses and
+schedules are the same as ours. It uses none of our exact optimisations:
 
-- every patch is embedded by the convolution, then the visible ones are picked; both views in passes of their own;
-- the decoder restores the order of the image; its last block and the pixel head run for all tokens, and a mask picks
-  the loss of the hidden ones;
-- attention keeps its matrix of weights;
-- AdamW, the gradient's norm and the momentum update loop over tensors; the momentum encoder is a copy of the whole
-  student, decoder and predictor included, and all of it is updated;
-- images come normalised, as fp32, from the loader; the losses are fetched to the host in each step.
+- The convolution embeds every patch, then the visible ones are picked. Each view has a pass of its own.
+- The decoder restores the order of the image. Its last block and the pixel head process all tokens, and the mask
+  selects the loss of the hidden ones.
+- Attention stores its matrix of weights.
+- AdamW, the gradient norm and the EMA update loop over tensors. The momentum encoder is a copy of the whole student,
+  decoder and predictor included, and all of it is updated.
+- The data loader delivers normalised fp32 images, and each step copies its losses to the host.
 
-Letters as in models_lut.py. Nothing but the bench uses this.
+The letters in shapes are those of models_lut.py. Only the benchmarks use this file.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from util.runtime.amp import grad_scaler
 
 
 def pick(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` [B, K] of tokens [B, N, D]: [B, K, D]."""
+    """Return the rows `ids` [B, K] of tokens [B, N, D] as [B, K, D]."""
     return torch.gather(tokens, 1, ids[:, :, None].repeat(1, 1, tokens.shape[2]))
 
 
 def attention(layer: nn.Module, x: Tensor) -> Tensor:
-    """Self-attention [B, N, D] to [B, N, D] by the formula; its weights [B, heads, N, N] are kept for the gradient."""
+    """Compute self-attention [B, N, D] -> [B, N, D]; autograd keeps the weights [B, heads, N, N]."""
     B, N, D = x.shape
     heads = layer.num_heads
     q, k, v = layer.qkv(x).reshape(B, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
@@ -52,7 +52,7 @@ def attention(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor) -> Tensor:
-    """All blocks for all tokens, [B, N, D] to [B, N, D]."""
+    """Run all blocks on all tokens, [B, N, D] -> [B, N, D]."""
     for block in blocks:
         x = x + attention(block.attn, block.norm1(x))
         x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
@@ -60,7 +60,7 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def encode(model: LUT, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
-    """Images [B, C, H, W] to latents [B, 1 + V, D] of the visible patches (None: of all)."""
+    """Encode images [B, C, H, W] to latents [B, 1 + V, D] of the visible patches; None means all patches."""
     x = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]  # [B, L, D]
     if visible_ids is not None:
         x = pick(x, visible_ids)
@@ -70,7 +70,7 @@ def encode(model: LUT, images: Tensor, visible_ids: Tensor | None = None) -> Ten
 
 
 def mim_loss(model: LUT, latent: Tensor, images: Tensor, masking: Masking) -> Tensor:
-    """L_MIM of the images [B, C, H, W] whose visible patches became `latent` [B, 1 + V, D]."""
+    """Return L_MIM of the images [B, C, H, W] whose visible patches were encoded as `latent` [B, 1 + V, D]."""
     x = model.decoder_embed(latent)
     hidden = model.mask_token.repeat(len(x), masking.hidden_ids.shape[1], 1)
     in_order = pick(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), masking.ids_restore)
@@ -86,7 +86,7 @@ def mim_loss(model: LUT, latent: Tensor, images: Tensor, masking: Masking) -> Te
 
 
 def bc_loss(model: LUT, latent: Tensor, target: Tensor) -> Tensor:
-    """L_BC of one view: latents [B, 1 + V, D] and what the momentum encoder made of the other view, [B, D]."""
+    """Return L_BC of one view from its latents [B, 1 + V, D] and the momentum encoder's target [B, D]."""
     prediction = model.predictor(model.head(latent[:, 1:].mean(1)))
     difference = F.normalize(prediction.float(), dim=-1) - F.normalize(target.float(), dim=-1)
     return (difference**2).sum(-1).mean()
@@ -98,18 +98,18 @@ def bc_loss(model: LUT, latent: Tensor, target: Tensor) -> Tensor:
 
 
 class PlainBatch(NamedTuple):
-    """What a loader that normalises delivers; on the host."""
+    """A batch of a data loader that normalises; it lies in the memory of the host."""
 
-    views: Tensor  # [2, B, C, H, W] float32, one view for MAE
+    views: Tensor  # [2, B, C, H, W] float32; one view for MAE
     noise: Tensor  # [B, L]
 
 
 class PlainTrainer:
-    """The counterpart of engine_pretrain.PretrainTrainer.
+    """The plain counterpart of engine_pretrain.PretrainTrainer.
 
     Args:
-        student: trained in place.
-        total_updates: that the schedules span.
+        student: the model that is trained in place.
+        total_updates: the length of the schedules.
     """
 
     def __init__(
@@ -123,9 +123,10 @@ class PlainTrainer:
         self.scaler = grad_scaler(dtype, device)
 
     def update(self, batches: list[PlainBatch], mark: Callable[[str], None] = lambda part: None) -> dict[str, float]:
-        """One optimiser step on the mean loss over the batches; returns the losses.
+        """Take one optimiser step on the mean loss over the batches and return the losses.
 
-        `mark` is called with the name of each part at its end.
+        Args:
+            mark: called at the end of each part of the step, with the name of the part.
         """
         config = self.config
         warmup = config.warmup_epochs * self.total_updates / config.epochs
@@ -156,14 +157,14 @@ class PlainTrainer:
 
     @torch.no_grad()
     def targets(self, views: Tensor) -> list[Tensor]:
-        """For each view that the student sees, what the momentum encoder makes of the other one, [B, D]."""
+        """Return the target [B, D] for each view of the student: the momentum encoder's output for the other view."""
         if self.teacher is None:
             return []
         others = [1, 0] if self.config.views == "symmetric" else [1]
         return [self.teacher.head(encode(self.teacher, views[i])[:, 1:].mean(1)) for i in others]
 
     def losses(self, views: Tensor, noise: Tensor, targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """L_MIM of view u, and L_BC averaged over the views that the student sees (zero for MAE)."""
+        """Return L_MIM of view u, and the mean L_BC over the views of the student (zero for MAE)."""
         model, masking = self.student, self.student.mask(noise)
         latents = [encode(model, views[i], masking.visible_ids(i)) for i in range(max(1, len(targets)))]
         mim = mim_loss(model, latents[0], views[0], masking)
@@ -172,7 +173,7 @@ class PlainTrainer:
         return mim, torch.stack([bc_loss(model, *pair) for pair in zip(latents, targets, strict=True)]).mean()
 
     def step_optimizer(self) -> None:
-        """Unscale, take the norm, clip where asked, step."""
+        """Unscale the gradients, compute their norm, clip them if asked, and step."""
         self.scaler.unscale_(self.optimizer)
         norms = [p.grad.norm() for p in self.student.parameters() if p.grad is not None]
         torch.stack(norms).norm().item()
@@ -184,7 +185,7 @@ class PlainTrainer:
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """Move the copy a little towards the student, tensor by tensor."""
+        """Update the EMA copy of the student, tensor by tensor."""
         student = moving_state(self.student)
         for name, x in moving_state(self.teacher).items():
             x.mul_(decay).add_(student[name], alpha=1 - decay)

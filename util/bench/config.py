@@ -1,4 +1,4 @@
-"""Settings of the benchmarks; those of what is measured are main_pretrain.py's own."""
+"""Settings of the benchmarks. The settings of the measured run are those of main_pretrain.py."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from util.runtime.distributed import world_size
 
 Form = Literal["mae", "asymmetric", "symmetric"]
 Kind = Literal["ours", "plain"]
-SWEEPS = {  # short name -> flag, and its values where none are given
+SWEEPS = {  # short name -> flag and its default values
     "batch": ("batch_size", "8,16,32,64"),
     "img_size": ("input_size", "96,160,224,288,384"),
     "depth": ("depth", "3,6,12,24"),
 }
 PAPER_STEERING = {field.name: field.default for field in dataclasses.fields(Steering)}
-PLAIN_METHOD = {"method": "mae", "parallel": "ddp"} | PAPER_STEERING  # what util/bench/baseline.py computes
+PLAIN_METHOD = {"method": "mae", "parallel": "ddp"} | PAPER_STEERING  # the choices that util/bench/baseline.py knows
 
 
 @dataclass(frozen=True)
 class BenchConfig(PretrainConfig):
-    """What is measured, by the flags of main_pretrain.py, and how often."""
+    """Flags of main_pretrain.py that say what is measured, and how often it is measured."""
 
     model: str = "lut_vit_small_patch16"
     batch_size: int = 8
     """images per update and forward pass"""
     depth: int | None = None
-    """blocks of the encoder; default: the model's own"""
+    """number of encoder blocks; default: that of the model"""
     vary: tuple[str, ...] = ()
-    """flags to compare values of, as compile=none,block amp=fp32,bf16; all combinations"""
+    """compare all combinations of these values, for example compile=none,block amp=fp32,bf16"""
     rounds: int = 7
-    """times that each variant takes its turn"""
+    """number of turns of each variant"""
     json: str = ""
-    """file for all that was measured, with command, versions and machine"""
+    """JSON file for all results, with command, versions and machine"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,12 +54,12 @@ class BenchConfig(PretrainConfig):
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """That of the model, with --depth."""
-        own = super().architecture
-        return own | {"depth": self.depth or own["depth"]}
+        """Return the architecture of --model, with the number of blocks that --depth sets."""
+        default = super().architecture
+        return default | {"depth": self.depth or default["depth"]}
 
     def in_form(self, form: Form) -> BenchConfig:
-        """These settings for MAE, or one of the two forms of LUT."""
+        """Return these settings for MAE, or for one of the two forms of LUT."""
         if form == "mae":
             return dataclasses.replace(self, alpha=0.0, **PAPER_STEERING)
         fix = f"alpha is 0 with --model {self.model}: give a lut_* model, or --alpha"
@@ -69,32 +69,32 @@ class BenchConfig(PretrainConfig):
 
 @dataclass(frozen=True)
 class StepConfig(BenchConfig):
-    """The bare update, without a loader: images/s, the time of its parts, memory, arithmetic."""
+    """Measure the update without a data loader: images/s, time of its parts, memory, arithmetic."""
 
     warmup_epochs: float = 0.0
     """epochs of linear warm-up from 0"""
     lr: float | None = 1e-4
-    """learning rate; high enough for the updates to show in the losses that are compared"""
+    """learning rate; it must be high enough for a wrong update to show in the losses that are compared"""
     forms: tuple[Form, ...] = ("mae", "asymmetric", "symmetric")
     """mae; asymmetric: LUT as in the paper; symmetric: LUT as released"""
     variants: tuple[Kind, ...] = ("ours", "plain")
-    """ours, and the same in plain eager PyTorch (util/bench/baseline.py)"""
+    """ours: this code; plain: the same step in plain eager PyTorch (util/bench/baseline.py)"""
     steps: int = 5
-    """updates in each turn"""
+    """updates per turn"""
     warmup_steps: int = 3
-    """updates before the first turn, after those whose losses are compared"""
+    """updates between the comparison of the losses and the first turn"""
     check_steps: int = 5
-    """updates from the same weights and images over which the losses of variants must agree"""
+    """updates over which the losses of all variants must agree, from the same weights and images"""
     profile: str = ""
-    """folder for a trace of each variant (chrome://tracing, ui.perfetto.dev); prints its dearest operators"""
+    """folder for a trace of each variant (chrome://tracing, ui.perfetto.dev); prints the most expensive operators"""
     sweep: str = ""
-    """cost as the work grows: batch, img_size, depth, or any flag with values as batch_size=8,16"""
+    """measure each value of a flag: batch, img_size, depth, or a flag with its values, for example batch_size=8,16"""
     plot: str = ""
-    """PNG of the sweep; default: beside --json, else bench-FLAG.png"""
+    """PNG file of the sweep; default: beside --json, else bench-FLAG.png"""
     find_batch: bool = False
-    """the largest batch of each variant that fits into the memory of the GPU, or into --memory_gib"""
+    """find the largest batch of each variant that fits into the memory of the GPU, or into --memory_gib"""
     memory_gib: float | None = None
-    """for --find_batch on a CPU: what a process may use"""
+    """memory limit of a process for --find_batch on a CPU"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,20 +104,21 @@ class StepConfig(BenchConfig):
             check(len(set(values)) == len(values), flag, values, "give each once")
         if "plain" in self.variants:
             for flag, value in PLAIN_METHOD.items():
-                fix = "util/bench/baseline.py knows the paper's choice alone: add --variants ours"
+                fix = f"the plain variant computes {value} only, add --variants ours"
                 check(getattr(self, flag) == value, flag, getattr(self, flag), fix)
-            check(self.w_mim > 0, "w_mim", self.w_mim, "util/bench/baseline.py reconstructs: add --variants ours")
+            fix = "the plain variant always reconstructs, add --variants ours"
+            check(self.w_mim > 0, "w_mim", self.w_mim, fix)
         for flag in ("steps", "check_steps"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
         limit = self.memory_gib
         check(limit is None or limit > 0, "memory_gib", limit, "must be above 0")
-        check(limit is None or self.find_batch, "memory_gib", limit, "is for --find_batch, add it")
+        check(limit is None or self.find_batch, "memory_gib", limit, "works with --find_batch only, add it")
         if self.sweep:
             _ = self.sweep_axis
-        both = bool(self.sweep) and (self.find_batch or bool(self.profile))
-        check(not both, "sweep", self.sweep, "leave out --find_batch and --profile beside it")
-        check(not self.plot or bool(self.sweep), "plot", self.plot, "is for --sweep, add it")
+        conflict = bool(self.sweep) and (self.find_batch or bool(self.profile))
+        check(not conflict, "sweep", self.sweep, "leave out --find_batch and --profile beside it")
+        check(not self.plot or bool(self.sweep), "plot", self.plot, "works with --sweep only, add it")
 
     @property
     def sweep_axis(self) -> str:
@@ -130,77 +131,78 @@ class StepConfig(BenchConfig):
 
 @dataclass(frozen=True)
 class LoaderConfig(BenchConfig):
-    """The loader alone: images/s and core."""
+    """Measure the data loader alone: images/s per core."""
 
     batch_size: int = 64
     """images per batch"""
     num_workers: int | None = 0
-    """loader processes, 0: none; images/s are divided by their number"""
+    """data loader workers (0: none); images/s are divided by their number"""
     pipelines: tuple[Literal["ours", "pil"], ...] = ("ours", "pil")
-    """ours, and that of released code: Pillow, each view decoded anew, normalised to fp32 in the loader"""
+    """ours: this code; pil: Pillow decodes the file for each view, and the worker normalises to fp32"""
     images: int = 256
-    """images in each turn"""
+    """images per turn"""
     scale_to: str = ""
-    """WIDTHxHEIGHT: first re-encode the images at that size (JPEG, quality 90), in memory"""
+    """WIDTHxHEIGHT: re-encode the images in memory at this size first (JPEG, quality 90)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len(self.pipelines) > 0, "pipelines", "", "give at least one")
         batch, images = self.batch_size, self.images
-        check(batch <= images, "batch_size", batch, f"more than the --images {images} of a turn")
-        check("pil" not in self.pipelines or self.in_chans != 4, "in_chans", 4, "the PIL pipeline knows 1 and 3")
+        check(batch <= images, "batch_size", batch, f"must not exceed --images {images}")
+        fix = "must be 1 or 3 for the pil pipeline, or add --pipelines ours"
+        check("pil" not in self.pipelines or self.in_chans != 4, "in_chans", 4, fix)
         _ = self.scaled_size
 
     @property
     def scaled_size(self) -> tuple[int, int] | None:
-        """--scale_to as width and height in pixels."""
+        """Return --scale_to as width and height in pixels."""
         if not self.scale_to:
             return None
         sides = self.scale_to.lower().split("x")
-        right = len(sides) == 2 and all(side.isdecimal() and int(side) >= 8 for side in sides)
-        check(right, "scale_to", self.scale_to, "write WIDTHxHEIGHT, as 500x375")
+        valid = len(sides) == 2 and all(side.isdecimal() and int(side) >= 8 for side in sides)
+        check(valid, "scale_to", self.scale_to, "write WIDTHxHEIGHT, as 500x375")
         return int(sides[0]), int(sides[1])
 
 
 @dataclass(frozen=True)
 class EpochConfig(BenchConfig):
-    """Whole runs of main_pretrain.py: images/s, and the shares of data wait, saving and evaluation."""
+    """Measure whole runs of main_pretrain.py: images/s, and shares of data wait, saving and evaluation."""
 
     epochs: int = 1
-    """epochs of each run"""
+    """epochs per run"""
     warmup_epochs: float = 0.0
     """epochs of linear warm-up from 0"""
     rounds: int = 3
-    """runs of each variant"""
+    """runs per variant"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.depth is None, "depth", self.depth, "main_pretrain.py has no such flag, choose another --model")
-        check(not self.resume, "resume", self.resume, "each run begins anew, leave it out")
+        check(not self.resume, "resume", self.resume, "every measured run starts fresh, leave it out")
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """The machine alone: matrix products, memory, disk, JPEG decoding."""
+    """Measure the machine alone: matrix products, memory, disk, JPEG decoding."""
 
     device: str = "auto"
-    """auto: cuda where there is one, else cpu"""
+    """auto: the GPU if there is one, else the CPU"""
     numbers: tuple[Literal["fp32", "tf32", "bf16", "fp16"], ...] = ()
-    """types of the matrices; default: all that the device knows"""
+    """number formats of the matrices; default: all that the device supports"""
     sides: tuple[int, ...] = ()
-    """sizes of the square matrices; default: 1024 and 2048, on a GPU 4096 to 16384"""
+    """sides of the square matrices; default: 1024 and 2048, on a GPU 4096 to 16384"""
     seconds: float = 1.0
-    """for each measurement"""
+    """seconds per measurement"""
     array_mib: int = 256
-    """size of the arrays that are copied: more than caches hold"""
+    """MiB of each array that is copied; must exceed the caches"""
     folder: str = "."
-    """where a file is written to"""
+    """folder in which a file is written"""
     file_mib: int = 256
-    """its size"""
+    """MiB of that file"""
     data_path: str = ""
     """images to decode; default: two photographs that come with scikit-learn, at 500x375"""
     json: str = ""
-    """file for all that was measured, with command, versions and machine"""
+    """JSON file for all results, with command, versions and machine"""
 
     def __post_init__(self) -> None:
         check(all(side >= 1 for side in self.sides), "sides", self.sides, "must be 1 or more")
@@ -210,40 +212,70 @@ class LimitsConfig:
         check_report(self.json)
 
 
+@dataclass(frozen=True)
+class SavingConfig:
+    """Measure what saving checkpoints costs."""
+
+    model: str = "lut_vit_base_patch16"
+    """model name of main_pretrain.py"""
+    folder: str = ""
+    """folder for the checkpoints, two at a time; default: the system's temporary folder"""
+    device: str = "auto"
+    """device of the state and the updates; auto: the GPU if there is one, else the CPU"""
+    device_seconds: float = 0.0
+    """seconds that an update on a CPU sleeps, as it would wait for a GPU; 0: the CPU computes the update"""
+    repeats: int = 3
+    """saves of each kind; the medians are shown"""
+    epoch_minutes: float = 5.0
+    """length of the epoch whose share is shown"""
+    limit_percent: float | None = None
+    """exit with an error if a save in the background costs more of an epoch; default: no limit"""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.device_seconds < 1, "device_seconds", self.device_seconds, "must lie in [0, 1)")
+        check(self.repeats >= 1, "repeats", self.repeats, "must be 1 or more")
+        check(self.epoch_minutes > 0, "epoch_minutes", self.epoch_minutes, "must be above 0")
+
+
 def measured_settings() -> list[str]:
-    """The flags that say what is measured, and not how."""
+    """Return the flags that say what is measured, without those that say how."""
     return [*(field.name for field in dataclasses.fields(PretrainConfig)), "depth"]
 
 
 def check_report(path: str) -> None:
-    """UserError unless --json could be written: found before the measurement, not after it."""
+    """Raise UserError before the measurement if --json cannot be written."""
     folder = Path(path).absolute().parent
     writable = not path or (os.access(folder, os.W_OK) and not os.path.isdir(path))
-    check(writable, "json", path, "cannot be written, name a file in a folder that is there")
+    check(writable, "json", path, "cannot be written, name a file in an existing folder")
 
 
 Config = TypeVar("Config", bound=BenchConfig)
 
 
 def vary(config_type: type[Config], arguments: Sequence[str], axes: Sequence[str], program: str) -> dict[str, Config]:
-    """Name -> settings of each combination of `axes`, each `flag=value,value`; one nameless where there are none.
+    """Return the settings of each combination of `axes` by its name; without axes, one with an empty name.
 
     Args:
-        arguments: the command line, on top of which the flags of each combination come.
+        arguments: the command line, which the flags of each combination override.
+        axes: strings like `flag=value,value`.
 
     Raises:
         UserError: a value is wrong.
     """
     points = [[(axis.partition("=")[0], *point) for point in flag_values(axis, config_type, "vary")] for axis in axes]
-    found = {}
+    settings = {}
     for combination in itertools.product(*points):
         flags = [flag for _, _, flags in combination for flag in flags]
-        title = " ".join(f"{name}={said[len(name) + 1 :]}" for name, said, _ in combination)
-        found[title] = parse_config(config_type, [*arguments, *flags], program)
-    return found
+        title = " ".join(f"{name}={point[len(name) + 1 :]}" for name, point, _ in combination)
+        settings[title] = parse_config(config_type, [*arguments, *flags], program)
+    return settings
 
 
 def titled(kind: str, title: str, known: Collection[str] | None = None) -> str:
-    """Name of a variant: its kind, and of a title that `vary` gave the flags that are `known` to it (None: all)."""
-    said = [word for word in title.split() if known is None or word.partition("=")[0] in known]
-    return " ".join([kind, *said])
+    """Return the name of a variant: its kind, then the parts of the title from `vary` whose flag is in `known`.
+
+    Args:
+        known: flags that this kind reads; None means all.
+    """
+    parts = [part for part in title.split() if known is None or part.partition("=")[0] in known]
+    return " ".join([kind, *parts])

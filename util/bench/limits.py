@@ -1,4 +1,4 @@
-"""What a machine can do at best: matrix products, memory, disk, JPEG decoding. Measured, not read from a data sheet."""
+"""Measure the peak rates of a machine: matrix products, memory, disk, JPEG decoding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from util.data.decode import decode
 Numbers = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATRIX_SIDES = {"cuda": (4096, 8192, 16384), "cpu": (1024, 2048)}
-BANDWIDTH_BYTES = 2**28  # of one array: more than caches hold
+BANDWIDTH_BYTES = 2**28  # size of one array; larger than the caches
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of one call, the mean of several between two waits for the device."""
+    """Return the mean seconds of one call, over `repeats` calls between two waits for the device."""
     synchronise(device)
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -35,7 +35,7 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> flo
 def rate(
     work: Callable[[], object], amount: float, device: torch.device, seconds: float, most_samples: int = 25
 ) -> Spread:
-    """`amount` per second of `work`, from samples that take about `seconds` in all, after one call to warm up."""
+    """Return `amount` per second of `work`, from samples that take about `seconds` in all after one warm-up call."""
     work()
     once = timed(work, device, 1)
     repeats = max(1, round(seconds / most_samples / once))
@@ -45,9 +45,9 @@ def rate(
 
 @contextmanager
 def tensor_float(allowed: bool) -> Iterator[None]:
-    """Whether products of fp32 matrices may be computed in TF32; where that is so already, nothing is touched."""
+    """Allow or forbid TF32 for products of fp32 matrices in the context."""
     before, wanted = torch.get_float32_matmul_precision(), "high" if allowed else "highest"
-    if before == wanted:  # even to set the same again makes torch compile anew
+    if before == wanted:  # setting the same value again would recompile compiled models
         yield
         return
     torch.set_float32_matmul_precision(wanted)
@@ -58,7 +58,7 @@ def tensor_float(allowed: bool) -> Iterator[None]:
 
 
 def matrix_product(numbers: Numbers, side: int, device: torch.device) -> tuple[Callable[[], object], float]:
-    """A product of two square matrices as a call, and its TFLOP (2 per multiply-add)."""
+    """Return a function that multiplies two square matrices, and its TFLOP (2 per multiply-add)."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=generator).to(DTYPES[numbers]) for _ in range(2))
     out = torch.empty_like(a)
@@ -68,24 +68,24 @@ def matrix_product(numbers: Numbers, side: int, device: torch.device) -> tuple[C
 def matrix_peaks(
     numbers: Numbers, device: torch.device, sides: Sequence[int] = (), seconds: float = 1.0
 ) -> dict[int, Spread]:
-    """Side of the matrices -> TFLOP/s; larger ones are left out once one product takes longer than `seconds`."""
-    found: dict[int, Spread] = {}
+    """Return TFLOP/s by the side of the matrices; after a product that takes longer than `seconds` none is larger."""
+    peaks: dict[int, Spread] = {}
     with tensor_float(numbers == "tf32"):
         for side in sides or MATRIX_SIDES[device.type]:
             product, tflop = matrix_product(numbers, side, device)
-            found[side] = rate(product, tflop, device, seconds)
-            if tflop / found[side].median > seconds:
+            peaks[side] = rate(product, tflop, device, seconds)
+            if tflop / peaks[side].median > seconds:
                 break
-    return found
+    return peaks
 
 
 def best_side(peaks: dict[int, Spread]) -> int:
-    """The size of matrices at which the machine is fastest."""
+    """Return the side of the matrices at which the machine is fastest."""
     return max(peaks, key=lambda side: peaks[side].median)
 
 
 def memory_bandwidth(device: torch.device, size: int, seconds: float = 1.0) -> dict[str, Spread]:
-    """GB/s (10^9 bytes, read and written) of `copy`, a <- b, and `triad`, a <- b + 2c, on arrays of `size` bytes."""
+    """Return GB/s (read and written) of `copy` (a = b) and `triad` (a = b + 2c), on arrays of `size` bytes."""
     a, b, c = (torch.ones(size // 4, device=device) for _ in range(3))
     gigabytes = a.nbytes / 1e9
     return {
@@ -95,7 +95,7 @@ def memory_bandwidth(device: torch.device, size: int, seconds: float = 1.0) -> d
 
 
 def disk_write(folder: Path, size: int = 2**28, repeats: int = 3) -> Spread:
-    """MiB/s of a file of `size` random bytes until the disk has it (fsync)."""
+    """Return MiB/s of writing `size` random bytes to a file, fsync included."""
     content = os.urandom(size)
     path = folder / f".bench-{os.getpid()}"
 
@@ -112,14 +112,14 @@ def disk_write(folder: Path, size: int = 2**28, repeats: int = 3) -> Spread:
 
 
 def decode_rate(files: Sequence[bytes], seconds: float = 2.0) -> Spread:
-    """Images/s that one core decodes to uint8 RGB."""
+    """Return how many images per second one core decodes to uint8 RGB."""
     with one_thread():
         return rate(lambda: [decode(file, 3) for file in files], len(files), torch.device("cpu"), seconds)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use a single core of the CPU, as loader processes do."""
+    """Let torch use one CPU core in the context, as a data loader worker does."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -129,7 +129,7 @@ def one_thread() -> Iterator[None]:
 
 
 def sample_photos(size: tuple[int, int] = (500, 375), quality: int = 90) -> list[bytes]:
-    """Two photographs that come with scikit-learn as JPEGs of that width and height, ImageNet's usual one."""
+    """Return scikit-learn's two sample photographs as JPEGs of that width and height; ImageNet's median by default."""
     from sklearn.datasets import load_sample_images
 
     return [jpeg(Image.fromarray(pixels), size, quality) for pixels in load_sample_images().images]

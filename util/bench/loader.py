@@ -1,4 +1,4 @@
-"""The loader under the clock: ours, and the pipeline of released code, in turn on the same files."""
+"""Measure the data loader: ours and a plain Pillow pipeline, on the same files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import IterableDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from main_pretrain import build_loader, cached
 from util.bench.config import LoaderConfig
 from util.bench.pil_pipeline import PilDataset, jpeg
 from util.data.datasets import open_images
@@ -22,15 +21,16 @@ from util.data.samples import BatchOrder
 from util.data.sources import ImageSource
 from util.runtime.errors import UserError
 from util.runtime.progress import progress
+from util.train.pretraining import build_loader, cached
 
-# The settings that the pipeline of released code follows; other flags are none of its business.
+# Flags that change the Pillow pipeline; it ignores all others.
 PIL_KNOWS = ("crop", "photometric", "hflip", "mean", "std", "in_chans", "input_size", "model", "alpha", "batch_size",
              "num_workers", "data_path", "dataset", "seed")  # fmt: skip
 
 
 @dataclass
 class Sample:
-    """Some images of a source, in memory where `files` holds them re-encoded."""
+    """A subset of the images of a source; `files` holds them re-encoded in memory if --scale_to asks for it."""
 
     source: ImageSource
     chosen: list[int]
@@ -42,26 +42,26 @@ class Sample:
         return len(self.chosen)
 
     def read(self, index: int) -> Any:
-        """As the source gives it, or the bytes of the re-encoded image."""
+        """Return the image as its source does, or the bytes of the re-encoded image."""
         return self.files[index] if self.files is not None else self.source.read(self.chosen[index])
 
     def name(self, index: int) -> str:
-        """As the source calls it."""
+        """Return the name that its source gives the image."""
         return self.source.name(self.chosen[index])
 
 
 def bench_images(config: LoaderConfig) -> Sample:
-    """The images of a turn: whole batches, at random from the data set, re-encoded with --scale_to.
+    """Choose the images of a turn at random, as many as fill whole batches, and re-encode them if asked.
 
     Raises:
         UserError: the data set is a stream, or smaller than a batch.
     """
     source = open_images(config.data_path, config.dataset, "train")
     if isinstance(source, IterableDataset):
-        raise UserError(f"--dataset {config.dataset}: a stream has no turns to compare, give images by --data_path")
+        raise UserError(f"--dataset {config.dataset}: a stream cannot be read twice the same, use --data_path")
     batch = config.batch_size
     if len(source) < batch:
-        raise UserError(f"--batch_size {batch}: the data set has {len(source)} images, make it smaller")
+        raise UserError(f"--batch_size {batch}: the data set has {len(source)} images, make the batch smaller")
     number = min(config.images, len(source)) // batch * batch
     sample = Sample(source, np.random.default_rng(config.seed).permutation(len(source))[:number].tolist())
     if config.scaled_size is not None:
@@ -72,7 +72,7 @@ def bench_images(config: LoaderConfig) -> Sample:
 
 
 def pipeline(kind: str, config: LoaderConfig, images: Sample) -> Callable[[], float]:
-    """A turn: one pass over the images; seconds per image and core."""
+    """Return a function that reads all images once and returns the seconds per image and core."""
     order = BatchOrder(len(images), config.batch_size, 1, 0, 1, config.seed)
     if kind == "ours":
         loader = build_loader(config, cached(config, images), order, torch.device("cpu"))

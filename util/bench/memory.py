@@ -1,4 +1,4 @@
-"""The largest batch that fits into the memory there is."""
+"""Find the largest batch that fits into memory."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ from collections.abc import Callable
 
 import torch
 
-from util.bench.step import Stepper, Variant
+from util.bench.step import Stepper
 from util.bench.timing import Died, run_alone
+from util.bench.variant import Variant
 from util.runtime.logs import peak_memory_bytes
 
-OVER_THE_LIMIT = 77  # exit status of a process that used more memory than it may
+OVER_THE_LIMIT = 77  # exit status of a process that exceeded its memory limit
 
 
 def largest_batch(variant: Variant, report: Callable[[int, bool], None]) -> int:
-    """The largest --batch_size that fits, exactly up to 64, in eights beyond; 0 where two images do not.
+    """Return the largest --batch_size that fits: exact up to 64, then to within 8; 0 if two images do not fit.
 
-    Each is tried in a process of its own. `report` hears of each try.
+    Args:
+        report: called with each batch size that was tried, each in a process of its own, and whether it fits.
     """
     limit = math.inf if variant.config.memory_gib is None else variant.config.memory_gib * 2**30
 
     def fits(batch_size: int) -> bool:
         config = dataclasses.replace(variant.config, batch_size=batch_size)
         try:
-            fitted = run_alone(fits_here, dataclasses.replace(variant, config=config), limit)
+            succeeded = run_alone(fits_here, dataclasses.replace(variant, config=config), limit)
         except (Died, MemoryError):
-            fitted = False
-        report(batch_size, fitted)
-        return fitted
+            succeeded = False
+        report(batch_size, succeeded)
+        return succeeded
 
     return largest(fits, max(2, variant.config.batch_size), lambda n: 1 if n < 64 else 8)
 
 
 def fits_here(variant: Variant, limit: float) -> bool:
-    """Whether this process, started for it, can do two updates on its GPU, or on the CPU within `limit` bytes.
+    """Return True if two updates fit into the GPU, or on a CPU into `limit` bytes of this process.
 
-    Beyond the limit it ends at once, before it takes what others need.
+    A process that exceeds the limit exits at once, before other programs run out of memory.
     """
     cpu, finished = torch.device("cpu"), threading.Event()
 
@@ -59,9 +61,9 @@ def fits_here(variant: Variant, limit: float) -> bool:
 
 
 def largest(fits: Callable[[int], bool], start: int, step_of: Callable[[int], int]) -> int:
-    """The largest n >= 2 that fits, to within `step_of(n)`; 0 where 2 does not fit.
+    """Return the largest n >= 2 that fits, to within `step_of(n)`; 0 if 2 does not fit.
 
-    Doubling from `start`, or halving if that is too much, then bisection. What fits must fit whatever is smaller.
+    The search doubles or halves `start`, then bisects. If n fits, every smaller number must fit too.
     """
     low, high = start, 2 * start
     if fits(start):

@@ -1,8 +1,8 @@
-"""Two views as released code makes them, for scripts/bench.py to compare our loader with.
+"""A plain Pillow data pipeline, with which scripts/bench.py compares our data loader.
 
-Pillow decodes the file anew for each view, torchvision's transforms of PIL images follow one another, each view is
-made a normalised fp32 tensor by the loader process. The same augmentations with the same probabilities as
-util/data/views.py; random numbers from the global generators. Nothing but the bench uses this.
+Pillow decodes the file once per view, torchvision transforms the PIL image step by step, and the worker converts each
+view to a normalised fp32 tensor. The augmentations and their probabilities are those of util/data/views.py; random
+numbers come from the global generators. Only the benchmarks use this file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from util.data.views import (
 
 @dataclass
 class PilDataset(Dataset):
-    """Sample (epoch, index) -> views [num_views, C, H, W] float32."""
+    """A data set that returns the views [num_views, C, H, W] float32 of a sample (epoch, index)."""
 
     source: ImageSource
     config: PretrainConfig
@@ -54,10 +54,10 @@ class PilDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         _, index = key
-        return torch.stack([transform(self.decoded(index)) for transform in self.transforms])
+        return torch.stack([transform(self.open(index)) for transform in self.transforms])
 
-    def decoded(self, index: int) -> Image.Image:
-        """Return the image, from its encoded bytes; as released code it knows no --exif."""
+    def open(self, index: int) -> Image.Image:
+        """Return the image of the source as a PIL image."""
         raw = self.source.read(index)
         if isinstance(raw, Tensor):
             raw = to_pil_image(raw)
@@ -66,7 +66,7 @@ class PilDataset(Dataset):
 
 
 def geometry(config: PretrainConfig) -> list:
-    """Resize, crop and flip."""
+    """Return the transforms that resize, crop and flip."""
     size, bicubic = config.resolved_input_size, InterpolationMode.BICUBIC
     if config.resolved_crop == "rrc":
         crop = [T.RandomResizedCrop(size, RRC_SCALE, RRC_RATIO, bicubic)]
@@ -76,19 +76,19 @@ def geometry(config: PretrainConfig) -> list:
 
 
 def colours(channels: int) -> list:
-    """Jitter, then one of greyscale, solarise and blur."""
+    """Return the transforms that jitter colours, then apply one of greyscale, solarise and blur."""
     jitter = T.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)
     branches = [T.Grayscale(channels), T.RandomSolarize(SOLARISE_THRESHOLD, p=1), blur]
     return [T.RandomApply([jitter], JITTER_PROBABILITY), T.RandomChoice(branches)]
 
 
 def blur(image: Image.Image) -> Image.Image:
-    """Gaussian blur of a random radius."""
+    """Blur the image with a Gaussian of random radius."""
     return image.filter(ImageFilter.GaussianBlur(random.uniform(*BLUR_RADIUS)))
 
 
 def jpeg(image: Image.Image, size: tuple[int, int], quality: int = 90) -> bytes:
-    """The image as a JPEG of that width and height, turned where it is upright."""
+    """Return the image as a JPEG of that width and height; both are swapped for an upright image."""
     if image.height > image.width:
         size = size[::-1]
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What every benchmark needs: runs in turn, spreads, tables, a report that says how to get it again."""
+"""Tools of every benchmark: variants that take turns, medians with quartiles, tables, and a reproducible report."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ Result = TypeVar("Result")
 
 
 class Spread(NamedTuple):
-    """What repeated measurements say: half of them lie between `lower` and `upper`."""
+    """Median and quartiles of repeated measurements: half of the values lie between `lower` and `upper`."""
 
     median: float
     lower: float
     upper: float
 
-    def said(self, digits: int = 3) -> str:
-        """`median (lower–upper)` to so many significant digits."""
+    def text(self, digits: int = 3) -> str:
+        """Return `median (lower–upper)` with this many significant digits."""
         return f"{short(self.median, digits)} ({short(self.lower, digits)}–{short(self.upper, digits)})"
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles."""
+    """Return the median and the quartiles of the values."""
     return Spread(*np.quantile(values, (0.5, 0.25, 0.75)).tolist())
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """`value` to so many significant digits, without an exponent; a dash for None."""
+    """Return the value with this many significant digits and without an exponent; None becomes a dash."""
     if value is None:
         return "–"
     if value == 0:
@@ -58,25 +58,25 @@ def short(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float) -> str:
-    """A share, 1 = all, to three digits."""
+    """Return a share between 0 and 1 as a percentage with three significant digits."""
     return f"{short(100 * share)} %"
 
 
 def in_turn(runs: Mapping[str, Callable[[], Result]], rounds: int, title: str) -> dict[str, list[Result]]:
-    """What each run returned in each of the rounds, with a line of progress.
+    """Call every run once per round and return the results of each run by its name.
 
-    All take their turn in a round, each time from another one on: what else the machine does meanwhile meets all alike.
+    Each round starts with another run, so that other work on the machine affects all runs alike.
     """
-    names, found = list(runs), {name: [] for name in runs}
+    names, results = list(runs), {name: [] for name in runs}
     turns = [(number, place) for number in range(rounds) for place in range(len(names))]
     for number, place in progress(turns, len(turns), title, "turns"):
         name = names[(number + place) % len(names)]
-        found[name].append(runs[name]())
-    return found
+        results[name].append(runs[name]())
+    return results
 
 
 def ratios(values: Sequence[float], reference: Sequence[float]) -> Spread:
-    """value / reference, each pair from one round."""
+    """Return the spread of value / reference, where both numbers of a pair come from the same round."""
     return spread([x / y for x, y in zip(values, reference, strict=True)])
 
 
@@ -86,26 +86,26 @@ def ratios(values: Sequence[float], reference: Sequence[float]) -> Spread:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has made so far in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # slow to import, and not there where nothing was compiled
+    """Return how many graphs torch.compile has compiled so far in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # slow to import; it is loaded if anything was compiled
     return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
 
 
 class PartTimer:
-    """Milliseconds of the parts of a step, between one `mark` and the next; on CUDA by events, without waiting."""
+    """Time the parts of a step between one `mark` and the next; on CUDA with events, without waiting."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
-        """What came since the last mark belongs to `part`."""
+        """Count the time since the last mark for `part`."""
         if self.device.type == "cuda":
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -114,23 +114,23 @@ class PartTimer:
         self.marks.append((part, now))
 
     def start(self) -> None:
-        """Begin a step: what came since the last mark belongs to none."""
+        """Begin a step."""
         self.marks = []
         self.mark("")
 
     def milliseconds(self) -> dict[str, float]:
-        """Of each part of the step, in the order of their first marks; waits for the device."""
+        """Wait for the device and return the milliseconds of each part, in the order of their first marks."""
         synchronise(self.device)
-        found: dict[str, float] = {}
+        total: dict[str, float] = {}
         for (_, begin), (part, end) in itertools.pairwise(self.marks):
-            passed = begin.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - begin)
-            found[part] = found.get(part, 0.0) + passed
-        return found
+            elapsed = begin.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - begin)
+            total[part] = total.get(part, 0.0) + elapsed
+        return total
 
 
 @contextmanager
 def patched(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """`owner.name` replaced by `wrap` of it: how the bench looks into code that knows nothing of it."""
+    """Replace `owner.name` by `wrap(owner.name)` in the context, to time code that has no hooks for it."""
     is_own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, wrap(before))
     try:
@@ -140,14 +140,14 @@ def patched(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Iter
 
 
 class Died(Exception):
-    """The process of `run_alone` was killed, as by the kernel where memory runs out."""
+    """The process of `run_alone` was killed, for example by the kernel because memory ran out."""
 
 
 def run_alone(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What the function returns in a fresh process, whose memory holds nothing else.
+    """Call the function in a fresh process, whose memory holds nothing else, and return its result.
 
     Raises:
-        Died: it was killed. What the function raises comes back as it is.
+        Died: the process was killed. An exception of the function is raised here unchanged.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -157,25 +157,25 @@ def run_alone(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 # --------------------------------------------------------------------------------------------------------
-# What is shown and kept
+# Tables and reports
 # --------------------------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows with the same keys as aligned text, the first column to the left."""
+    """Return rows with the same keys as aligned text; the first column is aligned to the left."""
     titles = list(rows[0])
     return aligned([titles, *([row[title] for title in titles] for row in rows)])
 
 
-def write_report(path: str, kind: str, device: torch.device, settings: Mapping[str, Any], **found: Any) -> None:
-    """The JSON file of a benchmark: command, source, versions and machine beside what was found; nothing without path.
+def write_report(path: str, kind: str, device: torch.device, settings: Mapping[str, Any], **results: Any) -> None:
+    """Write the results of a benchmark as JSON, with command, commit, versions and machine; an empty path writes none.
 
     Raises:
         UserError: the file cannot be written.
     """
     if not path:
         return
-    report = {"benchmark": kind, **run_info(), **machine(device), "settings": dict(settings), **found}
+    report = {"benchmark": kind, **run_info(), **machine(device), "settings": dict(settings), **results}
     partial = Path(f"{path}.partial")
     try:
         partial.write_text(json.dumps(named_spreads(report), indent=2, default=str) + "\n", encoding="utf-8")
@@ -185,7 +185,7 @@ def write_report(path: str, kind: str, device: torch.device, settings: Mapping[s
 
 
 def named_spreads(tree: Any) -> Any:
-    """The tree with each Spread as {"median", "lower", "upper"}: JSON would make it a list."""
+    """Return the tree with each Spread as {"median", "lower", "upper"}: JSON would write a plain list."""
     if isinstance(tree, Spread):
         return tree._asdict()
     if isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""Jobs on SLURM or in the background of this machine, through submitit: what they ask for, their start and end."""
+"""Submit jobs with submitit, to SLURM or as background processes of this machine, and follow them to their end."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from util.runtime.errors import REQUEUE_STATUS, RUN_ERROR_STATUS
 
 ONE_YEAR = 60 * 24 * 365  # minutes: a local job has no time limit
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-UNKNOWN_SECONDS = 60.0  # for which a job may be unknown to the cluster before we take it for lost
+UNKNOWN_SECONDS = 60.0  # a job that the cluster does not know for longer counts as lost
 
 
 class Refused(Exception):
-    """sbatch took the job not; the message is its own."""
+    """sbatch refused the job; the message is its own."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for."""
+    """The resources that a job requests."""
 
     name: str
     nodes: int
@@ -41,12 +41,12 @@ class Resources:
     tasks_per_node: int
     cpus_per_task: int
     mem_gb: float | None  # per node; None: the cluster's default
-    minutes: int  # until it has to be queued again
-    signal_delay: int  # seconds before that in which it saves
+    minutes: int  # time limit, after which it is requeued
+    signal_delay: int  # seconds before the time limit at which it is told to save
     max_requeues: int
     array_parallelism: int
-    queue: dict[str, str]  # partition, account, ...: given to sbatch as they are
-    dependency: str  # what must have happened before it starts, as for sbatch --dependency; empty: nothing
+    queue: dict[str, str]  # partition, account, ...: flags of sbatch
+    dependency: str  # value of sbatch --dependency; empty: none
     prologue: tuple[str, ...]  # shell lines before Python
     interpreter: str
     srun: tuple[str, ...]  # flags of srun
@@ -58,23 +58,22 @@ class Resources:
 
 
 class BatchExecutor(SlurmExecutor):
-    """submitit's, which can also show its batch script where there is no SLURM."""
+    """submitit's executor, which can also show its batch script on a machine without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
-        """Always to be had."""
+        """Return that this executor is always available."""
         return 2
 
 
 def submit_slurm(resources: Resources, jobs: Sequence[StageJob], folder: Path, code: Path) -> list[Job]:
-    """A job, or an array of several.
+    """Submit a job, or an array of several.
 
     Raises:
-        Refused: by sbatch.
+        Refused: sbatch refused it.
     """
-    said = io.StringIO()  # submitit prints what sbatch says, and raises it too
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the error of sbatch and raises it too
             return slurm_executor(resources, folder, code).submit_array(jobs)
     except (FailedJobError, FailedSubmissionError) as error:
         lines = str(error).splitlines()
@@ -82,7 +81,7 @@ def submit_slurm(resources: Resources, jobs: Sequence[StageJob], folder: Path, c
 
 
 def batch_script(resources: Resources, folder: Path, code: Path, jobs: int) -> str:
-    """What sbatch would be given for a job, or for an array of several."""
+    """Return the batch script of a job, or of an array of several."""
     executor = slurm_executor(resources, folder, code)
     if jobs > 1:
         executor.parameters["map_count"] = jobs
@@ -90,12 +89,12 @@ def batch_script(resources: Resources, folder: Path, code: Path, jobs: int) -> s
 
 
 def slurm_executor(resources: Resources, folder: Path, code: Path) -> SlurmExecutor:
-    """submitit's executor for these resources."""
+    """Return submitit's executor for these resources."""
     executor = BatchExecutor(folder, python=launcher(resources.interpreter, code))
     optional = {"gpus_per_node": resources.gpus_per_node or None}
-    more: dict[str, object] = {"requeue": True}  # also after the loss of a node
+    additional: dict[str, object] = {"requeue": True}  # after the loss of a node
     if resources.dependency:  # a job that can never start is cancelled
-        more |= {"dependency": resources.dependency, "kill_on_invalid_dep": "yes"}
+        additional |= {"dependency": resources.dependency, "kill_on_invalid_dep": "yes"}
     if resources.mem_gb is not None:
         optional["mem"] = f"{round(1024 * resources.mem_gb)}M"
     executor.update_parameters(
@@ -108,7 +107,7 @@ def slurm_executor(resources: Resources, folder: Path, code: Path) -> SlurmExecu
         array_parallelism=resources.array_parallelism,
         stderr_to_stdout=True,
         wckey=None,
-        additional_parameters=more,
+        additional_parameters=additional,
         srun_args=resources.srun,
         setup=stop_on_error(resources.prologue),
         teardown=requeue_lines(resources.max_requeues),
@@ -119,9 +118,9 @@ def slurm_executor(resources: Resources, folder: Path, code: Path) -> SlurmExecu
 
 
 def requeue_lines(max_requeues: int) -> list[str]:
-    """The batch script's end: queue the job again if rank 0 asks for it, unless something else has ended the job.
+    """Return the end of the batch script: requeue the job if rank 0 asked for it and nothing else has ended it.
 
-    Here and not in a task: there is no scontrol in a container, and by now every rank has finished.
+    The batch script does this and not a task, because a container has no scontrol, and because every rank has ended.
     """
     return [
         "status=$?",
@@ -140,17 +139,17 @@ def requeue_lines(max_requeues: int) -> list[str]:
 
 
 def slurm_outcome(job_id: str) -> tuple[str, int]:
-    """State of a job as SLURM spells it, empty where nobody knows it, and the exit status of its batch script."""
+    """Return SLURM's name of a job's state (empty: unknown to SLURM) and the exit status of its batch script."""
     show = ["scontrol", "-o", "show", "job", job_id]
-    account = ["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job_id]  # forgotten by the controller
+    account = ["sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job_id]  # knows jobs that scontrol forgot
     for command, pattern in ((show, r" JobState=(\w+) .* ExitCode=(\d+):(\d+)"), (account, r"(\w+)[^|]*\|(\d+):(\d+)")):
         try:
-            shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+            output = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
         except (OSError, subprocess.SubprocessError):
             continue
-        if found := re.search(pattern, shown):
-            status, killed_by = int(found[2]), int(found[3])
-            return found[1], 128 + killed_by if killed_by else status
+        if match := re.search(pattern, output):
+            status, killed_by = int(match[2]), int(match[3])
+            return match[1], 128 + killed_by if killed_by else status
     return "", 0
 
 
@@ -160,22 +159,22 @@ def slurm_outcome(job_id: str) -> tuple[str, int]:
 
 
 def submit_local(resources: Resources, job: StageJob, folder: Path, code: Path) -> Job:
-    """A background process, which starts those of the run."""
+    """Start a background process, which starts the processes of the run."""
     python = launcher(resources.interpreter, code, stop_on_error(resources.prologue))
     executor = LocalExecutor(folder, python=python)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     chosen = {"visible_gpus": tuple(map(int, visible.split(",")))} if re.fullmatch(r"\d+(,\d+)*", visible) else {}
     gpus = {"gpus_per_node": resources.gpus_per_node, **(chosen if resources.gpus_per_node else {})}
     executor.update_parameters(timeout_min=ONE_YEAR, stderr_to_stdout=True, **gpus)
-    with deaf_to_the_terminal():
+    with terminal_signals_ignored():
         return executor.submit(job)
 
 
 @contextlib.contextmanager
-def deaf_to_the_terminal() -> Iterator[None]:
-    """What is started here goes on when the terminal is closed, or Ctrl-C ends the look at its log."""
+def terminal_signals_ignored() -> Iterator[None]:
+    """Let processes that start in the context survive Ctrl-C and the end of the terminal."""
     numbers = (signal.SIGINT, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # a started process inherits it
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # a new process inherits this
     try:
         yield
     finally:
@@ -184,12 +183,12 @@ def deaf_to_the_terminal() -> Iterator[None]:
 
 
 def local_outcome(job: LocalJob) -> tuple[str, int]:
-    """State and exit status, in SLURM's words."""
+    """Return the state of a local job under SLURM's name, and its exit status."""
     if not job.done():
         return "RUNNING", 0
     try:
         status = job.result()
-    except UncompletedJobError:  # it did not come to its end
+    except UncompletedJobError:
         status = RUN_ERROR_STATUS
     return ("FAILED" if status else "COMPLETED"), status
 
@@ -200,31 +199,31 @@ def local_outcome(job: LocalJob) -> tuple[str, int]:
 
 
 def launcher(interpreter: str, code: Path, prologue: Sequence[str] = ()) -> str:
-    """The shell command that stands for Python in a job: from the copied code, and deaf until it can listen.
+    """Return the shell command that runs Python in a job, from the copied code and with signals ignored at first.
 
-    A signal in the first second, before a handler is there, would otherwise end a rank without a word.
+    Without that, a signal in the first second, before Python installs its handlers, would silently kill a rank.
     """
     lines = [*prologue, 'trap "" TERM USR1 USR2', f'cd {shlex.quote(str(code))} && exec {interpreter} "$@"']
     return shlex.join(["bash", "-c", "\n".join(lines), "launch"])
 
 
 def stop_on_error(prologue: Sequence[str]) -> list[str]:
-    """The lines, of which the first that fails ends the job."""
+    """Return shell lines of which the first that fails ends the job."""
     return ["set -e", *prologue, "set +e"] if prologue else []
 
 
 def follow(jobs: Sequence[Job], names: Sequence[str], interval: float = 2.0) -> int:
-    """Print the jobs' logs as they grow, until all have ended; the first exit status that is not 0, else 0."""
+    """Print the logs of the jobs as they grow until all have ended; return the first exit status other than 0, or 0."""
     offsets, statuses = [0] * len(jobs), [None] * len(jobs)
-    known = [time.monotonic()] * len(jobs)
+    last_known = [time.monotonic()] * len(jobs)
     while None in statuses:
         for i, job in enumerate(jobs):
             if statuses[i] is None:
                 state, status = local_outcome(job) if isinstance(job, LocalJob) else slurm_outcome(job.job_id)
                 offsets[i] = print_from(job.paths.stdout, offsets[i], f"[{names[i]}] " if names[i] else "")
                 if state:
-                    known[i] = time.monotonic()
-                lost = time.monotonic() > known[i] + UNKNOWN_SECONDS
+                    last_known[i] = time.monotonic()
+                lost = time.monotonic() > last_known[i] + UNKNOWN_SECONDS
                 if state in ENDED or lost:
                     print(f"job {job.job_id}: {state if state in ENDED else 'lost'}", file=sys.stderr)
                     statuses[i] = 0 if state == "COMPLETED" else status or RUN_ERROR_STATUS
@@ -234,7 +233,7 @@ def follow(jobs: Sequence[Job], names: Sequence[str], interval: float = 2.0) -> 
 
 
 def print_from(path: Path, offset: int, prefix: str) -> int:
-    """Print the whole lines after the offset; where they end."""
+    """Print the complete lines after the offset, and return the offset of their end."""
     if not path.exists():
         return offset
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Settings of fine-tuning and linear probing."""
+"""Settings of fine-tuning and of linear probing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from models_lut import ARCHITECTURES
+from models_architectures import ARCHITECTURES
 from models_vit import Pool
 from util.config.groups import (
     DataConfig,
@@ -23,7 +23,7 @@ from util.config.same_run import DOWNSTREAM_MAY_CHANGE, resume_settings
 
 @dataclass(frozen=True)
 class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, RunConfig):
-    """What fine-tuning and linear probing have in common."""
+    """The settings that fine-tuning and linear probing share."""
 
     # the model
     model: str = "vit_base_patch16"
@@ -65,12 +65,12 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
 
     @property
     def pool(self) -> Pool:
-        """What is classified."""
+        """The feature that is classified."""
         return "avg" if self.global_pool and not self.cls_token else "token"
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """Arguments of timm's create_transform."""
+        """The keyword arguments of timm's create_transform."""
         return dict(
             input_size=(self.in_chans, *self.resolved_input_size),
             is_training=True,
@@ -82,7 +82,7 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
         )
 
     def model_arguments(self, num_classes: int) -> dict[str, Any]:
-        """Arguments of models_vit.Classifier and LinearProbe."""
+        """Return the keyword arguments of models_vit.Classifier and LinearProbe."""
         return dict(
             architecture=self.architecture,
             img_size=self.resolved_input_size,
@@ -93,7 +93,7 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
         )
 
     def resume_settings(self, num_images: int) -> dict[str, Any]:
-        """The settings that a resumed run must share with its checkpoint, defaults filled in."""
+        """Return the settings that a resumed run must share with its checkpoint, defaults filled in."""
         free = DOWNSTREAM_MAY_CHANGE | {"nb_classes", "global_pool", "cls_token"}
         resolved = {"model": self.architecture_name, "patch_size": self.resolved_patch_size, "pool": self.pool}
         return resume_settings(self, num_images, self.resolved_input_size, may_change=free) | resolved
@@ -119,7 +119,7 @@ class FinetuneConfig(ClassifierConfig):
     model_ema: bool = False
     """evaluate, and keep as `model_ema`, a moving average of the weights"""
     model_ema_decay: float = 0.9999
-    """of the moving average, per update"""
+    """decay of the moving average, per update"""
 
     # augmentation
     color_jitter: float | None = None
@@ -171,17 +171,17 @@ class FinetuneConfig(ClassifierConfig):
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed."""
+        """True if images are mixed."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     @property
     def policy(self) -> str | None:
-        """The policy of --aa, None for none."""
+        """The policy of --aa; None: none."""
         return None if self.aa.lower() in ("", "none") else self.aa
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """Arguments of timm's create_transform."""
+        """The keyword arguments of timm's create_transform."""
         return super().augmentation | dict(
             color_jitter=self.color_jitter or 0.0,
             auto_augment=self.policy,
@@ -191,11 +191,11 @@ class FinetuneConfig(ClassifierConfig):
         )
 
     def model_arguments(self, num_classes: int) -> dict[str, Any]:
-        """Arguments of models_vit.Classifier."""
+        """Return the keyword arguments of models_vit.Classifier."""
         return super().model_arguments(num_classes) | dict(drop_path=self.drop_path)
 
     def mixup_arguments(self, num_classes: int) -> dict[str, Any]:
-        """Arguments of timm's Mixup."""
+        """Return the keyword arguments of timm's Mixup."""
         return dict(
             mixup_alpha=self.mixup,
             cutmix_alpha=self.cutmix,
@@ -232,5 +232,5 @@ class LinprobeConfig(ClassifierConfig):
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """Arguments of timm's create_transform: crop and flip only."""
+        """The keyword arguments of timm's create_transform: crop and flip only."""
         return super().augmentation | dict(color_jitter=0.0)

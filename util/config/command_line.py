@@ -1,4 +1,4 @@
-"""From the command line to settings: a recipe (YAML) stands for flags, and tyro parses them into a dataclass."""
+"""From the command line to settings: a recipe (YAML) is read as flags, and tyro parses all flags into a dataclass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import tyro
 import yaml
 
 from util.config.classifier import FinetuneConfig, LinprobeConfig
+from util.config.flags import check_flags, without_local_rank
 from util.config.groups import check, check_choice
 from util.config.pretrain import PretrainConfig
 from util.config.probe import ProbeConfig
 from util.config.segment import SegmentConfig
-from util.runtime.errors import UserError, nearest
+from util.runtime.errors import UserError, nearest, one_line
 from util.runtime.files import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -32,46 +33,46 @@ Config = TypeVar("Config")
 def parse_config(
     config_type: type[Config], arguments: Sequence[str], program: str, before: Sequence[str] = ()
 ) -> Config:
-    """The recipe's flags, then the arguments' (which win), as a checked `config_type`; --help prints and exits.
+    """Return a checked `config_type` from the recipe's flags and the arguments, which win; --help prints and exits.
 
     Args:
         before: flags over which the recipe's win.
 
-    Raises UserError for an unknown flag (with the nearest one), an unreadable value or a failed check.
+    Raises:
+        UserError: a flag is unknown (the message has the nearest one), a value is unreadable, or a check fails.
     """
+    arguments = without_local_rank(arguments)
     recipe = last_value("recipe", arguments)
     flags = [*before, *(read_recipe(recipe, config_type) if recipe else []), *arguments]
-    console = io.StringIO()  # tyro draws a box around its errors; one line is wanted
+    if not {"-h", "--help"} & set(flags):
+        check_flags(config_type, flags)
     try:
-        with contextlib.redirect_stderr(console):
-            config, unknown = tyro.cli(
-                config_type, prog=program, args=flags, use_underscores=True, return_unknown_args=True
-            )
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro draws a box around its errors
+            return tyro.cli(config_type, prog=program, args=flags, use_underscores=True)
     except SystemExit as stop:
-        if stop.code:
-            raise UserError(first_line_of_box(console.getvalue())) from None
-        raise
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        if not flag.startswith("-"):
-            raise UserError(f"{flag}: stands behind no flag that takes it (--help lists all)")
-        spelt = "--" + flag.removeprefix("--").replace("-", "_")
-        raise UserError(f"{flag}: unknown flag{nearest(spelt, known_flags(config_type))} (--help lists all)")
-    return config
+        if not stop.code:
+            raise
+        if isinstance(stop.__context__, UserError):  # of the config's own checks, which tyro turns into an exit
+            raise stop.__context__ from None
+        raise UserError(f"{shlex.join(arguments)}: cannot be read as flags (--help lists all)") from None
 
 
 def parse_command(
-    commands: Mapping[str, type], arguments: Sequence[str], program: str, about: str, after: str = ""
+    commands: Mapping[str, type], arguments: Sequence[str], program: str, description: str, after: str = ""
 ) -> tuple[Any, list[str]]:
-    """The settings of `COMMAND [flags] [-- flags of the launcher]`, and those flags, which need `submit` among them.
+    """Parse `COMMAND [flags] [-- launcher flags]` and return the command's settings and the launcher's flags.
 
-    No command, or --help instead of one, prints what the program is about and exits.
+    Launcher flags need --submit among the command's. Without a command, or with --help in its place, the description is
+    printed and the program exits.
 
     Args:
-        after: what stands behind the command, for the message.
+        after: text for the message, says what follows the command.
+
+    Raises:
+        UserError: the command is unknown, or its flags are wrong.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(about)
+        print(description)
         raise SystemExit
     command, *rest = arguments
     if command not in commands:
@@ -84,8 +85,8 @@ def parse_command(
     return flags, launcher
 
 
-def words(flag: str, text: str) -> list[str]:
-    """As a shell cuts the text of a flag."""
+def split_like_shell(flag: str, text: str) -> list[str]:
+    """Split the text of a flag at spaces as a shell would; UserError if a quotation is not closed."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -93,7 +94,7 @@ def words(flag: str, text: str) -> list[str]:
 
 
 def read_recipe(name_or_file: str, config_type: type) -> list[str]:
-    """The flags that recipes/NAME.yaml or a YAML file stands for; unknown keys are refused by name."""
+    """Return the flags of recipes/NAME.yaml or of a YAML file; UserError names an unknown key."""
     known = [field.name for field in dataclasses.fields(config_type)]
     settings: dict[str, Any] = {}
     for name, own in reversed(recipe_chain(name_or_file)):
@@ -104,7 +105,7 @@ def read_recipe(name_or_file: str, config_type: type) -> list[str]:
 
 
 def recipe_chain(name_or_file: str) -> list[tuple[str, dict[str, Any]]]:
-    """Name and own settings of a recipe, of the recipe that it `extends`, and so on; settings of the first win."""
+    """Return names and own settings of a recipe, of the recipe that it `extends`, and so on; the first ones win."""
     chain: list[tuple[str, dict[str, Any]]] = []
     name = name_or_file
     while name:
@@ -117,7 +118,7 @@ def recipe_chain(name_or_file: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_settings(name_or_file: str) -> dict[str, Any]:
-    """What stands in recipes/NAME.yaml or a YAML file."""
+    """Read recipes/NAME.yaml or a YAML file; UserError if it is missing or not one mapping."""
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     path = RECIPES / f"{name_or_file}.yaml" if name_or_file in names else Path(name_or_file)
     if not os.path.isfile(path):
@@ -125,15 +126,14 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"--recipe {name_or_file}: cannot be read as YAML ({said})") from error
+        raise UserError(f"--recipe {name_or_file}: cannot be read as YAML ({one_line(str(error))})") from error
     settings = {} if settings is None else settings  # an empty file
     check(isinstance(settings, dict), "recipe", name_or_file, "must hold one `key: value` per line")
     return settings
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """The flags that set these fields."""
+    """Return the flags that set these fields."""
     flags: list[str] = []
     for key, value in settings.items():
         if isinstance(value, bool):
@@ -144,36 +144,24 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def last_value(flag: str, arguments: Sequence[str]) -> str:
-    """What the last `--flag value` or `--flag=value` among the arguments says, or the empty string."""
-    found = ""
-    for place, argument in enumerate(arguments):
+    """Return the value of the last `--flag value` or `--flag=value` among the arguments, "" if there is none."""
+    last = ""
+    for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == f"--{flag}":
-            found = value if equals else "".join(arguments[place + 1 : place + 2])
-    return found
-
-
-def known_flags(config_type: type) -> list[str]:
-    """All spellings, with underscores, of the flags of `config_type`."""
-    flags = []
-    for name, hint in get_type_hints(config_type, include_extras=True).items():
-        flags.append(f"--{name}")
-        if hint is bool:
-            flags.append(f"--no_{name}")
-        for extra in getattr(hint, "__metadata__", ()):
-            flags += getattr(extra, "aliases", None) or ()
-    return flags
+            last = value if equals else "".join(arguments[position + 1 : position + 2])
+    return last
 
 
 def flag_values(axis: str, config_type: type, flag: str) -> list[tuple[str, list[str]]]:
-    """`name=value,value` as one point per value: what to call it, and the flags of `config_type` that say it.
+    """Read an axis `name=value,value` as points: for each value a label and the flags of `config_type` that set it.
 
     Args:
-        flag: the one that `axis` came with, for the message of the UserError.
+        flag: the flag that `axis` came with, for the message of the UserError.
     """
     name, equals, values = axis.partition("=")
-    right = equals and re.fullmatch(r"\w+", name) and all(values.split(","))
-    check(bool(right), flag, axis, "write name=value,value")
+    well_formed = equals and re.fullmatch(r"\w+", name) and all(values.split(","))
+    check(bool(well_formed), flag, axis, "write name=value,value")
     hint = get_type_hints(config_type).get(name)
     points = []
     for value in values.split(","):
@@ -186,19 +174,11 @@ def flag_values(axis: str, config_type: type, flag: str) -> list[tuple[str, list
     return points
 
 
-def first_line_of_box(text: str) -> str:
-    """What tyro says between the top of its box (or its title, where stdout takes no such signs) and the next rule."""
-    lines = [line.strip("│ ") for line in text.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line.startswith(("╭", "─", "╰", "---"))]
-    message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(text.split())
-    return re.sub(r"^Error parsing (\w+: )?", "", message)  # the name of our class tells a user nothing
-
-
 @dataclass(frozen=True)
 class Main:
     """A script that does one kind of run."""
 
-    program: str  # below the project's folder
+    program: str  # path in the project's folder
     title: str
     settings: type
     metric: str  # of its `results.jsonl`
@@ -209,5 +189,5 @@ MAINS = {
     "finetune": Main("main_finetune.py", "fine-tuning", FinetuneConfig, "top1"),
     "linprobe": Main("main_linprobe.py", "linear probing", LinprobeConfig, "top1"),
     "segment": Main("main_segment.py", "segmentation", SegmentConfig, "miou"),
-    "probe": Main("scripts/probe.py", "probing of frozen features", ProbeConfig, "student, logistic, all labels"),
+    "probe": Main("scripts/probe.py", "probing of frozen features", ProbeConfig, "student/logistic"),
 }

@@ -14,49 +14,75 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from models_lut import ARCHITECTURES
+from models_architectures import ARCHITECTURES
 from util.runtime.distributed import world_size
-from util.runtime.errors import UserError
+from util.runtime.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
-from util.runtime.errors import nearest
 
 Config = TypeVar("Config")
 
+LARGEST = 2**31 - 1  # of all whole numbers but the seed
+LIMITS = {  # what no machine trains with today: refused before memory is asked for
+    **dict.fromkeys(("input_size", "patch_size", "mask_unit", "eval_stride"), 2**14),
+    **dict.fromkeys(("head_depth", "predictor_depth", "decoder_depth"), 100),
+    **dict.fromkeys(("head_mlp_dim", "head_width", "nb_classes"), 2**20),
+    "num_workers": 256,
+    "seed": 2**32 - 1,
+}
+PATHS = ("recipe", "output_dir", "log_dir", "data_path", "val_path", "resume", "finetune", "init_from")
+LONGEST_NAME = 255  # bytes of a file's name
+
 
 def check(holds: bool, flag: str, value: object, fix: str) -> None:
-    """UserError `--flag value: fix` unless `holds` (a comparison with nan never does)."""
+    """Raise UserError `--flag value: fix` unless `holds` (a comparison with nan never does)."""
     if not holds:
         shown = " ".join(map(str, value if isinstance(value, tuple | list) else [value]))
         raise UserError(f"--{flag} {shown}".rstrip() + f": {fix}")
 
 
+def check_limits(config: Any) -> None:
+    """Raise UserError for whole numbers beyond `LIMITS`, and for paths that no file system takes."""
+    for field in dataclasses.fields(config):
+        value, limit = getattr(config, field.name), LIMITS.get(field.name, LARGEST)
+        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) is int]
+        check(all(n <= limit for n in numbers), field.name, value, f"must be at most {limit}")
+        if field.name in PATHS and value:
+            fits = all(len(os.fsencode(part)) <= LONGEST_NAME for part in value.split("/"))
+            check(fits, field.name, f"{value[:40]}...", f"names of files have at most {LONGEST_NAME} bytes")
+
+
 def check_image_size(size: Sequence[int], least: int = 1) -> None:
-    """UserError unless it is one number of pixels, height and width, or nothing."""
+    """Raise UserError unless the size is empty, one number of pixels, or height and width."""
     check(len(size) <= 2, "input_size", size, "give one number, or height and width")
     check(all(n >= least for n in size), "input_size", size, f"must be {least} pixels or more")
 
 
+def check_loader_timeout(seconds: float) -> None:
+    """Raise UserError unless the timer of the data loader takes it."""
+    check(0 <= seconds <= 1e9, "loader_timeout", seconds, "must lie in 0 (never) .. 1000000000 seconds")
+
+
 def processors() -> int:
-    """Those that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_batch_norm(config: Any) -> None:
-    """UserError where BatchNorm would be trained on a single image."""
+    """Raise UserError if BatchNorm would be trained on a single image."""
     fix = "BatchNorm needs two images at a time, over all processes"
     check(config.eval or config.batch_size * world_size() >= 2, "batch_size", config.batch_size, fix)
 
 
 def check_choice(flag: str, value: str, known: Sequence[str]) -> None:
-    """UserError with the nearest name unless `value` is known."""
+    """Raise UserError with the nearest name unless `value` is known."""
     check(value in known, flag, value, f"unknown{nearest(value, known)} (one of {', '.join(known)})")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which architecture; beside DataConfig, which knows the size of the images."""
+    """The architecture. PixelConfig, which is always beside it, has the size of the images."""
 
     model: str = "vit_base_patch16"
     patch_size: int | None = None
@@ -70,12 +96,12 @@ class ModelConfig:
 
     @property
     def architecture_name(self) -> str:
-        """The model's name without the prefix of its pre-training."""
+        """The model's name without the prefix of its pre-training (lut_, mae_)."""
         return self.model.removeprefix("lut_").removeprefix("mae_")
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """See models_lut.ARCHITECTURES."""
+        """The model's entry in models_architectures.ARCHITECTURES."""
         return ARCHITECTURES[self.architecture_name]
 
     @property
@@ -123,8 +149,7 @@ class PixelConfig:
         check(all(s > 0 for s in self.std), "std", self.std, "must be above 0")
         workers = self.num_workers
         check(workers is None or workers >= 0, "num_workers", workers, "must be 0 or more")
-        timeout = self.loader_timeout
-        check(0 <= timeout < math.inf, "loader_timeout", timeout, "must be 0 (never) or more, and finite")
+        check_loader_timeout(self.loader_timeout)
 
     @property
     def resolved_mean(self) -> tuple[float, ...]:
@@ -142,13 +167,13 @@ class PixelConfig:
         return min(10, processors()) if self.num_workers is None else self.num_workers
 
     def pins(self, device: torch.device) -> bool:
-        """Whether batches for this device come in page-locked memory."""
+        """Return whether batches for this device are in page-locked memory."""
         return self.pin_mem and device.type == "cuda"
 
 
 @dataclass(frozen=True)
 class DataConfig(PixelConfig):
-    """Where images come from, labelled or not."""
+    """The images, with or without labels."""
 
     data_path: str = ""
     """folder with train/ (and val/) of class folders, flat folder of images at any depth, or .tar of either"""
@@ -157,8 +182,8 @@ class DataConfig(PixelConfig):
     create_dataset (hfds/.., hfids/.., tfds/.., wds/.., torch/..); or `digits`: 1,797 handwritten digits that come
     with scikit-learn"""
     val_path: str = ""
-    """labelled images that the run is judged by (pre-training: by kNN); default: val/ or val.tar beside the training
-    images, if there"""
+    """labelled images for the evaluation (pre-training: by kNN); default: val/ or val.tar beside the training images,
+    if it exists"""
     cache: Literal["none", "ram", "device"] = "none"
     """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
     pre-training) on the device"""
@@ -227,7 +252,7 @@ class OptimConfig(UpdateConfig):
 
 @dataclass(frozen=True)
 class DownstreamConfig:
-    """Training on labels: the encoder that it starts from, and its evaluation."""
+    """Training on labels: the encoder to start from, and the evaluation."""
 
     finetune: str = ""
     """pre-trained weights (MAE's, the release's, timm's or ours); default: none, from scratch"""
@@ -248,7 +273,7 @@ class DownstreamConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Device, output, and what is watched."""
+    """Device, output, checkpoints, and when to stop."""
 
     recipe: str = ""
     """settings to start from: a name in recipes/ or a YAML file; flags override it"""
@@ -270,9 +295,9 @@ class RunConfig:
     seed: int = 0
     """weights, data order, augmentation and masks follow from it"""
     resume: str = ""
-    """checkpoint to go on from, exactly where it stopped"""
+    """checkpoint to continue from, exactly where it stopped"""
     auto_resume: bool = False
-    """go on from the newest good checkpoint in output_dir; start afresh only where there is none"""
+    """continue from the newest good checkpoint in output_dir; start afresh only if there is none"""
     start_epoch: int = 0
     """first epoch of a fresh run (a resumed one knows its own)"""
     save_periods: tuple[str, ...] = ("last", "best")
@@ -287,20 +312,21 @@ class RunConfig:
     max_steps: int | None = None
     """end the run after this many updates in all; the schedule stays that of the whole run"""
     max_minutes: float | None = None
-    """save, stop and ask for a requeue (exit status 75) after so long of training, which --cache precedes"""
+    """save and stop with exit status 75 after so many minutes of training (filling --cache not counted)"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """a loss that is NaN or infinite stops the run, or its update is left out and counted (looks at each update)"""
+    """a loss that is NaN or infinite stops the run, or its update is left out and counted (checks each update)"""
     elastic: bool = False
-    """let a resumed run have another number of processes: --accum_iter and --batch_size follow, so that an update
-    keeps its images"""
+    """let a resumed run have another number of processes: --accum_iter and --batch_size are adapted, so that each
+    update keeps its images"""
     save_in_background: bool = True
-    """write checkpoints beside the training, from a copy in memory (of rank 0, as large as the file)"""
+    """write checkpoints while training continues, from a copy in memory (on rank 0, as large as the file)"""
     dist_backend: str = "auto"
     """auto: nccl on GPUs, gloo on CPU"""
     dry_run: bool = False
     """print the resolved settings, cost and one batch, train nothing"""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         check(0 <= self.seed < 2**32, "seed", self.seed, "must lie in 0..2^32 - 1")
         for flag in ("save_freq", "keep_last", "print_freq"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
@@ -308,7 +334,7 @@ class RunConfig:
         check(start >= 0, "start_epoch", start, "must be 0 or more")
         check(start < epochs, "start_epoch", start, f"must lie in 0..{epochs - 1}, below --epochs")
         minutes = self.max_minutes
-        check(minutes is None or 0 < minutes < math.inf, "max_minutes", minutes, "must be above 0, and finite")
+        check(minutes is None or 1e-4 <= minutes <= 1e7, "max_minutes", minutes, "must lie in 0.0001..10000000")
         check(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "must be 1 or more")
         for period in self.save_periods:
             known = period in ("last", "best") or re.fullmatch(r"every_0*[1-9]\d*_epochs", period)
@@ -319,17 +345,17 @@ class RunConfig:
 
     @property
     def keep_every(self) -> int | None:
-        """N of every_N_epochs, None where it is not asked for."""
+        """N of every_N_epochs, None if it is not given."""
         every = [p for p in self.save_periods if p.startswith("every_")]
         return int(every[0].split("_")[1]) if every else None
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The settings as plain types, for YAML and checkpoints."""
+    """Return the settings as plain types, for YAML and checkpoints."""
     plain = dataclasses.asdict(config)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 def config_from_dict(config_type: type[Config], plain: dict[str, Any]) -> Config:
-    """The inverse of `as_dict`, for the settings that a checkpoint carries."""
+    """Make a config from the plain settings that a checkpoint holds; the inverse of `as_dict`."""
     return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import arg
 
-from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, MODELS, Steering, Student, num_visible_patches
+from models_architectures import MODELS
+from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, Steering, Student
+from models_masking import num_visible_patches
 from models_simmim import METHODS
 from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig, check, check_choice
 from util.config.same_run import resume_settings
@@ -20,12 +22,14 @@ from util.runtime.distributed import world_size
 class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     """Pre-train LUT, or MAE (--alpha 0), or either with SimMIM in MAE's place. The step: Section 3 of the paper."""
 
+    eval: ClassVar[bool] = False  # there is no --eval: only trainings on labels have it
+
     # the model
     model: str = "lut_vit_base_patch16"
     """lut_vit_* or mae_vit_* with {small,medium,base,large}_patch16, huge_patch14, {nano,tiny,small}_patch4 (32 px)
     or {tiny,small}_patch8 (64 px)"""
     method: Literal["mae", "simmim"] = "mae"
-    """of masked image modelling, under LUT or (--alpha 0) alone"""
+    """method of masked image modelling, under LUT or (--alpha 0) alone"""
     mask_ratio: float | None = None
     """share of patches hidden from the student; default: 0.75, SimMIM 0.6"""
     mask_unit: int | None = None
@@ -53,22 +57,22 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     head_act_layer: str = "ReLU"
     """between the layers of the heads: ReLU or GELU"""
     model_ema: bool = True
-    """the release's switch; the momentum encoder is there whenever alpha is above 0"""
+    """the release's switch; there is a momentum encoder whenever alpha is above 0"""
     momentum: Annotated[float, arg(aliases=["--model_ema_decay"])] = 0.996
     """decay of the momentum encoder at the start"""
     momentum_end: float = 1.0
     """decay at the end of its half cosine"""
 
-    # what the context encoder steers, and how: the paper's choice first (Table 4)
+    # the switches of Table 4; the paper's choice is first
     steered_tokens: Literal["visible", "all", "none"] = "visible"
-    """tokens that L_BC pulls: the visible ones; also the mean of what becomes of the mask tokens; none, as --alpha 0"""
+    """tokens that L_BC pulls: the visible ones; all: also the mean of the decoded mask tokens; none: as --alpha 0"""
     context_token: Literal["avg", "cls"] = "avg"
-    """what stands for a view, in student and context encoder: mean of the patch tokens, or the cls token"""
+    """context token of student and context encoder: mean of the patch tokens, or the cls token"""
     supervision: Literal["context", "token", "both"] = "context"
     """context token against context token; each visible token against the one at its place (--shared_crop); the mean
     of the two"""
     distance: Literal["cosine", "smooth_l1", "infonce"] = "cosine"
-    """of prediction and target; infonce: negatives are the other images of the update, of all processes"""
+    """distance of prediction and target; infonce: negatives are the other images of the update, of all processes"""
     infonce_temperature: float = 0.2
     """divides the cosines of --distance infonce"""
     context_mask_ratio: float = 0.0
@@ -115,16 +119,11 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         check_choice("head_act_layer", self.head_act_layer, list(HEAD_ACTIVATIONS))
         for flag in ("momentum", "momentum_end", "hflip"):
             check(0 <= getattr(self, flag) <= 1, flag, getattr(self, flag), "must lie in [0, 1]")
-        photometric = self.photometric and self.has_momentum_encoder
-        check(
-            not photometric or self.in_chans != 4,
-            "in_chans",
-            4,
-            "colours of RGBA are not augmented: --no_photometric",
-        )
-        if self.cache == "device":
-            where = self.augment_on
-            check(where == "device", "augment_on", where, "must be device with --cache device")
+        recolours = self.photometric and self.has_momentum_encoder
+        fix = "colours of RGBA are not augmented: --no_photometric"
+        check(not (recolours and self.in_chans == 4), "in_chans", 4, fix)
+        fix = "must be device with --cache device"
+        check(self.cache != "device" or self.augment_on == "device", "augment_on", self.augment_on, fix)
         check(self.monitor_freq >= 0, "monitor_freq", self.monitor_freq, "must be 0 or more")
         check(self.monitor_images >= 1, "monitor_images", self.monitor_images, "must be 1 or more (see --monitor_freq)")
         self.check_method()
@@ -132,14 +131,14 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         self.check_heads()
 
     def check_heads(self) -> None:
-        """Enough images for BatchNorm of the heads; those of one layer have none."""
+        """Raise UserError unless the heads' BatchNorm gets enough images; heads of one layer have none."""
         normed = self.has_momentum_encoder and self.head_norm_layer == "BN"
         enough = self.batch_size * world_size() >= 2 or self.head_depth + self.predictor_depth == 2
         fix = "BatchNorm of the heads needs two images, over all processes, or --head_norm_layer LN"
         check(enough or not normed, "batch_size", self.batch_size, fix)
 
     def check_masks(self) -> None:
-        """Masks that leave something to see and something to predict, in both encoders."""
+        """Raise UserError unless masks leave patches to see and patches to predict, in both encoders."""
         unit, patch = self.mask_unit_pixels, self.resolved_patch_size
         check(unit >= 1 and unit % patch == 0, "mask_unit", unit, f"must be a multiple of the patch, {patch} pixels")
         fits = all(side % unit == 0 for side in self.resolved_input_size)
@@ -160,7 +159,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         check(visible >= 1, "context_mask_ratio", ratio, f"leaves none of {self.num_patches} patches visible")
 
     def check_method(self) -> None:
-        """What SimMIM has no use for."""
+        """Raise UserError for flags that SimMIM has no use for."""
         if self.method == "mae":
             return
         check(self.decoder_depth is None, "decoder_depth", self.decoder_depth, "SimMIM's decoder is one linear layer")
@@ -168,7 +167,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         check(not self.model.startswith("mae_"), "model", self.model, fix)
 
     def check_steering(self) -> None:
-        """Switches of L_BC that would do nothing, or have no meaning together."""
+        """Raise UserError for switches of L_BC that would have no effect, or contradict each other."""
         for field in dataclasses.fields(Steering):
             value = getattr(self, field.name)
             off = "--alpha 0" if self.alpha is not None else f"--model {self.model}"
@@ -200,10 +199,9 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
 
     @property
     def num_patches(self) -> int:
-        """L."""
-        return (self.resolved_input_size[0] // self.resolved_patch_size) * (
-            self.resolved_input_size[1] // self.resolved_patch_size
-        )
+        """L, the number of patches in an image."""
+        height, width = self.resolved_input_size
+        return (height // self.resolved_patch_size) * (width // self.resolved_patch_size)
 
     @property
     def resolved_mask_ratio(self) -> float:
@@ -237,12 +235,12 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
 
     @property
     def has_momentum_encoder(self) -> bool:
-        """Whether L_BC is trained at all; MAE builds no heads and no momentum encoder."""
+        """True if L_BC is trained; MAE builds no heads and no momentum encoder."""
         return self.resolved_alpha > 0
 
     @property
     def num_views(self) -> int:
-        """Views that the loader makes of each image: MAE needs one only."""
+        """Number of views that the loader makes of each image; MAE needs only one."""
         return 2 if self.has_momentum_encoder else 1
 
     @property
@@ -252,10 +250,8 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
 
     @property
     def model_arguments(self) -> dict:
-        """Arguments of `student_type`."""
-        heads = dict(
-            hidden_dim=self.head_mlp_dim, norm=self.head_norm_layer, activation=self.head_act_layer
-        )  # fmt: skip
+        """The keyword arguments of `student_type`."""
+        heads = dict(hidden_dim=self.head_mlp_dim, norm=self.head_norm_layer, activation=self.head_act_layer)
         shape = dict(self.architecture)
         if self.method == "mae":
             shape["decoder_depth"] = self.decoder_depth or shape["decoder_depth"]
@@ -277,7 +273,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         )
 
     def resume_settings(self, num_images: int) -> dict[str, Any]:
-        """The settings that a resumed run must share with its checkpoint, defaults filled in."""
+        """Return the settings that a resumed run must share with its checkpoint, defaults filled in."""
         own = {"monitor_freq", "monitor_images", "init_from", "init_weights"}
         resolved = {
             "alpha": self.resolved_alpha,

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from util.config.groups import as_dict
 from util.runtime.distributed import world_size
 from util.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-from util.config.groups import as_dict
-
-# of which what is trained does not depend, or which a run's name for it stands for
+# Settings of downstream runs that may differ: training does not depend on them, or their resolved form is compared.
 DOWNSTREAM_MAY_CHANGE = {"model", "patch_size", "finetune", "weights", "eval", "eval_freq", "dist_eval", "per_class"}
 
-# What may differ, or is compared in its resolved form below; a change of anything else would make it another run.
+# Settings that may differ, or whose resolved form is compared; any other change would make it another run.
 MAY_CHANGE = {
     *("recipe", "output_dir", "log_dir", "device", "compile", "resume", "auto_resume", "start_epoch"),
     *("max_steps", "save_periods", "save_freq", "keep_last", "print_freq", "dist_backend", "dry_run"),
@@ -28,9 +25,9 @@ MAY_CHANGE = {
 def resume_settings(
     config: Any, num_images: int, image_size: tuple[int, int], may_change: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The settings that a resumed run must share with its checkpoint, defaults filled in.
+    """Return the settings that a resumed run must share with its checkpoint, defaults filled in.
 
-    Folders may have moved; with --elastic the batch may be cut in another way.
+    Folders may have moved; with --elastic the effective batch may be divided in another way.
 
     Args:
         may_change: fields of this kind of training that may differ too.
@@ -53,20 +50,21 @@ def resume_settings(
 
 
 def kind_of(config_type: type) -> str:
-    """pretrain, finetune, linprobe or segment: a main's own name."""
+    """Return the main's name for a config: pretrain, finetune, linprobe or segment."""
     return config_type.__name__.removesuffix("Config").lower()
 
 
 BEFORE = {"exif": "ignore"}  # what runs did before a setting existed, which their checkpoints do not name
 KIND = "kind of training"
-NAMES = "names of the images"  # as util.data.sources.fingerprint has them; the mains add it
+NAMES = "names of the images"  # from util.data.sources.fingerprint, added by the mains
 ELASTIC = ("processes", "batch_size", "accum_iter")
 
 
 def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic: bool) -> None:
-    """UserError naming the first of the `resume_settings` that differs from the checkpoint's, with both values.
+    """Raise UserError with both values for the first of the `resume_settings` that differs from the checkpoint's.
 
-    `elastic`: how the effective batch is cut may differ.
+    Args:
+        elastic: the effective batch may be divided in another way.
     """
     saved = checkpoint.get("binding_settings")
     if saved is None:
@@ -75,8 +73,8 @@ def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic
         )
     if KIND in saved and saved[KIND] != settings[KIND]:
         raise UserError(
-            f"--resume: a checkpoint of {saved[KIND]}, and this is {settings[KIND]}; give its weights to --finetune,"
-            " or in pre-training to --init_from"
+            f"--resume: the checkpoint is of {saved[KIND]}, this run is {settings[KIND]}; start from its weights by"
+            " --finetune, in pre-training by --init_from"
         )
     for name, value in settings.items():
         before = saved.get(name, BEFORE.get(name))
@@ -85,6 +83,6 @@ def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic
             raise UserError(f"--resume: {name} is {value} here but {before} in the checkpoint, {fix}")
     if saved.get(NAMES, settings.get(NAMES)) != settings.get(NAMES):  # older files have none
         raise UserError(
-            "--resume: other images or classes than the checkpoint's, by their names; give those, or start from its"
-            " weights by --finetune, in pre-training by --init_from"
+            "--resume: the names of images or classes differ from the checkpoint's; give the same images, or start from"
+            " its weights by --finetune, in pre-training by --init_from"
         )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from models_lut import ARCHITECTURES
+from models_architectures import ARCHITECTURES
 from util.config.groups import (
     DownstreamConfig,
     ModelConfig,
@@ -31,7 +31,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
     head_width: int = 512
     """channels of the decode head; the auxiliary head has half of them"""
     auxiliary_weight: float = 0.4
-    """of the auxiliary head's loss"""
+    """weight of the auxiliary head's loss"""
     drop_path: float = 0.1
     """rate of stochastic depth at the last block"""
     dropout: float = 0.1
@@ -50,9 +50,9 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
     val_masks: str = ""
     """folder of their masks"""
     image_suffix: str = ""
-    """what ends an image's name beyond its mask's, without the extension: _leftImg8bit"""
+    """ending of an image's name that its mask's does not have, without the extension: _leftImg8bit"""
     mask_suffix: str = ""
-    """what ends a mask's name beyond its image's: _gtFine_labelTrainIds"""
+    """ending of a mask's name that its image's does not have: _gtFine_labelTrainIds"""
     classes: str = ""
     """names of the classes in the order of their numbers: a text file of one per line, ADE20K's objectInfo150.txt or
     .csv, or JSON, a list or {"class_names": [...], "ignore_index": N}"""
@@ -61,7 +61,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
     ignore_index: tuple[int, ...] = ()
     """numbers in the masks that are no class; default: as the class file says, else 255; in ADE20K's layout 0"""
     check_data: bool = True
-    """look at every image's size and every mask before a fresh run, not only when their turn comes"""
+    """check the size of every image and every mask before a fresh run, not only when they are read"""
     input_size: tuple[int, ...] = (512,)
     """pixels of the crops, one number or height and width"""
 
@@ -81,11 +81,11 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
     max_updates: int = 160_000
     """optimiser steps of the whole run"""
     warmup_updates: int = 1500
-    """of them linear warm-up from 0"""
+    """updates of linear warm-up from 0"""
     lr: float = 1e-4
     """peak learning rate, whatever the batch"""
     power: float = 1.0
-    """of the polynomial decay to --min_lr"""
+    """power of the polynomial decay to --min_lr"""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's momenta"""
     layer_decay: float = 0.65
@@ -125,7 +125,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         check_batch_norm(self)
 
     def check_data_flags(self) -> None:
-        """Either --data_path, or folders of images with folders of masks."""
+        """Raise UserError unless there is --data_path, or folders of images with folders of masks."""
         for split in ("train", "val"):
             images, masks = getattr(self, f"{split}_images"), getattr(self, f"{split}_masks")
             check(not images or bool(masks), f"{split}_images", images, f"add --{split}_masks")
@@ -138,7 +138,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         check(all(n >= 0 for n in self.ignore_index), "ignore_index", self.ignore_index, "must be 0 or more")
 
     def check_evaluation(self) -> None:
-        """Windows that cover the image."""
+        """Raise UserError unless the windows cover the image."""
         stride = self.eval_stride
         check(len(stride) <= 2, "eval_stride", stride, "give one number, or down and across")
         sides = zip(self.window_stride, self.resolved_input_size, strict=True)
@@ -165,7 +165,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         return (2 * height // 3, 2 * width // 3)
 
     def model_arguments(self, num_classes: int) -> dict[str, Any]:
-        """Arguments of models_upernet.UperNet."""
+        """Return the keyword arguments of models_upernet.UperNet."""
         return dict(
             architecture=self.architecture,
             img_size=self.resolved_input_size,
@@ -178,7 +178,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         )
 
     def resume_settings(self, num_images: int) -> dict[str, Any]:
-        """The settings that a resumed run must share with its checkpoint, defaults filled in."""
+        """Return the settings that a resumed run must share with its checkpoint, defaults filled in."""
         folders = {"train_images", "train_masks", "val_images", "val_masks", "image_suffix", "mask_suffix", "classes"}
         free = folders | DOWNSTREAM_MAY_CHANGE | {"check_data", "pictures", "eval_mode", "eval_stride"}
         resolved = {"model": self.architecture_name, "patch_size": self.resolved_patch_size}

@@ -6,6 +6,7 @@ name is gone before training begins, so that nothing is left behind however the 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -184,6 +185,8 @@ def write_pixels(images: _Decoded, num_workers: int, loader_timeout: float, skip
         file.flush()
     except OSError as error:
         os.unlink(file.name)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise RunError(f"--cache: the decoded images do not fit into {file.name} ({error.strerror})") from error
     except BaseException:
         os.unlink(file.name)

@@ -33,7 +33,7 @@ class Loader(DataLoader):
 
     Raises:
         RuntimeError: while iterating, a worker died or hung; see `util.runtime.errors.loaders_death`.
-        TooManyOpenFiles: there is no descriptor left.
+        OSError: there is no descriptor left.
     """
 
     def __init__(self, dataset, *, loader_timeout: float = 600.0, **settings: Any):
@@ -50,7 +50,7 @@ class Loader(DataLoader):
 
     def _watched(self) -> Iterator:
         # a forked worker inherits the block, and so is safe until torch's handler is set and ours replaces it
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
             with self._watch():  # persistent workers are asked here whether they are ready
                 batches = super().__iter__()

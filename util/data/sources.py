@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import re
-import resource
 import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -17,8 +16,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
-
-from util.runtime.errors import RunError
 
 MOST_BYTES = 2**30  # of an encoded image: the largest that is decoded has 0.7 GB without compression
 MOST_OPEN_TARS = 64  # in a process; `ulimit -n` is often 256
@@ -35,24 +32,15 @@ class BadImage(Exception):
     """An image that cannot be read or decoded; the message says why, not which."""
 
 
-class TooManyOpenFiles(RunError, OSError):
-    """The process, or the machine, has no file descriptor left: no fault of the file that was to be opened."""
-
-
 # --------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------
 
 
 def check_descriptors(error: OSError) -> None:
-    """Raise TooManyOpenFiles if that is what the error means."""
-    if error.errno == errno.EMFILE:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise TooManyOpenFiles(f"ulimit -n {limit}: too many open files; give a higher limit, 4096 will do") from error
-    if error.errno == errno.ENFILE:
-        raise TooManyOpenFiles(
-            f"too many open files on this machine ({error.strerror}); close other programs"
-        ) from error
+    """Raise the error again if no descriptor is left in the process or on the machine: that is no image's fault."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
 
 
 def open_file(path: str) -> BinaryIO:
@@ -60,7 +48,7 @@ def open_file(path: str) -> BinaryIO:
 
     Raises:
         BadImage: it cannot be opened, is a pipe, a device or a folder, or has more than MOST_BYTES.
-        TooManyOpenFiles: there is no descriptor left.
+        OSError: there is no descriptor left.
     """
     try:
         # a pipe without a writer would be waited for
@@ -203,7 +191,7 @@ class TarSource:
 
         Raises:
             BadImage: the .tar cannot be read any more, or the member has more than MOST_BYTES.
-            TooManyOpenFiles: there is no descriptor left.
+            OSError: there is no descriptor left.
         """
         tar, _, offset, size = self.members[index]
         if size > MOST_BYTES:
@@ -269,8 +257,6 @@ class ReaderSource:
                 return image
             with image as file:
                 return file.read()
-        except RunError:
-            raise
         except Exception as error:  # each reader raises its own
             if isinstance(error, OSError):
                 check_descriptors(error)

@@ -1,1 +1,1 @@
-"""From arrays to pictures. Imports models and data."""
+"""From arrays to pictures. Imports runtime, models and data."""

@@ -1,6 +1,8 @@
-"""Drawings of what util/analysis/attention.py computes, with matplotlib and without its global state.
+"""Figures: a title, cells of images with heat maps over them, and axes that all look alike.
 
-Colours are told apart by colour-blind readers (Okabe and Ito's), maps of intensity are perceptually even.
+Matplotlib is used without its global state, and imported by the functions that draw: a program that draws nothing
+starts faster. Colour-blind readers can tell the colours apart (Okabe and Ito's); maps of intensity are perceptually
+uniform.
 """
 
 from __future__ import annotations
@@ -12,33 +14,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+from util.figures.fonts import use_any_script
+from util.runtime.files import write_durably
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 BLUE, ORANGE = "#0072B2", "#D55E00"
-PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without the yellow: lost on white
+PALETTE = (
+    BLUE,
+    ORANGE,
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # their yellow is too pale
 MARKERS = "os^DvPX*"
 HEAT = "inferno"
-HEAT_ALPHA, HEAT_GROUND = 0.75, 0.7  # over an image whose white is so bright: it shows, and changes no colour by much
+HEAT_ALPHA = 0.75  # opacity of heat over the grey image
+HEAT_GROUND = 0.7  # brightness of white in the grey image, low enough to leave the colours of the heat readable
 DEPTH = "viridis"  # early layers dark, late ones bright
 DPI = 150
-MOST_NAMED_CLASSES = 20
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """As PNG, making its folder if need be."""
+    """Write a figure as PNG and make its folder; a write that fails leaves an older file unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    use_any_script(figure)
+    write_durably(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))
 
 
 def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
-    """A white figure of `width` x `height` inches with a title above and a caption below, wrapped to the width."""
+    """Return a white figure of `width` x `height` inches; title and caption are wrapped to the width."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.suptitle(textwrap.fill(title, round(width * 11)), fontsize=11, fontweight="bold")
     figure.supxlabel(textwrap.fill(caption, round(width * 17)), fontsize=7.5, color="#444444")
@@ -47,7 +59,7 @@ def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """An image, and what is drawn over it."""
+    """An image and what is drawn over it."""
 
     image: np.ndarray  # uint8 [H, W, 3], or float in [0, 1]
     heat: np.ndarray | None = None  # [rows, columns], 0 or more; shown relative to its maximum
@@ -65,7 +77,16 @@ def picture_grid(
     heat_label: str = "",
     cell_inches: float = 1.3,
 ) -> Figure:
-    """Cells in rows and columns; None leaves a place empty. `heat_label`: what the scale of the heat means."""
+    """Draw cells in rows and columns.
+
+    Args:
+        rows: None leaves a place empty.
+        column_titles: heads above the columns; none, or fewer than columns: the others have no head.
+        heat_label: what the colour scale means; empty: no scale is drawn.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     first = next(cell for row in rows for cell in row if cell is not None)
     tall = first.image.shape[0] / first.image.shape[1]
     titled = any(cell is not None and cell.title for row in rows for cell in row)
@@ -94,7 +115,7 @@ def picture_grid(
 
 
 def draw_cell(axis: Axes, cell: Cell) -> None:
-    """The image; heat over its faint grey version, so that colours are those of the scale, or nearly."""
+    """Draw the image or, if it has heat, the heat over its grey version, so that colours match the scale."""
     H, W = cell.image.shape[:2]
     if cell.heat is None:
         axis.imshow(cell.image, interpolation="nearest")
@@ -111,7 +132,9 @@ def draw_cell(axis: Axes, cell: Cell) -> None:
 
 
 def heat_over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3]: heat [rows, columns], relative to its maximum, over the grey version of an image [H, W, 3]."""
+    """Return uint8 [H, W, 3]: heat [rows, columns] relative to its maximum, over the grey version of [H, W, 3]."""
+    from matplotlib import colormaps
+
     H, W = image.shape[:2]
     rows, columns = (np.arange(side) * parts // side for side, parts in zip((H, W), heat.shape, strict=True))
     shares = heat[np.ix_(rows, columns)] / max(float(heat.max()), 1e-12)  # [H, W]
@@ -121,7 +144,7 @@ def heat_over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def finish(axes: Axes) -> None:
-    """Light grid behind, no box."""
+    """Give a plot its common look: a light grid behind it, no box, small labels."""
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -131,8 +154,8 @@ def finish(axes: Axes) -> None:
 
 
 def number_log_axis(axes: Axes) -> None:
-    """Number the logarithmic y axis also where it spans less than ten times: matplotlib marks powers of ten alone."""
-    from matplotlib.ticker import LogLocator
+    """Number a logarithmic y axis that spans less than a factor of ten too; matplotlib marks only powers of ten."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = axes.get_ylim()
     axes.minorticks_off()

@@ -17,28 +17,28 @@ from util.runtime.distributed import gather_rows
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
-    """The paper's: squared distance of the normalised vectors, 2 - 2 cos."""
+    """Return the paper's distance: the squared distance of the normalised vectors, 2 - 2 cos."""
     return (2 - 2 * F.cosine_similarity(x.float(), y.float(), dim=-1)).mean()
 
 
 def smooth_l1_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Smooth L1, quadratic below 1, mean over the D numbers too.
+    """Return the smooth L1 distance, quadratic below 1, averaged over the D numbers too.
 
-    Of the vectors as they are: the paper names no normalisation for it.
+    The vectors are not normalised, because the paper names no normalisation for it.
     """
     return F.smooth_l1_loss(x.float(), y.float())
 
 
 def infonce(x: Tensor, y: Tensor, temperature: float = 0.2) -> Tensor:
-    """InfoNCE (van den Oord et al., 2018): pick the own target among those of all rows of all processes, by cosine.
+    """Return InfoNCE (van den Oord et al., 2018): classify each row's own target among the targets of all ranks.
 
-    Each process scores its own predictions against everybody's targets. As targets carry no gradient, nothing has to
-    flow back between processes: the mean that DistributedDataParallel takes of their gradients is that of one process
-    with all rows. The same shapes on every rank. The paper gives no temperature; .2 is MoCo v3's.
+    Each rank scores its own predictions against all ranks' targets, by cosine. Targets carry no gradient, so no
+    gradient passes between ranks, and the mean that DistributedDataParallel takes equals the gradient of one process
+    with all rows. Shapes must be equal on all ranks. The paper gives no temperature; .2 is MoCo v3's.
 
     Args:
-        x: [N, D].
-        y: [N + M, D]; the last M rows are nobody's own here: negatives alone.
+        x: predictions [N, D].
+        y: targets [N + M, D]; the last M rows belong to no prediction of this call and are negatives only.
     """
     with full_precision(x.device):
         queries = F.normalize(x.float(), dim=-1)
@@ -48,9 +48,9 @@ def infonce(x: Tensor, y: Tensor, temperature: float = 0.2) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off, on devices that have it: matrix products stay in fp32."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    """Return a context without autocast, in which matrix products are computed in fp32."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 DISTANCES: dict[str, Callable[..., Tensor]] = {

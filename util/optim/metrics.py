@@ -62,6 +62,6 @@ class Meter:
                 sums, counts = sums_and_counts
             means = dict(zip(names, (sums / counts).tolist(), strict=True))
         self.reset()
-        # No flag of its own is needed on the device: a sum that has met a NaN or infinity never becomes
-        # finite again, on whichever rank it was, and float64 does not overflow from finite float32 values.
+        # The device needs no flag for this: a sum that has met a NaN or infinity never becomes finite again,
+        # on any rank, and float64 does not overflow from finite float32 values.
         return means | {NON_FINITE: float(not all(map(math.isfinite, means.values())))}

@@ -1,4 +1,4 @@
-"""What to know of the update at which a loss or a gradient was no longer finite."""
+"""Records the first update whose loss or gradient is not finite, and what led to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEVER = 2**53  # an update that no run reaches, exact in float64
 
 
 def grouped(names: Iterable[str]) -> dict[str, list[int]]:
-    """Places of the parameters of each block (`blocks.3`, `decoder_blocks.0`) or other part (`norm`, `head`)."""
+    """Group parameter names by block (`blocks.3`) or part (`norm`, `head`): indices into `names` by group."""
     groups: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         parts = name.split(".")
@@ -32,21 +32,23 @@ def grouped(names: Iterable[str]) -> dict[str, list[int]]:
 class NonFiniteWatch:
     """Remembers the first update since the last `report` whose loss or gradient was not finite.
 
-    All on the device, without waiting for it: the host looks at a log line. With fp16 an infinite gradient is the loss
-    scaler's business, and the loss alone is looked at.
+    Everything stays on the device, and the host reads it only at a log line, so no update waits.
+
+    Args:
+        checks_gradients: False with fp16, where the loss scaler handles infinite gradients and only the loss counts.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, looks_at_gradients: bool):
+    def __init__(self, model: nn.Module, device: torch.device, checks_gradients: bool):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in trained]
         self.parameters = [p for _, p in trained]
         self.sharded = is_sharded(model)
-        self.looks_at_gradients = looks_at_gradients
+        self.checks_gradients = checks_gradients
         self.device = device
         self.reset()
 
     def reset(self) -> None:
-        """Forget."""
+        """Forget everything recorded so far."""
         self.first = torch.full((), NEVER, dtype=torch.float64, device=self.device)
         self.norms = torch.zeros(len(self.parameters), device=self.device)
         self.losses: dict[str, Tensor] = {}
@@ -54,32 +56,33 @@ class NonFiniteWatch:
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
-        """Those that there are, of a sharded parameter this rank's part."""
+        """Return the gradients that exist; of a sharded parameter, this rank's part."""
         return [local(p.grad) for p in self.parameters if p.grad is not None]
 
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
-        """[P] norm of each parameter's gradient, 0 where there is none; after the exchange between ranks."""
+        """Return the norm [P] of each parameter's gradient, 0 where there is none; call it after DDP's reduction."""
         with_gradient = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        found = torch._foreach_norm(self.gradients())
+        norms = torch.stack(torch._foreach_norm(self.gradients()))
         if self.sharded:  # double: the square of a large norm is infinite in fp32
-            found = sum_over_ranks(torch.stack(found).double().square()).sqrt().float().unbind()
+            norms = sum_over_ranks(norms.double().square()).sqrt().float()
         if len(with_gradient) == len(self.parameters):
-            return torch.stack(found)
-        norms = torch.zeros(len(self.parameters), device=self.device)
-        norms[torch.tensor(with_gradient, device=self.device)] = torch.stack(found)
-        return norms
+            return norms
+        all_norms = torch.zeros(len(self.parameters), device=self.device)
+        all_norms[torch.tensor(with_gradient, device=self.device)] = norms
+        return all_norms
 
     @torch.no_grad()
-    def see(self, update: int, losses: Mapping[str, Tensor], norms: Tensor, samples: list[Tensor]) -> Tensor:
-        """Note an update; a bool on the device that says whether it was bad on this rank.
+    def record(self, update: int, losses: Mapping[str, Tensor], norms: Tensor, samples: list[Tensor]) -> Tensor:
+        """Record an update and return a bool on the device, true if it was not finite on this rank.
 
         Args:
             losses: 0-dim sums over the parts of an accumulated update, detached.
-            norms: what `gradient_norms` gave, before clipping and unscaled.
+            norms: from `gradient_norms`, unscaled and before clipping.
+            samples: sample ids of each part of the update.
         """
         finite = torch.stack([x.float() for x in losses.values()]).isfinite().all()
-        if self.looks_at_gradients:
+        if self.checks_gradients:
             finite = finite & norms.isfinite().all()
         now = ~finite & (self.first == NEVER)
         self.first = torch.where(now, float(update), self.first)
@@ -90,7 +93,10 @@ class NonFiniteWatch:
         return ~finite
 
     def report(self) -> dict[str, Any]:
-        """The first bad update on any rank; a collective, to be called on all ranks together, when there was one."""
+        """Return what is known of the first non-finite update on any rank, {} if there was none.
+
+        It is a collective: all ranks must call it.
+        """
         norms = self.norms.tolist()
         update = int(self.first)
         mine = {
@@ -105,14 +111,13 @@ class NonFiniteWatch:
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
-        seen = [r["update"] for r in ranks if r["update"] is not None]
-        if not seen:
+        updates = [r["update"] for r in ranks if r["update"] is not None]
+        if not updates:
             return {}
-        first = min(seen)
-        hit = next(r for r in ranks if r["update"] == first)
+        first = min(updates)
         return {
             "update": first,
-            "gradient_norms": hit["gradient_norms"],
+            "gradient_norms": next(r["gradient_norms"] for r in ranks if r["update"] == first),
             "ranks": [
                 {"losses": r["losses"] if r["update"] == first else {}, "samples": r["samples"].get(first, [])}
                 for r in ranks
@@ -121,13 +126,13 @@ class NonFiniteWatch:
 
 
 def number(value: float) -> float | str:
-    """JSON knows neither NaN nor infinity."""
+    """Spell NaN and infinity as text, because JSON has neither."""
     return value if math.isfinite(value) else str(value)
 
 
-def write_report(report: Mapping[str, Any], folder: Path, more: Mapping[str, Any]) -> Path:
-    """Append the report, and what else is known, to nonfinite.json in the run's folder."""
+def write_report(report: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Append the report, with settings of the update, to nonfinite.json in the run's folder."""
     path = folder / FILE
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(more) | dict(report)) + "\n")
+        file.write(json.dumps(dict(settings) | dict(report)) + "\n")
     return path

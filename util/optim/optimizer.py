@@ -12,15 +12,15 @@ from torch.optim import AdamW, Optimizer
 def build_optimizer(
     model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float = 1.0
 ) -> AdamW:
-    """Fused AdamW on the `parameter_groups`."""
+    """Build fused AdamW on the `parameter_groups`."""
     return AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr, betas=betas, fused=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """No weight decay on biases, 1-D parameters and what `model.no_weight_decay` names.
+    """Group the parameters by weight decay and depth.
 
-    Each group carries `lr_scale`: 1, or with `layer_decay` < 1 the scale of its depth (`model.group_matcher`),
-    1 for all that lies behind the encoder's blocks.
+    Biases, 1-D parameters and what `model.no_weight_decay` names are not decayed. Each group has an `lr_scale`: with
+    `layer_decay` < 1 that of its depth (`model.group_matcher`), else and for everything after the encoder's blocks 1.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if layer_decay < 1.0:
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
-    """LARS (You et al. 2017) as MoCo v3 and MAE probe with: momentum .9, trust coefficient .001.
+    """Build LARS (You et al. 2017) as MoCo v3 and MAE use it for probes: momentum .9, trust coefficient .001.
 
     Biases and 1-D parameters are neither decayed nor adapted. Parameters without gradients are left out.
     """
@@ -41,15 +41,13 @@ def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
     adapted = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
     groups = [
-        dict(params=adapted, weight_decay=weight_decay, always_adapt=True),
-        dict(params=plain, weight_decay=0.0, always_adapt=False),
+        dict(params=adapted, weight_decay=weight_decay, always_adapt=True, lr_scale=1.0),
+        dict(params=plain, weight_decay=0.0, always_adapt=False, lr_scale=1.0),
     ]
-    for group in groups:
-        group["lr_scale"] = 1.0
     return Lars(groups, lr=lr, momentum=0.9, trust_coeff=0.001)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set each group's rate to lr x its scale."""
+    """Set each group's learning rate to lr times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""Learning rate and momentum as functions of the update; nothing is kept, so a resume cannot lose it."""
+"""Learning rate and EMA decay as functions of the update; they hold no state, so a resume cannot lose any."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def learning_rate(update: float, total: int, warmup: float, peak: float, end: float) -> float:
-    """Linear from 0 to `peak` over `warmup` updates, then a half cosine to `end` at `total` updates."""
+    """Return the rate that rises linearly to `peak` in `warmup` updates, then follows a half cosine to `end`."""
     if update < warmup:
         return peak * update / warmup
     progress = (update - warmup) / max(total - warmup, 1)
@@ -14,7 +14,7 @@ def learning_rate(update: float, total: int, warmup: float, peak: float, end: fl
 
 
 def polynomial_rate(update: float, total: int, warmup: float, peak: float, end: float, power: float) -> float:
-    """Linear from 0 to `peak` over `warmup` updates, then (1 - progress)^power down to `end` at `total` updates."""
+    """Return the rate: linear to `peak` over `warmup` updates, then down to `end` as (1 - progress)^power."""
     if update < warmup:
         return peak * update / warmup
     progress = (update - warmup) / max(total - warmup, 1)
@@ -22,5 +22,5 @@ def polynomial_rate(update: float, total: int, warmup: float, peak: float, end: 
 
 
 def momentum_decay(update: int, total: int, start: float, end: float) -> float:
-    """Decay of the momentum encoder: a half cosine from `start` to `end` over all updates (as BYOL)."""
+    """Return the momentum encoder's decay: a half cosine from `start` to `end` over all updates, as in BYOL."""
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * min(update / max(total, 1), 1.0)))

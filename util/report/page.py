@@ -1,6 +1,6 @@
-"""A web page of pictures, words and tables in one file: it opens from disk, on a phone, in light and dark.
+"""A web page of pictures, text and tables in one file: it opens from disk, on a phone, in light and dark.
 
-The templates lie in util/report/pages. Whatever is put into them is escaped, and the page forbids itself the network.
+The templates are in util/report/pages. All values are escaped, and the page forbids itself the network.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from util.runtime.errors import printable
+
 FOLDER = Path(__file__).resolve().parent / "pages"
 WIDE_PIXELS = 900  # a phone would shrink such a picture beyond reading: it scrolls inside its frame instead
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow would try others too: EPS starts Ghostscript
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, how to read what follows, pictures (PNG), and a table whose first row is its heads."""
+    """A heading, a paragraph, pictures (PNG), and a table whose first row is its head."""
 
     title: str
     text: str
@@ -32,39 +35,51 @@ class Section:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture as an `img` takes it."""
+    """A picture for an `img` element."""
 
-    address: str  # data:, the bytes themselves
+    address: str  # a data: address, which holds the bytes themselves
     width: int
     height: int
 
     @property
     def wide(self) -> bool:
-        """Whether it scrolls on a phone."""
+        """True if it scrolls on a phone."""
         return self.width > WIDE_PIXELS
 
 
 def page(title: str, facts: Sequence[str], sections: Sequence[Section], footer: str) -> str:
-    """The HTML; nothing in it is fetched from anywhere. `facts` stand below the title."""
+    """Return the HTML of a page; `facts` stand below the title."""
     return render("sections.html", title=title, facts=facts, sections=sections, footer=footer)
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of util/report/pages, all values escaped."""
-    blanks = dict(trim_blocks=True, lstrip_blocks=True)
-    # StrictUndefined: what is missing is an error, not a hole in the page
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, **blanks)
+    """Return a template of util/report/pages with all values escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,  # what is missing is an error, not a hole in the page
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.globals.update(file=own_file, embed=embed)
     return environment.get_template(template).render(**values)
 
 
+def visible(value: Any) -> Any:
+    """Return text with its control characters as escapes: HTML has no way to write them."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
+
+
 def own_file(name: str) -> Markup:
-    """A style or script of util/report/pages, which is trusted as it stands."""
+    """Return a style or script of util/report/pages, which is trusted as it stands."""
     return Markup((FOLDER / name).read_text(encoding="utf-8"))
 
 
 def embed(picture: bytes) -> Embedded:
-    """An encoded picture (PNG, WebP, ...), to stand in the page itself."""
-    opened = Image.open(io.BytesIO(picture))
-    kind = Image.MIME[opened.format]
-    return Embedded(f"data:{kind};base64,{base64.b64encode(picture).decode()}", *opened.size)
+    """Return an encoded picture (see PICTURE_FORMATS) that stands in the page itself."""
+    image = Image.open(io.BytesIO(picture), formats=PICTURE_FORMATS)
+    kind = Image.MIME[image.format]
+    return Embedded(f"data:{kind};base64,{base64.b64encode(picture).decode()}", *image.size)

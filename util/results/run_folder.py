@@ -1,8 +1,10 @@
-"""The folder of a run read back: log, settings, what made it, results, pictures. The run may still be under way."""
+"""Read back the folder of a run: log, settings, run.json, results, pictures. The run may still be training.
+
+Files that are damaged or missing are left out, and a remark says so: nothing in a run's folder ends a report.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -12,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from util.results.results import read_results
 from util.runtime.errors import UserError
+from util.runtime.files import manifest_path
 from util.runtime.logs import LOG_FILE
-from util.weights.checkpoint import complete_checkpoints
+from util.runtime.reading import Unreadable, as_count, as_number, name_lines, read_bytes, read_json_lines, read_mapping
+from util.weights.checkpoint import checkpoints_in, complete_checkpoints, read_manifest
 
-NOT_MEASURED = ("step", "epoch", "seconds")  # keys of a line of log that are no curve of their own
-ONLY_IN = {"mask_ratio": "pretrain", "max_updates": "segment"}  # settings that no other stage has
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+NOT_CURVES = ("step", "epoch", "seconds")  # keys of a log line that are no curve of their own
+# for folders without a stage in run.json: settings that only this stage has
+SETTING_OF_STAGE = {"mask_ratio": "pretrain", "max_updates": "segment", "mixup": "finetune"}
 EPOCH_IN_NAME = re.compile(r"(.+)-(\d+)\.png")
 
 
@@ -33,128 +38,125 @@ class Curve:
 
     @property
     def last(self) -> float:
-        """The newest value."""
+        """Return the newest value."""
         return float(self.values[-1])
 
     def best(self, better: str) -> tuple[float, int] | None:
-        """The `lower` or `higher` end of its finite values, and the update at which it was first reached."""
+        """Return the `lower` or `higher` extreme of the finite values, and the update that first reached it."""
         finite = np.flatnonzero(np.isfinite(self.values))
         if not len(finite):
             return None
         values = self.values[finite]
-        place = finite[values.argmin() if better == "lower" else values.argmax()]
-        return float(self.values[place]), int(self.steps[place])
+        index = finite[values.argmin() if better == "lower" else values.argmax()]
+        return float(self.values[index]), int(self.steps[index])
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has left so far."""
+    """What a run has written so far."""
 
     path: Path
     label: str
-    config: dict[str, Any]  # empty where config.yaml is missing
-    info: dict[str, Any]  # of run.json, likewise
-    lines: list[dict[str, Any]]  # of the log; one at least
+    config: dict[str, Any]  # config.yaml; empty if it is missing
+    facts: dict[str, Any]  # run.json; empty if it is missing
+    lines: list[dict[str, Any]]  # of the log, each with a step
     results: list[dict[str, Any]]  # of results.jsonl
-    remarks: tuple[str, ...]  # what was found damaged or missing
+    remarks: tuple[str, ...]  # what is damaged or missing
 
     @cached_property
     def stage(self) -> str:
-        """`pretrain`, `finetune`, ...: by the command, else the results, else the settings; empty: unknown."""
-        script = re.search(r"main_(\w+)\.py", str(self.info.get("command", "")))
-        if script:
-            return script.group(1)
+        """Return `pretrain`, `finetune`, ...; empty where nothing tells it."""
+        if stage := text_of(self.facts.get("stage")):
+            return stage
         if self.results:
-            return str(self.results[-1]["stage"]).removesuffix("-eval")
-        return next((stage for setting, stage in ONLY_IN.items() if setting in self.config), "")
+            return self.results[-1]["stage"].removesuffix("-eval")
+        return next((stage for setting, stage in SETTING_OF_STAGE.items() if setting in self.config), "")
+
+    @property
+    def recipe(self) -> str:
+        """Return the name that --recipe gave, empty without one."""
+        return text_of(self.facts.get("recipe", self.config.get("recipe")))
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """All numbers of the log by name; of a step that is there twice the later line counts."""
-        found: dict[str, dict[int, float]] = {}
+        """Return the numbers of the log by name; where a step was logged twice, the later line counts."""
+        values_of: dict[str, dict[int, float]] = {}
         for line in self.lines:
             for name, value in line.items():
-                if name not in NOT_MEASURED and (number := as_number(value)) is not None:
-                    found.setdefault(name, {})[line["step"]] = number
-        return {
-            name: Curve(np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
-            for name, values in found.items()
-        }
+                if name not in NOT_CURVES and (number := as_number(value)) is not None:
+                    values_of.setdefault(name, {})[line["step"]] = number
+        return {name: curve_from(values) for name, values in values_of.items()}
 
     @property
     def updates(self) -> int:
-        """Optimiser steps so far."""
-        return max(line["step"] for line in self.lines)
+        """Return the optimiser steps so far."""
+        return max((line["step"] for line in self.lines), default=0)
 
     @cached_property
     def updates_per_epoch(self) -> int | None:
-        """From the log: an epoch's last line of training stands at its end. None: no epoch has ended yet."""
-        ends: dict[int, int] = {}
-        for line in self.lines:
-            if "lr" in line and isinstance(line.get("epoch"), int):
-                ends[line["epoch"]] = max(line["step"], ends.get(line["epoch"], 0))
-        newest = max(ends, default=0)
-        for epoch, step in ends.items():
-            if epoch != newest and step % (epoch + 1) == 0:
-                return step // (epoch + 1)
-        # a monitor's or an evaluation's line counts finished epochs; --max_steps may have cut the last one short, and
-        # --max_updates the one that they end in
-        whole = [] if self.config.get("max_steps") else [line for line in self.lines if "lr" not in line]
-        for line in whole:
-            epochs, cut = line.get("epoch"), line["step"] == self.config.get("max_updates")
-            if isinstance(epochs, int) and epochs > 0 and not cut and line["step"] % epochs == 0:
-                return line["step"] // epochs
-        return None
+        """Return run.json's number, else by the log: an epoch's last line is logged at its end.
+
+        None: run.json does not tell, and the first epoch in the log has not ended.
+        """
+        if written := as_count(self.facts.get("updates_per_epoch")):
+            return written
+        training = ((as_count(line.get("epoch")), line["step"]) for line in self.lines if "lr" in line)
+        ends = {epoch: step for epoch, step in training if epoch is not None}
+        first = min(ends, default=0)
+        return ends[first] // (first + 1) or None if len(ends) > 1 else None
 
     @property
     def total_updates(self) -> int | None:
-        """Optimiser steps that the settings ask for, as far as it can be known."""
-        limits = [most for key in ("max_steps", "max_updates") if isinstance(most := self.config.get(key), int)]
-        epochs = self.config.get("epochs")
-        if isinstance(epochs, int) and self.updates_per_epoch:
-            limits.append(epochs * self.updates_per_epoch)
-        return min(limits, default=None)
+        """Return the optimiser steps of the whole run by run.json, else by the settings; None if neither tells."""
+        if written := as_count(self.facts.get("total_updates")):
+            return written
+        max_steps, max_updates, epochs = (
+            as_count(self.config.get(key)) for key in ("max_steps", "max_updates", "epochs")
+        )
+        by_epochs = epochs * self.updates_per_epoch if epochs and self.updates_per_epoch else None
+        return min((limit for limit in (max_steps, max_updates, by_epochs) if limit), default=None)
 
     @property
     def finished(self) -> bool:
-        """Whether it has written its result, and was not prolonged since."""
-        wrote = any(line["stage"] == self.stage for line in self.results)
-        return wrote and (self.total_updates is None or self.updates >= self.total_updates)
+        """Return True once the run has written its result, unless it was prolonged since."""
+        has_result = any(line["stage"] == self.stage for line in self.results)
+        return has_result and (self.total_updates is None or self.updates >= self.total_updates)
 
     @cached_property
     def clock(self) -> Curve | None:
-        """Seconds that the run had taken by each update, interruptions left out; None: its log does not tell."""
-        seconds = {
-            line["step"]: number for line in self.lines if (number := as_number(line.get("seconds"))) is not None
-        }
+        """Return the seconds that the run had taken by each update, without interruptions; None: not in its log."""
+        seconds = {line["step"]: as_number(line.get("seconds")) for line in self.lines}
+        seconds = {step: number for step, number in seconds.items() if number is not None and 0 <= number < math.inf}
         if not seconds:
             return None
-        steps = sorted(seconds)
-        return Curve(np.array(steps), np.maximum.accumulate([seconds[step] for step in steps]))
+        curve = curve_from(seconds)
+        return Curve(curve.steps, np.maximum.accumulate(curve.values))
 
     @property
     def pictures(self) -> dict[str, list[tuple[int, Path]]]:
-        """By what they show: (epoch, file) in their order, of pictures/NAME-EPOCH.png."""
-        found: dict[str, list[tuple[int, Path]]] = {}
+        """Return (epoch, file) in order of the epochs for each NAME of pictures/NAME-EPOCH.png."""
+        pictures: dict[str, list[tuple[int, Path]]] = {}
         for path in sorted((self.path / "pictures").glob("*.png")):
             if match := EPOCH_IN_NAME.fullmatch(path.name):
-                found.setdefault(match.group(1), []).append((int(match.group(2)), path))
-        return {name: sorted(pictures) for name, pictures in found.items()}
+                pictures.setdefault(match.group(1), []).append((int(match.group(2)), path))
+        return {name: sorted(files) for name, files in pictures.items()}
 
     @property
     def newest_checkpoint(self) -> Path | None:
-        """The last complete one."""
-        found = complete_checkpoints(self.path)
-        return found[-1][0] if found else None
+        """Return the newest complete checkpoint."""
+        checkpoints = complete_checkpoints(self.path)
+        return checkpoints[-1][0] if checkpoints else None
 
 
-def as_number(value: Any) -> float | None:
-    """A number of a log, "nan" and "inf" among them; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
-        return None
-    return float(value)
+def curve_from(values: dict[int, float]) -> Curve:
+    """Return the values by step as a curve."""
+    steps = sorted(values)
+    return Curve(np.array(steps), np.array([values[step] for step in steps]))
+
+
+def text_of(value: Any) -> str:
+    """Return a string as it is, and the empty one for anything else."""
+    return value if isinstance(value, str) else ""
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -163,13 +165,13 @@ def as_number(value: Any) -> float | None:
 
 
 def open_runs(paths: Sequence[str], labels: Sequence[str] = ()) -> list[RunFolder]:
-    """The runs in these folders; a folder without a log stands for all runs below it.
+    """Read the runs in these folders; a folder that is no run stands for all runs below it.
 
     Args:
         labels: one for each run; empty: made from the paths.
 
     Raises:
-        UserError: no folder, no run in it, an empty log, or another number of labels.
+        UserError: no such folder, no run in it, or another number of labels.
     """
     folders: list[Path] = []
     for path in paths:
@@ -180,83 +182,74 @@ def open_runs(paths: Sequence[str], labels: Sequence[str] = ()) -> list[RunFolde
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself where it has a log, else those below it that have."""
+    """Return the folder itself if it has a log or a run.json, else the folders below it that have."""
     if not path.is_dir():
         raise UserError(f"RUN {path}: there is no such folder, give the --output_dir of a run")
-    if (path / LOG_FILE).is_file():
+    names = (LOG_FILE, RUN_FILE)
+    if any((path / name).exists() for name in names):
         return [path]
-    below = sorted(log.parent for log in path.glob(f"**/{LOG_FILE}"))
+    below = sorted({file.parent for name in names for file in path.glob(f"**/{name}")})
     if not below:
         raise UserError(f"RUN {path}: is no run, neither it nor a folder below has a {LOG_FILE}")
     return below
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The end of each path, as long as it takes to tell it from the others."""
+    """Return the end of each path, as long as it takes to tell it from the others."""
     parts = [folder.resolve().parts for folder in folders]
 
     def name(own: tuple[str, ...]) -> str:
         ends = (own[-length:] for length in range(1, len(own)))
-        alone = (end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
-        return "/".join(next(alone, own))
+        unique = (end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
+        return "/".join(next(unique, own))
 
     return [name(own) for own in parts]
 
 
 def read_run(path: Path, label: str) -> RunFolder:
-    """All that is there; what is damaged or missing is remarked, unless it is the log.
-
-    Raises:
-        UserError: the log cannot be read, or holds no complete line.
-    """
+    """Read whatever the folder has; what is damaged or missing becomes a remark."""
     remarks: list[str] = []
     lines = read_log(path / LOG_FILE, remarks)
-    if not lines:
-        raise UserError(f"RUN {path}: its {LOG_FILE} holds no complete line yet, wait for the first one")
-    config = read_mapping(path / "config.yaml", remarks)
-    info = read_mapping(path / "run.json", remarks)
-    broken = sum(not math.isfinite(n) for line in lines if (n := as_number(line.get("loss"))) is not None)
-    if broken:
-        remarks.append(f"{broken} lines of the log have a loss that is not finite")
-    try:
-        results = read_results(path)
-    except OSError as error:
-        results = []
-        remarks.append(f"results.jsonl cannot be read ({error.strerror})")
-    return RunFolder(path, label, config, info, lines, results, tuple(remarks))
+    config, facts = (read_or_remark(path / name, remarks) for name in (CONFIG_FILE, RUN_FILE))
+    results = read_results(path, remarks)
+    for checkpoint in checkpoints_in(path):
+        if manifest_path(checkpoint).exists() and read_manifest(checkpoint) is None:
+            remarks.append(f"{manifest_path(checkpoint).name} is damaged, its checkpoint is left out")
+    return RunFolder(path, label, config, facts, lines, results, tuple(remarks))
 
 
 def read_log(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
-    """The lines that are whole; those that are not, such as the one being written, are remarked."""
+    """Return the log lines that have a step; the others become a remark, also one that is just being written."""
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"RUN {path.parent}: {path.name} cannot be read ({error.strerror})") from error
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-        elif text.strip():
-            cut = "is cut short (it may be being written)" if number == len(texts) else "is damaged"
-            remarks.append(f"line {number} of {path.name} {cut} and left out")
+        numbered, damaged = read_json_lines(path)
+    except FileNotFoundError:
+        remarks.append(f"{path.name} is missing")
+        return []
+    except Unreadable as error:
+        remarks.append(f"{path.name} {error}")
+        return []
+    damaged = sorted([*damaged, *(number for number, line in numbered if as_count(line.get("step")) is None)])
+    lines = [line for _, line in numbered if as_count(line.get("step")) is not None]
+    if damaged:
+        remarks.append(f"{path.name}, {name_lines(damaged)}: cut short or damaged, left out")
+    if not lines:
+        remarks.append(f"{path.name} holds no complete line yet")
+    not_finite = sum(not math.isfinite(n) for line in lines if (n := as_number(line.get("loss"))) is not None)
+    if not_finite:
+        remarks.append(f"{path.name}: the loss is not finite in {not_finite} lines")
     return lines
 
 
-def read_mapping(path: Path, remarks: list[str]) -> dict[str, Any]:
-    """What a YAML or JSON file says; nothing and a remark where it cannot be read."""
+def read_or_remark(path: Path, remarks: list[str]) -> dict[str, Any]:
+    """Return the mapping in a file; an empty one and a remark if it cannot be read."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # which reads JSON too
+        values = read_mapping(path)
+        if values and path.suffix == ".yaml" and not read_bytes(path).endswith(b"\n"):  # `epochs: 400` cut to 40
+            key, _ = values.popitem()
+            remarks.append(f"{path.name} is cut short, {key} and what followed are left out")
+        return values
     except FileNotFoundError:
         remarks.append(f"{path.name} is missing")
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        remarks.append(f"{path.name} cannot be read ({type(error).__name__})")
-        return {}
-    if not isinstance(found, dict):
-        remarks.append(f"{path.name} holds no settings")
-        return {}
-    return {str(key): value for key, value in found.items()}
+    except Unreadable as error:
+        remarks.append(f"{path.name} {error}")
+    return {}

@@ -1,4 +1,4 @@
-"""Mixed precision: which type a device computes in, and the loss scaler that fp16 needs."""
+"""Mixed precision: the type that a device computes in, and the loss scaler that fp16 needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from util.runtime.errors import UserError
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is native there; where it is emulated it is slower than fp32."""
+    """True if the device computes in bf16 natively; emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
@@ -20,7 +20,7 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets of this processor by the kernel's names; empty where the kernel does not tell."""
+    """Return the processor's instruction sets by the kernel's names; empty if the kernel does not list them."""
     try:
         with open("/proc/cpuinfo") as file:
             lines = [line for line in file if line.startswith(("flags", "Features"))]
@@ -30,7 +30,7 @@ def cpu_flags() -> set[str]:
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type for autocast, None for plain fp32.
+    """Return the type for autocast, None for plain fp32.
 
     Raises:
         UserError: the device cannot compute in the type that was asked for.
@@ -47,15 +47,15 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def name_of(dtype: torch.dtype | None) -> str:
-    """As --amp calls it; None: no autocast."""
+    """Return the name that --amp has for a type of autocast (None: fp32)."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[dtype]
 
 
 def choose_attention(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
-    """In place, the faster way: PyTorch's fused kernel, but for bf16 on a CPU.
+    """Choose the faster attention in place: PyTorch's fused kernel, except for bf16 on a CPU.
 
-    There the backward pass of a block takes 1.2 to 3.5 times as long with it as with the products and the softmax one
-    by one (docs/RESULTS.md).
+    There the backward pass of a block takes 1.2 to 3.5 times as long with the fused kernel as with separate products
+    and softmax (docs/RESULTS.md).
     """
     fused = not (device.type == "cpu" and dtype == torch.bfloat16)
     for module in model.modules():
@@ -64,10 +64,10 @@ def choose_attention(model: nn.Module, dtype: torch.dtype | None, device: torch.
 
 
 def describe(device: torch.device) -> str:
-    """A device as a person calls it."""
+    """Return a device's name for messages."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
 
 
 def grad_scaler(dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss for fp16; for every other type it passes all through."""
+    """Return a scaler of the loss for fp16; for every other type it changes nothing."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

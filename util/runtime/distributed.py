@@ -14,28 +14,66 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.runtime.errors import UserError
+from util.runtime.kernels import check_kernels
 from util.runtime.stop import end_with_launcher
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.14
 
 
+LAUNCHERS = "start several processes with torchrun or scripts/submit.py; for one process unset"
+
+
+def launcher_number(variable: str, default: int, least: int, most: int = 2**31 - 1) -> int:
+    """Return the number that a launcher has put into a variable of the environment.
+
+    Raises:
+        UserError: it is no number of that range, for example because another job left it there.
+    """
+    text = os.environ.get(variable, str(default))
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise UserError(f"{variable}={text} in the environment: must be a number from {least}; {LAUNCHERS} {variable}")
+    return number
+
+
 def world_size() -> int:
-    """Number of processes, known from the launcher before the process group exists."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return the number of processes, which the launcher gives before the process group exists."""
+    return launcher_number("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
-    """This process's number."""
-    return int(os.environ.get("RANK", 0))
+    """Return this process's number, 0 to world_size() - 1."""
+    return launcher_number("RANK", 0, least=0)
+
+
+def check_launcher() -> None:
+    """UserError that names the variable if the environment holds a part of what a launcher sets, or nonsense."""
+    launcher_number("LOCAL_RANK", 0, least=0)
+    launcher_number("MASTER_PORT", 29500, least=1, most=65535)
+    number, processes = rank(), world_size()
+    if number >= processes:
+        where = f"RANK={number} in the environment"
+        raise UserError(f"{where}: but WORLD_SIZE={processes}; {LAUNCHERS} RANK")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if processes > 1 and missing and not dist.is_initialized():
+        where = f"WORLD_SIZE={processes} in the environment"
+        raise UserError(f"{where}: without {' and '.join(missing)}; {LAUNCHERS} WORLD_SIZE")
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes."""
+    """True on the one process that prints and writes, rank 0."""
     return rank() == 0
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this process; `auto` is cuda where there is one, else cpu."""
+    """Return the device of this process; `auto` is cuda if there is one, else cpu.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -43,25 +81,27 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--device {name}: no device has that name, use auto, cpu, cuda or cuda:1") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: is of no use here, use auto, cpu, cuda or cuda:1")
+        raise UserError(f"--device {name}: is not supported, use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no usable GPU, use --device cpu")
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and device.index is not None and device.index >= gpus:
         raise UserError(f"--device {name}: this machine has {gpus} GPUs, counted from 0")
     if device.type == "cuda" and device.index is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = launcher_number("LOCAL_RANK", 0, least=0)
         if gpus == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank):
-            local_rank = 0  # a site that binds each task to a GPU of its own shows it no other
+            local_rank = 0  # the cluster shows each task only its own GPU
         if local_rank >= gpus:
             raise UserError(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {gpus}")
         device = torch.device("cuda", local_rank)
+    if device.type == "cuda":
+        check_kernels(device)
     return device
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The process group as `start_processes` found or made it."""
+    """This process's place in the process group, and its device."""
 
     rank: int
     world_size: int
@@ -69,7 +109,12 @@ class Processes:
 
 
 def start_processes(device_name: str, backend: str = "auto", timeout_minutes: float = 30) -> Processes:
-    """Join the other processes where a launcher (torchrun) says that there are any."""
+    """Join the other processes if a launcher (torchrun, scripts/submit.py) has started several.
+
+    Raises:
+        UserError: the launcher's variables, the device or the backend cannot be used.
+    """
+    check_launcher()
     end_with_launcher()
     device = choose_device(device_name)
     if device.type == "cuda":
@@ -96,14 +141,14 @@ def barrier() -> None:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' x, which is overwritten."""
+    """Overwrite x with the sum of all ranks' x and return it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:
-    """The rows [W*N, D] of all ranks' x [N, D], without gradient, and the place of this rank's first one."""
+    """Return the rows [W*N, D] of all ranks' x [N, D], without gradient, and the index of this rank's first row."""
     if not dist.is_initialized():
         return x.detach(), 0
     rows = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
@@ -112,21 +157,45 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def from_all_ranks(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What each rank gives, small and of any type, by rank; `group`: of all of them, another than the default one."""
+    """Gather a small picklable item of each rank, in the order of the ranks.
+
+    Args:
+        group: a group of all ranks to use instead of the default one.
+    """
     if not dist.is_initialized():
         return [item]
-    everybody = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, item, group=group)
-    return everybody
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item, group=group)
+    return items
+
+
+def check_same_on_all_ranks(facts: dict[str, str | int | float]) -> None:
+    """Compare what all ranks must have in common (images, classes, seed, learning rate ...); a collective.
+
+    Args:
+        facts: short values by name; of data sets and models, a fingerprint.
+
+    Raises:
+        UserError: on all ranks together; it names the first fact that differs, both values and their ranks.
+    """
+    gathered = from_all_ranks(dict(facts))
+    for name in dict.fromkeys(name for each in gathered for name in each):
+        values = [each.get(name, "missing") for each in gathered]
+        other = next((number for number, value in enumerate(values) if repr(value) != repr(values[0])), None)
+        if other is not None:
+            raise UserError(
+                f"{name}: is {values[0]} on rank 0 but {values[other]} on rank {other};"
+                " all processes need the same command, data and code"
+            )
 
 
 def patient_group() -> dist.ProcessGroup | None:
-    """All ranks, for what may take one of them hours: the default group gives up after half an hour."""
+    """Make a group of all ranks for work that may take one of them hours; the default one gives up after 30 minutes."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
 
 
 def any_rank(flag: Tensor) -> bool:
-    """Whether the 0-dim bool is true on any rank; waits for the device."""
+    """Return whether the 0-dim bool is true on any rank; it waits for the device."""
     flag = flag.float()
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -134,12 +203,12 @@ def any_rank(flag: Tensor) -> bool:
 
 
 def main_says(flag: bool, device: torch.device) -> bool:
-    """Rank 0's flag, on all ranks together; `device`: the one that this rank computes on."""
+    """Return rank 0's flag on all ranks; a collective. `device` is the one that this rank computes on."""
     return any_rank(torch.tensor(flag and is_main(), device=device))
 
 
 def replicated(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of which each rank has a copy; the sharded ones are left out."""
+    """Return the parameters and buffers of which each rank has a copy, without the sharded ones."""
     return {name: x for name, x in module.state_dict().items() if not isinstance(x, DTensor)}
 
 
@@ -151,13 +220,13 @@ def broadcast_module(module: nn.Module) -> None:
 
 
 def checksum(x: Tensor) -> Tensor:
-    """A number, int64, that tells tensors with other bits or another order apart."""
+    """Return an int64 that differs between tensors with other bits or another order."""
     bits = x.detach().contiguous().flatten().view(torch.int32 if x.element_size() >= 4 else torch.uint8).long()
     return (bits * torch.arange(1, len(bits) + 1, device=x.device)).sum()  # wraps, alike on every rank
 
 
 def check_in_sync(module: nn.Module, name: str) -> None:
-    """RuntimeError unless all ranks hold the same weights: ranks that drift apart train nothing useful."""
+    """Raise RuntimeError unless all ranks hold the same weights: ranks that drift apart train nothing useful."""
     tensors = replicated(module)
     if not dist.is_initialized() or not tensors:
         return
@@ -175,8 +244,8 @@ def check_in_sync(module: nn.Module, name: str) -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-class _OfAllRanks(torch.autograd.Function):
-    """x [N, D] of each rank as [W*N, D], whose gradient is the sum of what all ranks ask of this one's rows."""
+class _GatherRows(torch.autograd.Function):
+    """Gather x [N, D] of each rank to [W*N, D]; the gradient of a rank's rows is summed over all ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -190,31 +259,31 @@ class _OfAllRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm over the batches of all ranks, on any device; one collective forward and one backward.
+    """BatchNorm over the batches of all ranks, on any device, with one collective forward and one backward.
 
     torch.nn.SyncBatchNorm refuses CPU tensors, and on GPUs it makes the host wait for the device in each forward pass.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Vectors and feature maps alike."""
+        """Accept vectors and feature maps alike."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D] or [B, D, H, W] to the same shape; the same shape on every rank."""
+        """Normalise [B, D] or [B, D, H, W]; the shape is the same on every rank."""
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.normalise(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """The same in fp32, with the statistics of all ranks, which go into the running ones."""
+        """Normalise x in fp32 by the statistics of all ranks, and update the running ones with them."""
         rows = (0, *range(2, x.ndim))  # all but the features
         count = x.numel() // x.shape[1] * dist.get_world_size()
 
-        def spread(of_features: Tensor) -> Tensor:
-            return of_features.view(-1, *[1] * (x.ndim - 2))
+        def spread(per_feature: Tensor) -> Tensor:
+            return per_feature.view(-1, *[1] * (x.ndim - 2))
 
         own = torch.var_mean(x, rows, correction=0)
-        variances, means = _OfAllRanks.apply(torch.stack(own)).view(-1, 2, x.shape[1]).unbind(1)  # [W, D] each
+        variances, means = _GatherRows.apply(torch.stack(own)).view(-1, 2, x.shape[1]).unbind(1)  # [W, D] each
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
         with torch.no_grad():
@@ -226,14 +295,14 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let every BatchNorm see the batches of all ranks; a single process keeps plain BatchNorm.
+    """Replace every BatchNorm by one over the batches of all ranks; a single process keeps plain BatchNorm.
 
-    Feature maps on GPUs get torch's: for those its fused kernels save more than its waiting costs.
+    Feature maps on GPUs get torch's SyncBatchNorm: its fused kernels save more there than its waiting costs.
     """
     if world_size() == 1:
         return model
-    of_maps = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
-    kinds = {nn.BatchNorm1d: SyncBatchNorm, nn.BatchNorm2d: of_maps}
+    for_maps = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
+    kinds = {nn.BatchNorm1d: SyncBatchNorm, nn.BatchNorm2d: for_maps}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) in kinds:

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, JSON lines, a live progress line, and what made it."""
+"""The log of a run: JSON lines, TensorBoard, messages, a live progress line; and the record of what made the run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ import torch
 import yaml
 
 from util.runtime.distributed import is_main, world_size
-from util.runtime.files import ROOT
+from util.runtime.errors import one_line, printable
+from util.runtime.files import ROOT, set_aside, write_durably
+from util.runtime.reading import Unreadable, as_count, as_number, parse_json
 
 LOG_FILE = "log.jsonl"
 COMMIT_FILE = "COMMIT"
@@ -36,21 +39,22 @@ ERASE_TO_END_OF_LINE = "\x1b[K"
 def warn_once(message: str) -> None:
     """Print `WARNING: message` as one line on stderr of rank 0; the same message comes once in a process."""
     if is_main():
-        print(f"WARNING: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"WARNING: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 class RunLog:
     """The log of one run: `output_dir/log.jsonl`, TensorBoard in `log_dir`, messages on stdout.
 
-    Each line of the file tells the `seconds` that the run has taken so far, as if it had never been interrupted.
+    Each line of the file holds the `seconds` that the run has taken so far, as if it had never been interrupted.
+    TensorBoard is a convenience: if its files can no longer be written, a message says so and the run continues.
 
     Args:
-        output_dir: made if it is missing.
+        output_dir: created if it is missing.
         log_dir: TensorBoard's folder; None writes no TensorBoard.
         enabled: False on all ranks but the first: every method then does nothing.
-        resume_step: the step at which this run goes on (0 for a fresh start, which keeps no line). Lines of later
+        resume_step: the step at which this run continues (0 for a fresh start, which keeps no line). Lines of later
             steps, left by a run that died after its last checkpoint, are removed from the file and hidden in
-            TensorBoard, so that no update is there twice. None keeps whatever is there.
+            TensorBoard, so that no update appears twice. Damaged lines are left out with a warning. None keeps all.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class RunLog:
             return
         path = Path(output_dir) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
+        set_aside(path)
         if resume_step is not None and path.exists():
             self._begin -= _drop_lines_after(path, resume_step or -1)
         self._file = path.open("a", encoding="utf-8")
@@ -76,11 +81,12 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 
             purge_step = None if resume_step is None else resume_step + 1
+            _silence_tensorboard_thread()
             self._tensorboard = SummaryWriter(str(log_dir), purge_step=purge_step)
 
     @property
     def seconds(self) -> float:
-        """That the run has taken so far, those before it was interrupted included."""
+        """The seconds that the run has taken so far, including those before an interruption."""
         return time.monotonic() - self._begin
 
     def scalars(self, step: int, values: Mapping[str, float], **extra: Any) -> None:
@@ -91,28 +97,36 @@ class RunLog:
         line = {"step": step, **extra, "seconds": round(self.seconds, 1), **numbers}
         self._file.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
         self._file.flush()  # the last lines before a crash are those that explain it
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._show(lambda board, name=name, value=value: board.add_scalar(name, value, step))
 
     def image(self, step: int, tag: str, array: np.ndarray) -> None:
         """Show a picture, uint8 [height, width, channels], in TensorBoard."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(tag, array, step, dataformats="HWC")
+        self._show(lambda board: board.add_image(tag, array, step, dataformats="HWC"))
+
+    def _show(self, add: Callable[[Any], None]) -> None:
+        """Write to TensorBoard if it is on; an error of its files turns it off."""
+        if self._tensorboard is None:
+            return
+        try:
+            add(self._tensorboard)
+        except OSError as error:
+            self._tensorboard = None
+            self.text_of_any_rank(f"WARNING: TensorBoard's files can no longer be written: {one_line(str(error))}")
 
     def text(self, message: str) -> None:
-        """Print a line, above the progress line if there is one."""
+        """Print a message, above the progress line if there is one."""
         if self._enabled:
             start = "\r" + ERASE_TO_END_OF_LINE if self._live else ""
-            print(start + message, flush=True)
+            print(start + printable(message, keep="\n\t"), flush=True)
             self._live = False
 
     def text_of_any_rank(self, message: str) -> None:
-        """Print a line; one of a rank that has no log goes to stderr."""
+        """Print a message; ranks without a log print it on stderr."""
         if self._enabled:
             self.text(message)
         else:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message, keep="\n\t"), file=sys.stderr, flush=True)
 
     def progress(self, **fields: Any) -> None:
         """Show the progress line; the fields are those of `format_progress`.
@@ -135,8 +149,7 @@ class RunLog:
         if self._live:
             print(flush=True)
             self._live = False
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._show(lambda board: board.close())
         if self._file is not None:
             self._file.close()
 
@@ -197,23 +210,27 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # only macOS counts in bytes
 
 
-def write_run_info(output_dir: str | Path, config: Mapping[str, Any]) -> None:
+def write_run_info(output_dir: str | Path, config: Mapping[str, Any], **facts: Any) -> None:
     """Write what made this run: `config.yaml`, and `run.json` with source, versions and command line.
 
     Args:
         config: nested dicts; values that YAML has no type for (such as paths) are written as strings.
+        facts: further entries of `run.json`, as the stage and the updates per epoch.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(config, default=str))  # tuples to lists, paths to strings
-    (output_dir / "config.yaml").write_text(
-        yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    (output_dir / "run.json").write_text(json.dumps(run_info(), indent=2) + "\n", encoding="utf-8")
+    texts = {
+        "config.yaml": yaml.safe_dump(plain, sort_keys=False, allow_unicode=True),
+        "run.json": json.dumps(run_info() | facts, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        set_aside(output_dir / name)
+        write_durably(output_dir / name, lambda file, text=text: file.write(text.encode("utf-8", "surrogatepass")))
 
 
 def run_info() -> dict[str, Any]:
-    """What makes a result: source, versions, command line, time, machine."""
+    """Return what a result depends on: source, versions, command line, time, machine."""
     commit, dirty = git_state(ROOT)
     return {
         "git_commit": commit,
@@ -232,7 +249,7 @@ def run_info() -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What something was computed on."""
+    """Return the hardware that computes on this device."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
@@ -241,7 +258,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """As the kernel calls it."""
+    """Return the processor's name as the kernel gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -258,32 +275,50 @@ def _json_value(value: Any) -> Any:
 
 
 def _drop_lines_after(path: Path, step: int) -> float:
-    """Rewrite a log without the lines of later steps and without a last line that a crash cut short.
+    """Rewrite a log without the lines of later steps and without damaged ones, such as one that a crash cut short.
 
-    Returns the seconds that the run had taken by the last line that stays.
+    Returns the seconds that the run had taken by the last line that remains. A warning counts the damaged lines.
     """
-    partial, last = path.with_name(path.name + ".partial"), "{}"
-    with path.open(encoding="utf-8") as old, partial.open("w", encoding="utf-8") as new:
-        for line in old:
-            if _step_of(line) <= step:
-                new.write(line)
-                last = line
+    partial, seconds, damaged = path.with_name(path.name + ".partial"), 0.0, 0
+    with path.open("rb") as old, partial.open("wb") as new:
+        for text in old:
+            line = _log_line(text)
+            damaged += line is None
+            if line is not None and line["step"] <= step:
+                new.write(text)
+                seconds = line.get("seconds", 0.0)
     os.replace(partial, path)  # atomic: a crash leaves the old file or the new one
-    return json.loads(last).get("seconds", 0.0)
+    if damaged:
+        lines = "1 damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
+        print(f"WARNING: {printable(str(path))}: {lines} left out", file=sys.stderr)
+    seconds = as_number(seconds)
+    return seconds if seconds is not None and math.isfinite(seconds) else 0.0
 
 
-def _step_of(line: str) -> float:
-    """Return the step of a log line, infinity if it is broken."""
+def _log_line(text: bytes) -> dict[str, Any] | None:
+    """Parse a line of a log; None if it is cut short, not JSON in UTF-8, not an object or without a step."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
-        return math.inf
+        line = parse_json(text) if text.endswith(b"\n") else None
+    except Unreadable:
+        return None
+    return line if isinstance(line, dict) and as_count(line.get("step")) is not None else None
+
+
+def _silence_tensorboard_thread() -> None:
+    """Print no traceback of the thread that writes TensorBoard's files: the next call raises its error again."""
+    previous = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard"):
+            previous(error)
+
+    threading.excepthook = hook
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
     """Return the commit and whether tracked files differ from it; None, None outside a checkout.
 
-    The copy of the code that a queued job runs from says it in a file COMMIT.
+    The copy of the code that a queued job runs from records both in a file COMMIT.
     """
     if (root / COMMIT_FILE).is_file():
         commit, _, changed = (root / COMMIT_FILE).read_text(encoding="utf-8").strip().partition(" ")
@@ -310,7 +345,8 @@ def _version(package: str) -> str | None:
 
 
 def aligned(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
-    """Cells under each other, those of the first columns to the left and the others to the right."""
+    """Lay out rows of cells in columns; the first `labels` columns are flush left, the others flush right."""
+    rows = [[printable(cell) for cell in cells] for cells in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.ljust if i < labels else str.rjust for i in range(len(widths))]
     lines = [[side(cell, n) for side, cell, n in zip(sides, cells, widths, strict=True)] for cells in rows]

@@ -1,8 +1,8 @@
 """Fully sharded data parallelism (torch's FSDP2): each rank keeps a part of every weight, gradient and moment.
 
 A sharded weight is a DTensor. The weights of a block are put together right before it computes and dropped after it.
-Files do not know of all this: what is saved was made whole before (`whole`), and what is loaded is cut anew
-(`cut_like`), so that a checkpoint goes on with any number of processes, sharded or not.
+Checkpoints do not depend on sharding: tensors are put together before they are saved (`whole`) and sharded again after
+they are loaded (`cut_like`), so a run can resume with any number of processes, sharded or not.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ CAN_SUM = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
 
 
 def check_sharding(parallel: str, dtype: torch.dtype | None, device: torch.device) -> None:
-    """UserError where --parallel fsdp would not compute the same as ddp."""
+    """Raise UserError if --parallel fsdp would not compute the same as ddp."""
     if parallel != "fsdp":
         return
     if dtype == torch.float16:
         raise UserError("--parallel fsdp: has no loss scaling for fp16, use --amp bf16 or fp32")
-    if device.type == "cpu" and not CAN_SUM:  # older gloo adds up where it is asked for the mean, and does not say so
+    if device.type == "cpu" and not CAN_SUM:  # older gloo sums where it is asked for the mean, silently
         raise UserError(f"--parallel fsdp: torch {torch.__version__} does it on GPUs only, use ddp or a newer torch")
 
 
 def shard(model: nn.Module, follower: nn.Module | None, device: torch.device) -> nn.Module | None:
-    """Cut the weights of a model with `blocks`, and of what follows it, over all ranks, in place.
+    """Shard the weights of a model with `blocks`, and of its EMA `follower`, over all ranks in place.
 
-    Optimisers are to be built after this, from the sharded weights. Buffers stay whole on every rank.
+    Build optimisers after this, from the sharded weights. Every rank keeps all buffers.
 
     Returns:
-        The model without numbers, for `gathered`; None where one process is all there is, and nothing was cut.
+        The model on the meta device, for `gathered`; None if there is a single process and nothing was sharded.
     """
     if not dist.is_initialized():
         return None
@@ -60,20 +60,20 @@ def shard(model: nn.Module, follower: nn.Module | None, device: torch.device) ->
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` has cut it."""
+    """True if `shard` has sharded the module."""
     return isinstance(module, FSDPModule)
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, which may be empty; any other tensor itself."""
+    """Return this rank's part of a sharded tensor, which may be empty, or any other tensor itself."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
 def whole(state: Any, keep: bool) -> Any:
-    """Nested dicts and lists with every sharded tensor put together on the CPU, one after the other.
+    """Return nested dicts and lists with every sharded tensor put together on the CPU, one after the other.
 
-    A collective: for all ranks together. Without `keep` this rank only takes part, and gets None in their place.
+    It is a collective. Without `keep` this rank only takes part, and gets None instead of each tensor.
     """
     if isinstance(state, DTensor):
         full = state.full_tensor()
@@ -86,14 +86,14 @@ def whole(state: Any, keep: bool) -> Any:
 
 
 def cut_like(full: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor cut as `like` is, rank 0's numbers; `full` itself where `like` is not sharded. A collective."""
+    """Shard rank 0's tensor as `like` is sharded; return `full` itself if `like` is not. A collective."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements)
 
 
 def cut_weights(saved: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """A state dict of whole tensors, cut as the module's own."""
+    """Shard a state dict of whole tensors as the module's own is sharded."""
     if not is_sharded(module):
         return saved
     own = module.state_dict()
@@ -101,7 +101,7 @@ def cut_weights(saved: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor
 
 
 def cut_moments(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimiser's state dict of whole tensors, cut as its parameters; counters stay as they are."""
+    """Shard an optimiser's state dict of whole tensors as its parameters are; counters do not change."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     parameters = dict(zip(numbers, (p for group in optimizer.param_groups for p in group["params"]), strict=False))
 
@@ -109,15 +109,18 @@ def cut_moments(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         p = parameters.get(number)
         return cut_like(x, p) if p is not None and isinstance(x, Tensor) and x.shape == p.shape else x
 
-    state = {number: {name: moment(number, x) for name, x in kept.items()} for number, kept in saved["state"].items()}
+    state = {
+        number: {name: moment(number, x) for name, x in moments.items()} for number, moments in saved["state"].items()
+    }
     return saved | {"state": state}
 
 
 def gathered(module: nn.Module, skeleton: nn.Module | None, device: torch.device, keep: bool) -> nn.Module | None:
-    """A copy with whole weights, any method of which may be called, by any rank alone.
+    """Return a copy with whole weights, whose methods any rank may call alone. A collective.
 
-    A collective. `skeleton` is what `shard` gave; a module that is not sharded has none, and is given back itself.
-    Without `keep` this rank takes part and gets None.
+    Args:
+        skeleton: from `shard`; None for a module that is not sharded, which is then returned itself.
+        keep: False: this rank only takes part and gets None.
     """
     if skeleton is None:
         return module
@@ -127,7 +130,7 @@ def gathered(module: nn.Module, skeleton: nn.Module | None, device: torch.device
     built = copy.deepcopy(skeleton)
     built.load_state_dict(weights, assign=True)
     for name, buffer in module.named_buffers():
-        if name not in weights:  # no part of the state, as rates of stochastic depth
+        if name not in weights:  # not part of the state, like the rates of stochastic depth
             parent, _, leaf = name.rpartition(".")
             setattr(built.get_submodule(parent), leaf, buffer)
     return built.to(device)

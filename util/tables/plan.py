@@ -37,7 +37,7 @@ from util.tables.tables import (
     read_yaml,
 )
 from util.train.cost import classifier_flops, features_flops, pretrain_cost
-from util.train.run import share_batch
+from util.train.resume import share_batch
 from util.weights.checkpoint import complete_checkpoints
 
 Settings = Mapping[str, Any]  # a recipe's name under `recipe`, and fields on top of it

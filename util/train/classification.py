@@ -1,4 +1,4 @@
-"""What fine-tuning and linear probing share around a classifier: labelled data, evaluation, the run."""
+"""What fine-tuning and linear probing share: labelled images, their augmentation, and predictions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.utils.data import IterableDataset
 
 from util.config.classifier import ClassifierConfig
 from util.config.groups import check
+from util.data.cache import CachedImages, cache_images
 from util.data.datasets import find_validation, open_images
 from util.data.labelled import ClassifierDataset
 from util.data.sources import ImageSource, hold_out
+from util.runtime.distributed import Processes
 from util.runtime.errors import UserError
-from util.train import downstream
-from util.train.downstream import Prepared
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class LabelledImages:
     num_classes: int  # K
 
 
-def open_labelled(config: ClassifierConfig) -> LabelledImages:
-    """The labelled images that the settings name.
+def open_labelled(config: ClassifierConfig, processes: Processes | None = None) -> LabelledImages:
+    """Open the labelled images that the settings name.
 
     Raises:
         UserError: a split is missing, empty, a stream, without labels, or the splits' classes differ from each other
             or from --nb_classes.
     """
     where = f"--dataset {config.dataset}" if config.dataset else f"--data_path {config.data_path}"
-    unseen = config.eval and not config.holdout  # --eval looks at no training image
-    train = None if unseen else open_images(config.data_path, config.dataset, "train")
+    needs_train = config.holdout or not config.eval
+    train = None if not needs_train else open_images(config.data_path, config.dataset, "train")
     if isinstance(train, IterableDataset):
         raise UserError(f"{where}: is a stream, a classifier needs images that can be drawn by number")
     if train is not None and (train.labels is None or len(set(train.labels)) < 2):
@@ -60,7 +60,7 @@ def open_labelled(config: ClassifierConfig) -> LabelledImages:
     if val is None:
         raise UserError(f"{where}: no validation images of two classes, add val/ beside train/ or give --val_path")
     if train is not None and train.class_names != val.class_names:
-        raise UserError(f"{where}: {difference(train.class_names or [], val.class_names or [])}")
+        raise UserError(f"{where}: {class_difference(train.class_names or [], val.class_names or [])}")
 
     names = val.class_names
     num_classes = len(names) if names else 1 + max(max(s.labels) for s in (train, val) if s is not None)
@@ -70,24 +70,27 @@ def open_labelled(config: ClassifierConfig) -> LabelledImages:
     return LabelledImages(train, val, num_classes)
 
 
-def difference(train: list[str], val: list[str]) -> str:
-    """How the classes of the splits differ, in words."""
+def class_difference(train: list[str], val: list[str]) -> str:
+    """Return a sentence that says how the classes of the splits differ."""
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    said = [
-        f"{len(names)} classes are in {there} but not in {other} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for names, there, other in ((only_train, "train", "val"), (only_val, "val", "train"))
+    parts = [
+        f"{len(names)} classes are in {split} but not in {other} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for names, split, other in ((only_train, "train", "val"), (only_val, "val", "train"))
         if names
     ]
-    return "; ".join(said) + "; make the class folders the same"
+    return "; ".join(parts) + "; make the class folders the same"
 
 
-def prepare(config: ClassifierConfig) -> Prepared:
-    """Processes, precision, data and batches of a run; every UserError that they may hold."""
-    return downstream.prepare(config, lambda config, _: open_labelled(config))
+def cached(config: ClassifierConfig, source: ImageSource) -> ImageSource | CachedImages:
+    """Return the images, decoded once and kept where --cache asks for it."""
+    if config.cache == "none":
+        return source
+    workers, skip_bad = config.resolved_num_workers, config.on_bad_image == "skip"
+    return cache_images(source, config.in_chans, workers, config.loader_timeout, skip_bad, exif=config.exif)
 
 
 def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDataset:
-    """Augmented training images.
+    """Return the augmented training images.
 
     Raises:
         UserError: timm does not know the policy of --aa.
@@ -97,7 +100,7 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
             transform = create_transform(**config.augmentation)
     except (AssertionError, ValueError, KeyError) as error:
         policy = config.augmentation.get("auto_augment")
-        raise UserError(f"--aa {policy}: timm makes no augmentation of it ({error!r})") from error
+        raise UserError(f"--aa {policy}: timm does not know this policy ({error!r})") from error
     return ClassifierDataset(
         source, transform, config.in_chans, config.seed, config.on_bad_image == "skip", config.exif
     )
@@ -105,17 +108,20 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
 
 @contextmanager
 def posterize_of_any_strength() -> Iterator[None]:
-    """Policies of timm that are made meanwhile may leave 0 bits of a pixel, which Pillow refuses from version 13 on."""
-    theirs = {name: operation for name, operation in NAME_TO_OP.items() if operation is auto_augment.posterize}
-    NAME_TO_OP.update(dict.fromkeys(theirs, posterize))
+    """Let timm's policies keep 0 bits of a pixel, which Pillow refuses from version 13 on.
+
+    This holds for policies that are made inside of the context.
+    """
+    original = {name: operation for name, operation in NAME_TO_OP.items() if operation is auto_augment.posterize}
+    NAME_TO_OP.update(dict.fromkeys(original, posterize))
     try:
         yield
     finally:
-        NAME_TO_OP.update(theirs)
+        NAME_TO_OP.update(original)
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """As timm's, and black for 0 bits, as older Pillows have it."""
+    """Keep the highest bits of each pixel like timm; 0 bits give black, as in older versions of Pillow."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
@@ -129,9 +135,11 @@ def predict(
     device: torch.device,
     autocast: torch.autocast,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [B, K], float32, of a classifier in eval mode and what the loader yields beside the images, per batch.
+    """Yield for each batch the logits [B, K], float32, of a classifier in eval mode, and the loader's second tensor.
 
-    `loader` yields uint8 images and a tensor [B], `normalise` makes the model's input of images on the device.
+    Args:
+        loader: yields uint8 images [B, C, H, W] and a tensor [B], such as their labels.
+        normalise: makes the model's input of images on the device.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""A segmenter's run: its data looked at, training, evaluation, pictures."""
+"""What segmentation is trained on: images with masks, checked before a run, and their augmentation."""
 
 from __future__ import annotations
 
@@ -19,28 +19,21 @@ from util.runtime.distributed import Processes, is_main, sum_over_ranks
 from util.runtime.errors import UserError
 from util.runtime.logs import warn_once
 from util.runtime.progress import progress
-from util.train import downstream
-from util.train.downstream import Prepared
 from util.train.evaluation import share_of_images
-from util.train.run import resumes
-
-
-def prepare(config: SegmentConfig) -> Prepared:
-    """Processes, precision, data and batches of a run; every UserError that they may hold."""
-    return downstream.prepare(config, open_checked)
+from util.train.resume import resumes
 
 
 def open_checked(config: SegmentConfig, processes: Processes) -> MaskedImages:
-    """The images and masks of the settings, looked at where the run is a fresh one and --check_data asks for it."""
+    """Open the images and masks of the settings; read all masks once where a fresh run has --check_data."""
     data = open_masked(config)
-    if config.check_data and not config.eval and not resumes(config):  # an earlier run has looked at the data
+    if config.check_data and not config.eval and not resumes(config):  # an earlier run has checked the data
         for split, source in (("training", data.train), ("validation", data.val)):
-            look_at(source, split, config, processes)
+            check_masks(source, split, config, processes)
     return data
 
 
-def look_at(source: MaskedSource, split: str, config: SegmentConfig, processes: Processes) -> None:
-    """Read every mask of a split, each rank its share, and say what the split holds.
+def check_masks(source: MaskedSource, split: str, config: SegmentConfig, processes: Processes) -> None:
+    """Read every mask of a split, each rank its share, and print what the split holds.
 
     Raises:
         UserError: something is wrong with a mask, or all pixels are ignored.
@@ -51,10 +44,12 @@ def look_at(source: MaskedSource, split: str, config: SegmentConfig, processes: 
     if counts[IGNORED] == total:
         raise UserError(f"{source.masks[0]}, ...: all pixels of the {split} masks are ignored, see --ignore_index")
     absent = [name for name, count in zip(names, counts, strict=False) if count == 0]
-    shown = f"; without {', '.join(absent[:6])}{', ...' * (len(absent) > 6)}" if absent else ""
+    missing = f"; without {', '.join(absent[:6])}{', ...' * (len(absent) > 6)}" if absent else ""
     if is_main():
         have = f"{len(names) - len(absent)} of {len(names)} classes"
-        print(f"{split}: {len(source)} masks, {have}{shown}; {100 * counts[IGNORED] / total:.1f} % ignored", flush=True)
+        print(
+            f"{split}: {len(source)} masks, {have}{missing}; {100 * counts[IGNORED] / total:.1f} % ignored", flush=True
+        )
     if oriented:
         done = {
             "ignore": "they and their masks are read as stored; if masks are of upright images, add --exif apply",
@@ -65,19 +60,19 @@ def look_at(source: MaskedSource, split: str, config: SegmentConfig, processes: 
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """The two splits that a segmenter needs; `train` is None for --eval."""
+    """The two splits that a segmenter needs; `train` is None with --eval."""
 
     train: MaskedSource | None
     val: MaskedSource
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes, K."""
         return len(self.val.classes.names)
 
 
 def open_masked(config: SegmentConfig) -> MaskedImages:
-    """The images and masks that the settings name.
+    """Open the images and masks that the settings name.
 
     Raises:
         UserError: a split is missing or empty, an image has no mask, or nothing says what the classes are.
@@ -97,7 +92,7 @@ def open_masked(config: SegmentConfig) -> MaskedImages:
 
 
 def train_dataset(config: SegmentConfig, source: MaskedSource) -> MaskedDataset:
-    """Augmented training samples."""
+    """Return the augmented training samples."""
     view = JointView(
         size=config.resolved_input_size,
         scale_range=config.scale_range,
@@ -110,16 +105,17 @@ def train_dataset(config: SegmentConfig, source: MaskedSource) -> MaskedDataset:
 
 
 def count_pixels(source: MaskedSource, config: SegmentConfig, split: str, indices: Sequence[int]) -> np.ndarray:
-    """Count pixels of each class, and images with an EXIF orientation, [257]: all masks of some samples are read.
+    """Count the pixels of each class, and images with an EXIF orientation, [257] int64, in some samples of a split.
 
     Raises:
         UserError: a mask cannot be read, has another size than its image, or holds a number that is no class.
     """
-    trained = split == "training"
-    skip_bad, fix = config.on_bad_image == "skip" and trained, MAY_BE_SKIPPED if trained else MUST_BE_READ
+    training = split == "training"
+    skip_bad = config.on_bad_image == "skip" and training
+    fix = MAY_BE_SKIPPED if training else MUST_BE_READ
     dataset = PixelCount(source, indices, skip_bad, fix, config.exif)
     loader = Loader(
         dataset, batch_size=None, num_workers=config.resolved_num_workers, loader_timeout=config.loader_timeout
     )
-    counts = progress(loader, len(indices), f"looking at {split} masks", "masks") if is_main() else loader
+    counts = progress(loader, len(indices), f"checking {split} masks", "masks") if is_main() else loader
     return sum((np.asarray(count) for count in counts), start=np.zeros(ORIENTED + 1, dtype=np.int64))

@@ -26,8 +26,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from util.runtime.errors import RunError, UserError, loaders_death
+from util.runtime.errors import RunError, UserError, explain, loaders_death
 from util.runtime.files import TEMPORARY, manifest_path, sha256_of, write_durably
+from util.runtime.reading import Unreadable, as_count, read_mapping
 
 BEST = "checkpoint-best.pth"
 LOCK = ".lock"
@@ -132,9 +133,8 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             if loaders_death(error) is not None:
                 raise
-            raise RunError(
-                f"{path} could not be saved ({error}); the checkpoints before it are untouched, free some space"
-            ) from error
+            cause = explain(error) or f"free some space ({error})"
+            raise RunError(f"{path} could not be saved, older checkpoints are untouched: {cause}") from error
         self.delete_old(newest=path)
         return path
 
@@ -267,9 +267,13 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest beside a checkpoint, None where there is none or it cannot be read."""
     try:
-        return Manifest(**json.loads(manifest_path(path).read_text()))
-    except (OSError, ValueError, TypeError):
+        manifest = Manifest(**read_mapping(manifest_path(path)))
+    except (OSError, Unreadable, TypeError):
         return None
+    counts = (manifest.bytes, manifest.epoch, manifest.step)
+    right = isinstance(manifest.sha256, str) and None not in map(as_count, counts)
+    numbers = (manifest.time, 0.0 if manifest.metric is None else manifest.metric)
+    return manifest if right and all(isinstance(number, int | float) for number in numbers) else None
 
 
 def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from models_lut import ARCHITECTURES
+from models_architectures import ARCHITECTURES
 from util.data.views import crop_share
 from util.runtime.errors import UserError
 from util.weights.interop import PATCH_KERNEL, POSITIONS, WeightsFile, is_square, part_of

@@ -1,5 +1,5 @@
 "use strict";
-/* Curves, the film of pictures, light and dark. The numbers stand in #data; see util/curves.py. */
+/* Curves, the film of pictures, light and dark. The numbers are in #data; see util/results/curves.py. */
 (() => {
   const runs = JSON.parse(document.getElementById("data").textContent).runs;
   const root = document.documentElement;
@@ -9,14 +9,14 @@
   const COLOURS = 8;
   const state = { axis: "updates", smoothing: 0, hidden: new Set(), range: null };
 
-  // ---- what is drawn ---------------------------------------------------------------------------------
+  // ---- drawing ---------------------------------------------------------------------------------------
 
   const longest = Math.max(0, ...runs.map((run) => (run.clock ? run.clock.seconds.at(-1) : 0)));
   const [unit, seconds] = longest > 7200 ? ["hours", 3600] : longest > 180 ? ["minutes", 60] : ["seconds", 1];
-  const has = { updates: () => true, epochs: (run) => run.updatesPerEpoch, time: (run) => run.clock };
-  const titles = { updates: "updates", epochs: "epochs", time: unit };
+  const has = { updates: () => true, epochs: (run) => run.updatesPerEpoch, time: (run) => run.clock, share: (run) => run.updates };
+  const titles = { updates: "updates", epochs: "epochs", time: unit, share: "% of what each run has done" };
 
-  /** Where update `step` lies on a clock, linear between its points. */
+  /** Seconds at update `step` by a clock, linear between its points. */
   function timeAt(clock, step) {
     const { x, seconds: s } = clock;
     let high = x.findIndex((known) => known >= step);
@@ -25,9 +25,10 @@
     return x[high] > x0 ? s0 + ((s[high] - s0) * (step - x0)) / (x[high] - x0) : s[high];
   }
 
-  function along(run, steps) {
+  function horizontal(run, steps) {
     if (state.axis === "epochs") return steps.map((step) => step / run.updatesPerEpoch);
     if (state.axis === "time") return steps.map((step) => timeAt(run.clock, step) / seconds);
+    if (state.axis === "share") return steps.map((step) => (100 * step) / run.updates); // short and long runs alike
     return steps;
   }
 
@@ -45,9 +46,9 @@
   const css = (name, property = "color") => {
     const probe = document.body.appendChild(document.createElement("span"));
     probe.style.color = `var(${name})`;
-    const found = getComputedStyle(probe)[property];
+    const value = getComputedStyle(probe)[property];
     probe.remove();
-    return found;
+    return value;
   };
   const faint = (colour, opacity) => colour.replace("rgb(", "rgba(").replace(")", `, ${opacity})`);
   const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -56,7 +57,7 @@
     return runs.flatMap((run, number) => {
       const curve = run.curves[name];
       if (!curve || state.hidden.has(number) || !has[state.axis](run)) return [];
-      const x = along(run, curve.x), colour = colours[number % COLOURS], few = curve.x.length <= 30;
+      const x = horizontal(run, curve.x), colour = colours[number % COLOURS], few = curve.x.length <= 30;
       const dash = DASHES[Math.floor(number / COLOURS) % DASHES.length];
       const common = { x, name: escaped(run.label), type: "scatter", mode: "lines", line: { color: colour, width: 1.8, dash } };
       const silent = { hoverinfo: "skip", showlegend: false };
@@ -76,35 +77,35 @@
   function extent() {
     const ends = runs.flatMap((run, number) => {
       if (state.hidden.has(number) || !has[state.axis](run)) return [];
-      return Object.values(run.curves).flatMap((curve) => along(run, [curve.x[0], curve.x.at(-1)]));
+      return Object.values(run.curves).flatMap((curve) => horizontal(run, [curve.x[0], curve.x.at(-1)]));
     });
     const [low, high] = ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
     const margin = 0.02 * (high - low || 1);
     return [low - margin, high + margin];
   }
 
-  function draw(panel, look) {
+  function draw(panel, theme) {
     const plot = panel.querySelector(".plot");
     const log = panel.querySelector(".log").getAttribute("aria-pressed") === "true";
-    const lines = { gridcolor: look.line, zerolinecolor: look.line, linecolor: look.line, tickfont: { size: 11 } };
+    const lines = { gridcolor: theme.line, zerolinecolor: theme.line, linecolor: theme.line, tickfont: { size: 11 } };
     const layout = {
       margin: { l: 52, r: 12, t: 26, b: 36 }, // the buttons stand above the curves
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: look.text, family: "system-ui, sans-serif", size: 12 },
+      font: { color: theme.text, family: "system-ui, sans-serif", size: 12 },
       showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
-      hoverlabel: { bgcolor: look.card, bordercolor: look.line, font: { color: look.text } },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: look.soft, activecolor: look.accent },
+      hoverlabel: { bgcolor: theme.card, bordercolor: theme.line, font: { color: theme.text } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: theme.soft, activecolor: theme.accent },
       xaxis: { ...lines, range: state.range ?? extent(), title: { text: titles[state.axis], font: { size: 11 }, standoff: 6 } },
       yaxis: { ...lines, type: log ? "log" : "linear", exponentformat: "power", nticks: 6, automargin: true },
       annotations: [],
     };
-    const traces = tracesOf(panel.dataset.panel, look.runs);
+    const traces = tracesOf(panel.dataset.panel, theme.runs);
     if (!traces.length) {
       layout.annotations.push({ text: "nothing to show", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 });
     }
     const config = {
       responsive: true, displaylogo: false, displayModeBar: touch ? true : "hover", doubleClick: false,
-      // named one by one: others would send the numbers elsewhere
+      // listed one by one: some of the default buttons upload the numbers
       modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]],
       toImageButtonOptions: { filename: panel.dataset.panel },
     };
@@ -112,13 +113,13 @@
   }
 
   function drawAll() {
-    const look = { runs: [] };
-    for (const name of ["text", "soft", "line", "card", "accent"]) look[name] = css(`--${name}`);
-    for (let i = 0; i < COLOURS; i++) look.runs.push(css(`--run-${i}`));
-    panels.forEach((panel) => draw(panel, look));
+    const theme = { runs: [] };
+    for (const name of ["text", "soft", "line", "card", "accent"]) theme[name] = css(`--${name}`);
+    for (let i = 0; i < COLOURS; i++) theme.runs.push(css(`--run-${i}`));
+    panels.forEach((panel) => draw(panel, theme));
   }
 
-  // ---- zoom: all curves follow the one that is dragged -------------------------------------------------
+  // ---- zoom: all panels follow the dragged one -------- -------------------------------------------------
 
   let following = false;
   function follow(source, event) {
@@ -128,7 +129,7 @@
     else if (event["xaxis.range[0]"] !== undefined) zoom([event["xaxis.range[0]"], event["xaxis.range[1]"]], source);
   }
 
-  /** Show this part of the horizontal axis everywhere but in `source`, which has it already; null: all of it. */
+  /** Zoom all panels but `source`, which has this range of the horizontal axis already; null shows all of it. */
   function zoom(range, source) {
     following = true;
     state.range = range;
@@ -212,7 +213,7 @@
       try {
         await navigator.clipboard.writeText(text.textContent);
         button.textContent = "Copied";
-      } catch { // without a clipboard the text is at least chosen
+      } catch { // without access to the clipboard, select the text
         getSelection().selectAllChildren(text);
       }
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
