@@ -171,6 +171,21 @@ def test_the_last_of_equal_names_counts_as_when_it_is_unpacked(tmp_path):
     assert [source.read(i) for i in range(len(source))] == [plain(2), plain(1)]
 
 
+@pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+def test_devices_and_pipes_in_a_tar_are_refused(tmp_path, kind):
+    path = write_plain(tmp_path / "x.tar", ["cat/a.png"])
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("cat/b.png")
+        member.type = kind
+        tar.addfile(member)
+    assert "holds cat/b.png as a device or pipe" in refused(path)
+
+
+def test_folders_of_one_name_at_different_depths_are_one_class(tmp_path):
+    path = write_plain(tmp_path / "x", ["cat/a.png", "more/cat/b.png"])
+    assert open_images(str(path), "", "train").class_names == ["cat"]
+
+
 def test_sparse_members_and_wrong_sizes_are_refused_before_they_are_read(tmp_path):
     with open(tmp_path / "hole.png", "wb") as file:
         file.truncate(2**20)

@@ -63,7 +63,7 @@ _SYSTEM_NAMES = frozenset(
 
 def is_hidden(name: str) -> bool:
     """Return True for names of files and folders that operating systems and programs leave behind: no data."""
-    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+    return name.startswith((".", "PaxHeaders.")) or name.lower() in _SYSTEM_NAMES
 
 
 def ending_of(name: str) -> str:

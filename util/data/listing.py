@@ -113,7 +113,11 @@ def class_by_folder(folders: Collection[str]) -> dict[str, str]:
     Where every folder has the same name, as in class/images/x.jpg of Tiny ImageNet, the name of the folder around it.
     """
     named = {folder: folder for folder in folders}
-    while len(named) > 1 and len({name_of(path) for path in named.values()}) == 1 and all(named.values()):
+    while (
+        len(named) > 1
+        and len({name_of(path) for path in named.values()}) == 1
+        and all("/" in path for path in named.values())
+    ):
         named = {folder: path.rpartition("/")[0] for folder, path in named.items()}
     return {folder: name_of(path) for folder, path in named.items()}
 

@@ -227,6 +227,8 @@ def add_member(contents: Contents, member: tarfile.TarInfo) -> None:
         contents.links[path] = member.linkname
     elif member.islnk():
         contents.hard_links[path] = plain_path(member.linkname)
+    elif member.isdev() and is_image(path):
+        raise UserError(f"{contents.flag} {contents.tar}: holds {path} as a device or pipe; pack it anew without it")
 
 
 def resolve_hard_links(contents: Contents) -> None:
