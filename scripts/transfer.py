@@ -6,8 +6,8 @@
     python scripts/transfer.py run  --finetune_recipe transfer_nano --finetune OUT/checkpoint-99.pth --data_path MINE
     python scripts/transfer.py run  --finetune LUT.pth --dataset dogs --data_path DOGS --submit -- --ngpus 1
 
-`run` skips cells that have finished and goes on with those that were interrupted: run the same command again. --help
-after a command lists its flags. Data sets, as their authors publish them: inat2018, inat2019, inat2021_mini, aircraft,
+`run` skips finished cells and resumes interrupted ones: run the same command again. --help after a command lists its
+flags. Data sets, as their authors publish them: inat2018, inat2019, inat2021_mini, aircraft,
 nabirds, cub200, cifar10, cifar100, dogs, flowers102; without --dataset, folders or .tar files of class folders.
 """
 
@@ -22,57 +22,57 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from scripts import submit
 from util.config.command_line import parse_command, split_like_shell
 from util.config.groups import check
-from util.data.published import DATASETS, download
-from util.figures.figure import save_figure
-from util.runtime.errors import RunError, UserError, run_main
-from util.runtime.files import writable_folder
-from util.tables.formats import commented
-from util.tables.plan import Clock, Run, share_done
-from util.tables.runner import print_plan, run_all
-from util.tables.tables import Table, load_tables
+from util.runtime.errors import RunError, run_main
+from util.tables.formats import Style, as_note, print_table
+from util.tables.outcomes import share_done
+from util.tables.plan import Run
 from util.tables.transfer import (
     LRS,
     STAGE,
     WEIGHT_DECAYS,
-    Result,
     Search,
     Target,
+    find_targets,
     grid_folder,
-    note_cells,
+    make_cell_folders,
     plan_cells,
     prune,
     read_grid,
     read_values,
-    result_of,
-    targets,
 )
-from util.tables.transfer_view import alone, beside_paper, heat_maps
-from util.weights.checkpoint import check_file, lock_folder
+from util.tables.transfer_view import (
+    choice_images,
+    explanation,
+    grid_notes,
+    heat_maps,
+    read_results_of_grids,
+    tables_with_results,
+    title_of,
+)
 
-TABLES = ("2", "3")
+if TYPE_CHECKING:
+    from util.tables.cost import TimeEstimate
+
 SCRATCH = "scratch"
-TFLOPS = {"cuda": 14.0, "cpu": 0.03}  # of a process: a V100 by tables/scales.yaml, one slow core
+TFLOPS = {"cuda": 14.0, "cpu": 0.03}  # per process: a V100 by tables/scales.yaml, one slow core
 PICTURE = "grid.png"
 
 
 @dataclass(frozen=True)
 class GridFlags:
-    """Where the runs are, and how the best cell is chosen."""
+    """Say where the runs are, and how the best cell is chosen."""
 
     output_dir: str = "output/transfer"
     """folder of all grids; each is in LABEL/DATA SET below it"""
     holdout: float = 0.0
-    """share of the training images, of each class alike, by which the best cell is chosen; it is then trained again on
-    all of them. 0: by the images of the test, as the paper's maximum over the grid is"""
+    """share of each class's training images that are held out to choose the best cell, which is then trained again on
+    all of them. 0: the test images choose it, as in the paper's maximum over the grid"""
 
     def __post_init__(self) -> None:
         check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
@@ -82,20 +82,20 @@ class GridFlags:
 class ShowFlags(GridFlags):
     """Print best (mean ± std) of each grid beside the paper's Tables 2 and 3."""
 
-    format: Literal["text", "markdown", "latex"] = "text"
-    """what to print"""
+    format: Style = "text"
+    """text: columns under each other, or a block per row where these would pass 100 columns"""
     picture: str = ""
     """also draw the heat maps of all grids into this PNG"""
 
 
 @dataclass(frozen=True)
 class PlanFlags(GridFlags):
-    """Print the runs: commands, cost, and what is done already."""
+    """Print the runs: commands, cost, and how much is done already."""
 
     finetune: str = ""
     """pre-trained weights (MAE's, the release's, timm's or ours), or `scratch`"""
     label: str = "ours"
-    """what to call them; MAE, LUT, ... are compared with the paper's row of that name"""
+    """name of these weights; MAE, LUT, ... are compared with the paper's row of that name"""
     dataset: tuple[str, ...] = ()
     """data sets by name, see above; or as for main_finetune.py"""
     data_path: tuple[str, ...] = ()
@@ -109,11 +109,11 @@ class PlanFlags(GridFlags):
     seeds: int = 1
     """runs per cell, with seeds 0, 1, ...; a cell counts by their mean"""
     processes: int | None = None
-    """of each run, one per GPU; the images per update stay the same. Default: 1"""
+    """processes of each run, one per GPU; the images per update stay the same. Default: 1"""
     finetune_flags: str = ""
     """more flags for every run, in one string: --finetune_flags="--weights momentum --num_workers 4" """
     tflops: float | None = None
-    """10^12 FLOP/s of a run, for the time it takes; default: the speed of runs that have a log, else 14 per GPU"""
+    """10^12 FLOP/s of a run, to estimate its time; default: the speed of runs that have a log, else 14 per GPU"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,16 +121,14 @@ class PlanFlags(GridFlags):
         check(self.seeds >= 1, "seeds", self.seeds, "must be 1 or more")
         check(self.processes is None or self.processes >= 1, "processes", self.processes, "must be 1 or more")
         check(self.tflops is None or self.tflops > 0, "tflops", self.tflops, "must be above 0")
-        for flag, given, zero in (("lrs", self.lrs, False), ("weight_decays", self.weight_decays, True)):
-            read_values(flag, given, zero)
+        read_values("lrs", self.lrs, allow_zero=False)
+        read_values("weight_decays", self.weight_decays, allow_zero=True)
 
     @property
     def search(self) -> Search:
-        """For planning.
+        """Return the grid search; UserError if there is no such checkpoint."""
+        from util.weights.checkpoint import check_file
 
-        Raises:
-            UserError: there is no such checkpoint.
-        """
         start = "" if self.finetune == SCRATCH else self.finetune
         fix = f"give the pre-trained weights, or {SCRATCH}"
         check(bool(self.finetune), "finetune", "", fix)
@@ -139,8 +137,8 @@ class PlanFlags(GridFlags):
         return Search(
             folder=Path(self.output_dir) / self.label,
             finetune=start,
-            lrs=read_values("lrs", self.lrs, zero=False),
-            weight_decays=read_values("weight_decays", self.weight_decays, zero=True),
+            lrs=read_values("lrs", self.lrs, allow_zero=False),
+            weight_decays=read_values("weight_decays", self.weight_decays, allow_zero=True),
             seeds=self.seeds,
             holdout=self.holdout,
             extra=tuple(split_like_shell("finetune_flags", self.finetune_flags)),
@@ -149,44 +147,49 @@ class PlanFlags(GridFlags):
 
     @property
     def targets(self) -> list[Target]:
-        """The data sets."""
-        return targets(self.dataset, self.data_path, self.finetune_recipe)
+        """Return the data sets."""
+        return find_targets(self.dataset, self.data_path, self.finetune_recipe)
 
 
 @dataclass(frozen=True)
 class RunFlags(PlanFlags):
-    """Do the runs, one after the other, or submit them; then show what they came to."""
+    """Do the runs one after the other, then show the tables; or submit the runs."""
 
     download: bool = False
-    """first fetch into --data_path what is not there, by torchvision: aircraft, cifar10, cifar100, flowers102 and
+    """first fetch missing data sets into --data_path; torchvision has aircraft, cifar10, cifar100, flowers102 and
     inat2021_mini"""
     keep_going: bool = False
-    """after a failed cell, as one that diverges, go on with the others, and choose among those"""
+    """after a failed cell, such as one that diverges, continue with the others and choose among those"""
     keep_checkpoints: Literal["best", "all", "none"] = "best"
-    """of the cells that have finished; each has the weights and the optimiser's two moments. With --submit the next
-    call of the same command deletes the others, for nothing does while the jobs run"""
+    """which finished cells keep their checkpoints (weights and the optimiser's two moments). With --submit, the next
+    call of the same command deletes the others"""
     submit: bool = False
     """submit the cells to SLURM, those of each data set as a job array; after `--` come flags of scripts/submit.py"""
     dry_run: bool = False
-    """do nothing: print the plan, with --submit the batch scripts and commands"""
+    """only print the plan, with --submit the batch scripts and commands"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fix = "give the names of what to fetch by --dataset, and the folder by --data_path"
-        named = bool(self.dataset) and all(name in DATASETS for name in self.dataset) and bool(self.data_path)
-        check(not self.download or named, "download", self.dataset, fix)
+        if self.download:
+            from util.data.published import DATASETS
+
+            named = bool(self.dataset and self.data_path) and all(name in DATASETS for name in self.dataset)
+            fix = "give the names of what to fetch by --dataset, and the folder by --data_path"
+            check(named, "download", self.dataset, fix)
 
 
 COMMANDS = {"plan": PlanFlags, "run": RunFlags, "show": ShowFlags}
 
 
 def main() -> None:
-    """The command's flags, then the command."""
+    """Read the command and its flags, then do it."""
     flags, launcher_flags = parse_command(COMMANDS, sys.argv[1:], Path(__file__).name, __doc__)
     if isinstance(flags, ShowFlags):
         show(flags)
         return
     if isinstance(flags, RunFlags) and flags.download and not flags.dry_run:
+        from util.data.published import download
+
         for target in flags.targets:
             download(target.dataset, target.data_path)
     if isinstance(flags, RunFlags) and flags.submit:
@@ -202,70 +205,80 @@ def main() -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-def cells_of(search: Search, chosen_from: Sequence[Target]) -> dict[Target, list[Run]]:
-    """The grid of each data set."""
-    return {target: plan_cells(search, target, search.points) for target in chosen_from}
+def cells_of(search: Search, targets: Sequence[Target]) -> dict[Target, list[Run]]:
+    """Return the runs of each data set's grid."""
+    return {target: plan_cells(search, target, search.points) for target in targets}
 
 
-def chosen_of(search: Search, chosen_from: Sequence[Target]) -> dict[Target, list[Run]]:
-    """With --holdout, the best cell of each data set on all training images, once it is known; else nothing."""
-    found = {}
-    for target in chosen_from if search.holdout else ():
+def chosen_cells(search: Search, targets: Sequence[Target]) -> dict[Target, list[Run]]:
+    """With --holdout, return the runs of each best cell on all training images, where the best is known."""
+    chosen = {}
+    for target in targets if search.holdout else ():
         best = read_grid(grid_folder(search.folder, target.name, search.holdout)).best
         if best is not None:
-            found[target] = plan_cells(search, target, [best], chosen=True)
-    return found
+            chosen[target] = plan_cells(search, target, [best], chosen=True)
+    return chosen
 
 
-def clock_for(runs: Sequence[Run], flags: PlanFlags) -> Clock:
-    """By what is known of the speed."""
+def estimate_time(runs: Sequence[Run], flags: PlanFlags) -> TimeEstimate:
+    """Return an estimate by --tflops, else by the logs of the runs, else by TFLOPS."""
+    import torch
+
+    from util.tables.cost import TimeEstimate
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    clock = Clock(1e12 * (flags.tflops or TFLOPS[device] * (flags.processes or 1)), images=0)  # each run has its own
+    tflops = flags.tflops or TFLOPS[device] * (flags.processes or 1)
+    estimate = TimeEstimate(1e12 * tflops, images=0)  # each run has its own number of images
     for run in runs if flags.tflops is None else ():
-        clock.look_at(run)
-    return clock
+        estimate.add_log(run)
+    return estimate
 
 
 def plan(flags: PlanFlags) -> None:
-    """All commands in their order."""
+    """Print all commands in their order."""
+    from util.tables.runner import print_plan
+
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     search = flags.search
     runs = [run for cells in cells_of(search, flags.targets).values() for run in cells]
-    for line in explained(flags):
-        print(f"# {line}")
+    print(f"# {explanation(flags.holdout)}")
     if search.holdout:
         print(f"# then the best cell of each data set again, on all training images: {search.seeds} runs each")
-    print_plan(runs, clock_for(runs, flags))
+    print_plan(runs, estimate_time(runs, flags))
 
 
 def run(flags: RunFlags) -> None:
-    """What is not done yet, then the tables and the heat maps."""
-    search, chosen_from = flags.search, flags.targets
-    cells = cells_of(search, chosen_from)
-    with locked(search.folder / target.name for target in chosen_from):
-        failed = do(cells, flags)
+    """Do the runs that are not done yet, then draw the heat maps and show the tables."""
+    from util.tables.pictures import save_picture
+
+    search, targets = flags.search, flags.targets
+    cells = cells_of(search, targets)
+    with locked(search.folder / target.name for target in targets):
+        failure = run_cells(cells, flags)
         if search.holdout:
             print("\nthe best cell of each data set, on all training images", flush=True)
-            failed = do(chosen_of(search, chosen_from), flags) or failed
-    for target in chosen_from:
+            failure = run_cells(chosen_cells(search, targets), flags) or failure
+    for target in targets:
         folder = grid_folder(search.folder, target.name, search.holdout)
-        figure = heat_maps({title_of(target.name): read_grid(folder)}, f"Grid of {flags.label}", judged(flags))
-        save_figure(figure, folder / PICTURE)
+        grids = {title_of(target.name): read_grid(folder)}
+        save_picture(heat_maps(grids, f"Grid of {flags.label}", choice_images(flags.holdout)), folder / PICTURE)
         print(f"heat map: {folder / PICTURE}")
     print()
     show(ShowFlags(flags.output_dir, flags.holdout))
-    if failed is not None:
-        raise failed
+    if failure is not None:
+        raise failure
 
 
-def do(planned: dict[Target, list[Run]], flags: RunFlags) -> RunError | None:
-    """The runs of all data sets; what failed, with --keep_going."""
+def run_cells(planned: dict[Target, list[Run]], flags: RunFlags) -> RunError | None:
+    """Do the runs of all data sets; with --keep_going, return the error that names those that failed."""
+    from util.tables.runner import run_all
+
     runs = [run for cells in planned.values() for run in cells]
-    note_cells(runs)
-    for cells in planned.values():  # also of those that were done elsewhere
-        tidy(flags, cells[0])
+    make_cell_folders(runs)
+    for cells in planned.values():  # jobs may have left checkpoints
+        delete_checkpoints(flags, cells[0])
     try:
-        run_all(runs, clock_for(runs, flags), flags.keep_going, partial(tidy, flags))
+        run_all(runs, estimate_time(runs, flags), flags.keep_going, partial(delete_checkpoints, flags))
     except RunError as error:
         if not flags.keep_going:
             raise
@@ -273,48 +286,57 @@ def do(planned: dict[Target, list[Run]], flags: RunFlags) -> RunError | None:
     return None
 
 
-def tidy(flags: RunFlags, run: Run) -> None:
-    """Delete what --keep_checkpoints does not keep of the grid that has this run."""
+def delete_checkpoints(flags: RunFlags, run: Run) -> None:
+    """Delete what --keep_checkpoints does not keep of the grid that this run belongs to."""
     if flags.keep_checkpoints != "all":
         prune(run.folder.parent.parent, flags.keep_checkpoints == "best")
 
 
 @contextlib.contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
-    """No other command writes to these data sets' folders meanwhile."""
+    """Keep other commands from writing to these data sets' folders meanwhile."""
+    from util.runtime.files import writable_folder
+    from util.weights.checkpoint import lock_folder
+
     with contextlib.ExitStack() as stack:
         for folder in folders:
             stack.enter_context(lock_folder(writable_folder(folder, "output_dir")))
         yield
 
 
+# --------------------------------------------------------------------------------------------------------
+# run --submit
+# --------------------------------------------------------------------------------------------------------
+
+
 def submit_all(flags: RunFlags, launcher_flags: Sequence[str]) -> None:
-    """An array for each data set of what is not done; with --holdout, the chosen cells once all others are."""
+    """Submit an array for each data set of what is not done; with --holdout the best cells, once all others are."""
+    from scripts import submit
+
     config = submit.config_of_arrays(STAGE, launcher_flags, flags.processes)
     flags = dataclasses.replace(flags, output_dir=str(Path(flags.output_dir).absolute()))
     search = dataclasses.replace(flags.search, processes=config.nodes * config.processes_per_node)
     cells = cells_of(search, flags.targets)
-    ready = [t for t in flags.targets if all(share_done(run) == 1 for run in cells[t])]
-    chosen = chosen_of(search, ready)
-    planned = [*cells.items(), *chosen.items()]
+    finished = [target for target, runs in cells.items() if all(share_done(run) == 1 for run in runs)]
+    planned = [*cells.items(), *chosen_cells(search, finished).items()]
     if not flags.dry_run:
         submit.check_sbatch()
         for _, runs in planned:
-            tidy(flags, runs[0])
+            delete_checkpoints(flags, runs[0])
     job_dir = Path(config.job_dir).absolute() if config.job_dir else search.folder / "jobs"
-    waiting = 0
+    submitted = 0
     for target, runs in planned:
         todo = [run for run in runs if share_done(run) < 1]
         if not todo:
             continue
-        waiting += len(todo)
+        submitted += len(todo)
         if not flags.dry_run:
-            note_cells(runs)
+            make_cell_folders(runs)
         named = dataclasses.replace(config, job_name=config.job_name or f"lut-transfer-{target.name}")
         submit.submit_array(named, [submit.Run(run.title, run.flags) for run in todo], job_dir, "", flags.dry_run)
-    if not (waiting and flags.dry_run):
-        print(f"{waiting} runs submitted" if waiting else "all done")
-    if search.holdout and len(ready) < len(cells):
+    if not (submitted and flags.dry_run):
+        print(f"{submitted} runs submitted" if submitted else "all done")
+    if search.holdout and len(finished) < len(cells):
         print("once they have ended, the same command submits the best cell of each data set, on all training images")
 
 
@@ -323,99 +345,25 @@ def submit_all(flags: RunFlags, launcher_flags: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-def collect(flags: GridFlags) -> dict[str, dict[str, Result]]:
-    """By label and data set, in alphabetical order.
-
-    Raises:
-        UserError: there is none.
-    """
-    root, found = Path(flags.output_dir), {}
-    for folder in sorted(root.glob(f"*/*/{grid_folder(Path(), '', flags.holdout).name}")):
-        label, name = folder.parts[-3:-1]
-        found.setdefault(label, {})[name] = result_of(root / label, name, flags.holdout)
-    if not found:
-        raise UserError(
-            f"--output_dir {root}: holds no grid of --holdout {flags.holdout:g} (LABEL/DATA SET), see `run`"
-        )
-    return found
-
-
 def show(flags: ShowFlags) -> None:
-    """Each table of the paper that has one of the data sets, then the others, and what a reader must know."""
+    """Print each table of the paper that has one of the data sets, one of all other sets, and notes below them."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    results = collect(flags)
-    names = list(dict.fromkeys(name for found in results.values() for name in found))
-    tables = [table for name, table in load_tables().items() if name in TABLES]
-    parts = [(table.heading, beside_paper(table, results)) for table in tables if set(names) & keys_of(table)]
-    others = [name for name in names if not any(name in keys_of(table) for table in tables)]
-    if others:
-        parts.append(("Data sets that the paper has not", alone(others, results)))
-    for heading, comparison in parts:
-        print(f"{commented(heading, flags.format)}\n\n{comparison.render(flags.format)}\n")
-    for line in [*explained(flags), *details(results)]:
-        print(commented(line, flags.format))
+    results = read_results_of_grids(Path(flags.output_dir), flags.holdout)
+    for heading, table in tables_with_results(results):
+        print_table(heading, table, [], flags.format)
+    for line in [explanation(flags.holdout), *grid_notes(results)]:
+        print(as_note(line, flags.format))
     if flags.picture:
-        several = len(results) > 1
+        from util.tables.pictures import save_picture
+
         grids = {
-            f"{title_of(name)}{f', {label}' if several else ''}": found[name].grid
-            for label, found in results.items()
-            for name in found
+            f"{title_of(name)}{f', {label}' if len(results) > 1 else ''}": result.grid
+            for label, by_name in results.items()
+            for name, result in by_name.items()
         }
-        save_figure(heat_maps(grids, f"Grids of {', '.join(results)}", judged(flags)), Path(flags.picture))
-        print(commented(f"picture: {flags.picture}", flags.format))
-
-
-def keys_of(table: Table) -> set[str]:
-    """Names of the data sets in a table."""
-    return {column.key for column in table.columns}
-
-
-def title_of(name: str) -> str:
-    """What a data set is called in full."""
-    return DATASETS[name].title if name in DATASETS else name
-
-
-def judged(flags: GridFlags) -> str:
-    """On which images the cells are compared, in words."""
-    return f"{flags.holdout:.0%} of the training images, held out" if flags.holdout else "the test images"
-
-
-def explained(flags: GridFlags) -> list[str]:
-    """What our numbers are."""
-    spread = "mean ± standard deviation (n - 1) of the grid's accuracies"
-    if flags.holdout:
-        return [
-            f"ours: the cell that is best on {judged(flags)}, trained again on all of them, on the test images"
-            f" ({spread} on those held out); top-1 in % at the last epoch"
-        ]
-    return [
-        f"ours: best ({spread}), top-1 in % at the last epoch on the test images, which choose the best too, as the"
-        " paper's maximum does; --holdout 0.2 chooses on training images"
-    ]
-
-
-def details(results: dict[str, dict[str, Result]]) -> list[str]:
-    """For each grid how much of it there is, and where its best cell lies."""
-    lines = []
-    for label, found in results.items():
-        for name, result in found.items():
-            grid, best = result.grid, result.grid.best
-            line = f"{label}, {name}: {len(grid.means)} of {len(grid.cells)} cells"
-            if best is not None:
-                line += f", best at learning rate {best[0]:g}, weight decay {best[1]:g}"
-                line += edge(best, grid.means)
-            if best is not None and result.score is None:
-                line += "; not yet trained on all training images"
-            lines.append(line)
-    return lines
-
-
-def edge(best: tuple[float, float], cells: dict[tuple[float, float], float]) -> str:
-    """A remark where the best learning rate is the lowest or highest of several: the best may lie beyond."""
-    lrs = sorted({lr for lr, _ in cells})
-    if len(lrs) < 3 or best[0] not in (lrs[0], lrs[-1]):
-        return ""
-    return f" (the {'lowest' if best[0] == lrs[0] else 'highest'} learning rate: widen --lrs)"
+        figure = heat_maps(grids, f"Grids of {', '.join(results)}", choice_images(flags.holdout))
+        save_picture(figure, Path(flags.picture))
+        print(as_note(f"picture: {flags.picture}", flags.format))
 
 
 if __name__ == "__main__":

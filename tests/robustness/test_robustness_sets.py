@@ -32,7 +32,7 @@ from util.config.groups import as_dict
 from util.config.pretrain import PretrainConfig
 from util.data.sources import FileSource, JoinedSource
 from util.results.results import read_results
-from util.robustness.sets import find_below, open_set
+from util.robustness.sets import find_sets, open_set
 from util.weights.classifiers import open_classifier, without_border
 from util.weights.vit import open_vit
 
@@ -94,13 +94,13 @@ def complete(folder: Path, names, each: int, ending=".JPEG") -> Path:
 
 def test_complete_sets_need_no_leave(tmp_path):
     images = open_set("imagenet_o", str(complete(tmp_path / "o", [WNIDS[c] for c in SUBSETS["o"]], 10)), partial=False)
-    assert (len(images.places), images.lacking) == (2000, "")
+    assert (len(images.indices), images.lacking) == (2000, "")
     v2 = open_set("imagenet_v2", str(complete(tmp_path / "v2", map(str, range(1000)), 10)), partial=False)
-    assert (len(v2.places), v2.lacking) == (10_000, "")
-    by_place = {
+    assert (len(v2.indices), v2.lacking) == (10_000, "")
+    by_folder = {
         v2.source.class_names[label]: answer for label, answer in zip(v2.source.labels, v2.answers, strict=True)
     }
-    assert all(answer == (int(name),) for name, answer in by_place.items())
+    assert all(answer == (int(name),) for name, answer in by_folder.items())
     released = (OURS / "si_score_released.txt").read_text().split()
     assert open_set("si_size", str(complete(tmp_path / "area", released, 1)), partial=False).lacking == ""
 
@@ -111,7 +111,7 @@ def test_sets_are_found_under_their_usual_names(tmp_path):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     (tmp_path / "si-score" / "location20_area02_min0pc").rename(tmp_path / "SI-Score" / "location20_area02_min0pc")
     (tmp_path / "si-score").rmdir()
-    found = {flag: Path(path).name for flag, path in find_below(tmp_path).items()}
+    found = {flag: Path(path).name for flag, path in find_sets(tmp_path).items()}
     assert found == {
         "imagenet": "ImageNet", "imagenet_v2": "imagenet-v2", "sketch": "ImageNet-Sketch", "objectnet": "objectnet-1.0",
         "si_size": "object_size", "si_location": "location20_area02_min0pc",
@@ -228,13 +228,13 @@ def wrong_inputs(made, tmp_path):
         f"{tuned} --imagenet {tmp_path}/misplaced --partial": "1 of 1 images lie in another folder than their class's",
         f"{tuned} --imagenet {twice} --partial": "holds 1 images twice",
         f"{tuned} --objectnet {a}": "is not ObjectNet; 200 of its 200 folders are unknown there",
-        f"{tuned} --si_size {si}": "object_location: is named as the images of --si_location are",
+        f"{tuned} --si_size {si}": "object_location: is named like the images of --si_location",
         f"{tuned} --si_size {a}": "is not SI-Score, size; ",
         f"{tuned} --sketch {tmp_path}/nowhere": "nowhere: there is no such file or folder",
         f"{tuned} --data_root {tmp_path}/nowhere": "--data_root",
         f"{tuned} --data_root {val}": "holds none of the sets under its usual name",
         f"{tuned}": "--data_root: is missing, give it or one of --imagenet",
-        f"{tuned} --imagenet_o {data}/imagenet-o": "is set against ImageNet's images, add --imagenet",
+        f"{tuned} --imagenet_o {data}/imagenet-o": "its inliers are images of ImageNet, add --imagenet",
         f"{tuned} --imagenet_v2 {v2} --columns si_lok": "--columns si_lok: unknown, did you mean si_loc?",
         f"{tuned} --imagenet_v2 {v2} --occlusion 0": "--occlusion 0.0: must lie in (0, 1]",
         f"{tuned} --imagenet_v2 {v2} --picture out.txt": "--picture out.txt: give the name of a .png",

@@ -129,7 +129,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
     log.close()
 
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 30)]
+    assert [(e.step, e.value) for e in events.Scalars("loss/loss")] == [(1, 1), (2, 2), (3, 30)]
     assert events.Tags()["scalars"] == ["loss"]
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
@@ -174,21 +174,24 @@ def test_progress_on_a_terminal_rewrites_one_line(tmp_path, monkeypatch):
     log.progress(**FIELDS)
     log.close()
     log.close()
-    shown = format_progress(**FIELDS)[:39]  # never as wide as the terminal, or it would wrap
+    shown = format_progress(**FIELDS, width=39)  # never as wide as the terminal, or it would wrap
     live = f"\r{shown}\x1b[K"
     assert terminal.getvalue() == f"start\n{live}{live}\r\x1b[Ksaved\n{live}\n"
 
 
 def test_format_progress():
-    assert format_progress(**FIELDS) == (
-        "epoch 3/100  step 250/8000  loss 0.6124  mim 0.5000  bc 0.1124  lr 1.50e-04  1234 images/s  "
-        "data wait 3%  memory 1.5 GiB  left 1:02:03"
+    assert format_progress(**FIELDS) == ("epoch 3/100  left 1:02:03  1234 images/s  loss 0.6124  data wait 3%")
+    assert format_progress(**FIELDS, width=200) == (
+        "epoch 3/100  left 1:02:03  1234 images/s  loss 0.6124  data wait 3%  step 250/8000  mim 0.5000  bc 0.1124"
+        "  lr 1.50e-04  memory 1.5 GiB"
     )
+    week = FIELDS | {"epoch": 1600, "epochs": 1600, "seconds_left": 12 * 86400, "images_per_second": 10234}
+    assert len(format_progress(**week)) < 80
     slow = FIELDS | {"images_per_second": 3.14, "seconds_left": math.inf, "losses": {"loss": math.nan}}
     line = format_progress(**slow)
-    assert "loss nan " in line
+    assert "loss nan" in line
     assert " 3.1 images/s " in line
-    assert line.endswith("left ?")
+    assert "  left ?  " in line
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Mains and scripts called in this process, and their one-line errors."""
+"""Mains and scripts called in this process, their one-line errors and their tables."""
 
 from __future__ import annotations
 
@@ -51,3 +51,9 @@ def caller(monkeypatch, tmp_path: Path, main, shared: str):
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     return call
+
+
+def markdown_rows(shown: str) -> list[list[str]]:
+    """Return the cells of each row of all Markdown tables, titles included."""
+    lines = [line for line in shown.splitlines() if line.startswith("|") and not line.startswith("| ---")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]

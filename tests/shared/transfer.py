@@ -10,4 +10,5 @@ TINY_GRID = f'--finetune scratch --finetune_flags="{TINY_CLASSIFIER} --input_siz
 
 
 def rows_of(shown: str) -> list[list[str]]:
+    """Return the cells of each line of a text table."""
     return [re.split(r"  +", line) for line in shown.splitlines()]

@@ -25,9 +25,10 @@ from util.config.segment import SegmentConfig
 from util.data.published import DATASETS
 from util.runtime.errors import UserError
 from util.runtime.files import ROOT
-from util.tables.plan import Clock, flops, parse, plan_runs, read_scale, work_behind
+from util.tables.cost import TimeEstimate, flops
+from util.tables.plan import parse_flags, plan_runs, read_scale, work_behind
 from util.tables.tables import FOLDER, PRETRAIN, PROBE, STAGES, Score, find_tables, load_tables, read_score
-from util.tables.view import fill, render
+from util.tables.view import fill, text_table
 from util.train.resume import share_batch
 
 OURS = [(table, row) for table in TABLES.values() for row in table.rows if row.recipes]
@@ -92,7 +93,7 @@ WRONG_FILES = [
     ("labels: [case]", "labels: [case", "cannot be read as YAML"),
     ("X:", "X: 3\nY:", "table X: 3 must be a mapping"),
     ("backbone: small", "backbone: small\n  seeds: 0", "seeds 0 must be 1 or more"),
-    ("backbone: small", "backbone: small\n  notes: one", "notes must be a list"),
+    ("backbone: small", "backbone: small\n  notes: one", "notes one must be a list"),
 ]
 OWN = """X:
   title: Own
@@ -179,8 +180,8 @@ def test_headers_of_recipes_expect_what_the_tables_have():
 
 def keys_of(config) -> dict:
     """The settings that say what is trained."""
-    about = ("recipe", "output_dir", "seed", "data_path", "auto_resume")
-    return {name: value for name, value in as_dict(config).items() if name not in about}
+    free = ("recipe", "output_dir", "seed", "data_path", "auto_resume")
+    return {name: value for name, value in as_dict(config).items() if name not in free}
 
 
 @pytest.mark.parametrize("scale", ["small", "cpu", "tiny"])
@@ -197,7 +198,7 @@ def test_a_smaller_scale_changes_a_row_in_the_same_way(scale):
             for name, work in works.items():
                 start = {"recipe": base} if name == "paper" else SCALES[scale].bases[base][PRETRAIN]
                 planned, from_base = (
-                    keys_of(parse(PRETRAIN, tuple(script_flags(settings))))
+                    keys_of(parse_flags(PRETRAIN, tuple(script_flags(settings))))
                     for settings in (work.stages[PRETRAIN], start)
                 )
                 found[name] = planned
@@ -290,16 +291,16 @@ def test_the_images_of_an_update_do_not_depend_on_the_processes(tmp_path, monkey
 
 def test_the_time_follows_what_runs_have_reached(tmp_path):
     run, second, *_ = plan_runs([TABLES["C"]], options("tiny", tmp_path))
-    clock = Clock(1e9, images=100)
-    assert clock.seconds(run) == pytest.approx(flops(run, 100) / 1e9)
+    estimate = TimeEstimate(1e9, images=100)
+    assert estimate.seconds(run) == pytest.approx(flops(run, 100) / 1e9)
     run.folder.mkdir(parents=True)
     log = [{"images_per_second": speed} for speed in (10, 50, 1000)] + [{"knn": 3.0}, {"images_per_second": "nan"}]
     (run.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"images_')
-    clock.look_at(run)
-    assert clock.seconds(run, 0.5) == pytest.approx(0.5 * 100 * run.config.epochs / 50)
-    assert clock.seconds(second) == pytest.approx(flops(second, 100) / 1e9)
-    clock.learn(second, 0.5, 30.0)
-    assert clock.seconds(second) == pytest.approx(60)
+    estimate.add_log(run)
+    assert estimate.seconds(run, 0.5) == pytest.approx(0.5 * 100 * run.config.epochs / 50)
+    assert estimate.seconds(second) == pytest.approx(flops(second, 100) / 1e9)
+    estimate.add_run(second, 0.5, 30.0)
+    assert estimate.seconds(second) == pytest.approx(60)
 
 
 def test_a_mistake_in_a_recipe_names_the_row(monkeypatch, tmp_path):
@@ -352,6 +353,7 @@ SHOWN = [("study", "."), ("parts", "."), ("tuning", "."), ("brief", "tiny_imagen
 def test_the_results_page_shows_what_the_kept_results_say(name, folder):
     """Every number of its tables has a line in docs/results."""
     filled = fill(TABLES[name], options("cpu", ROOT / "docs" / "results" / folder))
-    assert render(filled, "baseline", "markdown") in (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    assert text_table(filled, "baseline").render("markdown") in page
     assert len(filled.cells[0]["pooled"].ours) == 3
     assert not filled.remarks  # all ran as planned

@@ -317,7 +317,7 @@ def test_bf16_where_it_cannot(pretrain, flat_folder, capsys):
         "": "--data_path: is missing, give a folder or .tar of images, or --dataset digits",
         "--data_path FOLDER --dataset digits": "FOLDER: --dataset digits has images of its own, leave one of them out",
         "--data_path FOLDER --log_dir FOLDER/image-000.png": "--log_dir FOLDER/image-000.png: cannot be written",
-        "--data_path FOLDER --device mps": "--device mps: is of no use here",
+        "--data_path FOLDER --device mps": "--device mps: is not supported",
         "--data_path FOLDER --init_from FOLDER": "--init_from FOLDER: is a folder, give a checkpoint in it",
     }.items(),
 )

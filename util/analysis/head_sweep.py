@@ -77,9 +77,16 @@ class FrozenTokens:
                 yield from ((tokens[batch], labels[batch]) for batch in batches)
 
     def _encode_all(self, batch_size: int) -> Batch:
-        batches = torch.arange(len(self.views(None))).split(batch_size)
-        tokens, labels = zip(*self._encoded(None, batches), strict=True)
-        return torch.cat([each.cpu() for each in tokens]), torch.cat(labels)
+        number = len(self.views(None))
+        encoded = self._encoded(None, torch.arange(number).split(batch_size))
+        kept: Batch | None = None
+        begin = 0
+        for tokens, labels in progress(encoded, number, "tokens", "images", lambda batch: len(batch[1])):
+            if kept is None:  # filled in place: a list of batches and its concatenation would take twice the memory
+                kept = tokens.new_empty(number, *tokens.shape[1:], device="cpu"), labels.new_empty(number)
+            kept[0][begin : begin + len(labels)], kept[1][begin : begin + len(labels)] = tokens, labels
+            begin += len(labels)
+        return kept
 
     def _encoded(self, epoch: int | None, batches: Sequence[Tensor]) -> Iterator[Batch]:
         sampler = [batch.tolist() for batch in batches]

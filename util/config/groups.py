@@ -324,6 +324,8 @@ class RunConfig:
     """auto: nccl on GPUs, gloo on CPU"""
     dry_run: bool = False
     """print the resolved settings, cost and one batch, train nothing"""
+    print_config: bool = False
+    """print all settings as YAML, and end"""
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -15,7 +15,7 @@ DOWNSTREAM_MAY_CHANGE = {"model", "patch_size", "finetune", "weights", "eval", "
 # Settings that may differ, or whose resolved form is compared; any other change would make it another run.
 MAY_CHANGE = {
     *("recipe", "output_dir", "log_dir", "device", "compile", "resume", "auto_resume", "start_epoch"),
-    *("max_steps", "save_periods", "save_freq", "keep_last", "print_freq", "dist_backend", "dry_run"),
+    *("max_steps", "save_periods", "save_freq", "keep_last", "print_freq", "dist_backend", "dry_run", "print_config"),
     *("num_workers", "pin_mem", "cache", "max_minutes", "on_nonfinite", "elastic", "save_in_background"),
     *("parallel", "checkpoint_activations", "data_path", "val_path", "loader_timeout", "dataset", "batch_size"),
     *("accum_iter", "lr", "blr", "input_size", "mean", "std", "on_bad_image"),

@@ -14,8 +14,10 @@ from util.report.summary import data_of
 from util.results.run_folder import RunFolder, read_run
 from util.runtime.errors import UserError
 from util.runtime.reading import as_number
-from util.tables.plan import Options, Outcome, deviations, outcome_in, read_scale, work_behind
-from util.tables.tables import ALL_STAGES, FOLDER, PRETRAIN, SEGMENT, STAGES, Column, Row, Table, load_tables, read_yaml
+from util.tables.outcomes import Outcome, deviations, outcome_in
+from util.tables.plan import Options, read_scale, work_behind
+from util.tables.schema import read_yaml
+from util.tables.tables import ALL_STAGES, FOLDER, PRETRAIN, SEGMENT, STAGES, Column, Row, Table, load_tables
 from util.tables.view import MISSING, Against, Cell, Filled, fill, grid
 
 SEGMENT_RECIPES = ("segment_vit_small", "segment_vit_base", "segment_vit_large")  # on ADE20K

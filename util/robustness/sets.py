@@ -1,6 +1,6 @@
-"""The columns of Table 5: whose images, in which layout, which answers are right, which classes compete.
+"""The columns of Table 5: their images and layouts, the correct answers, the classes that compete.
 
-`find_below` and `plan_tasks` touch file names only, and refuse a folder that is not the set that it is given for.
+`find_sets` and `plan_tasks` read file names only, and refuse a folder that holds another set than its flag says.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from util.robustness.imagenet import (
 from util.runtime.errors import UserError
 from util.weights.interop import shortened
 
-OBJECTNET_BORDER = 2  # red pixels around each image, which would tell the set
+OBJECTNET_BORDER = 2  # red pixels around each image, by which one could recognise the set
 
 # --------------------------------------------------------------------------------------------------------
 # Images
@@ -43,18 +43,18 @@ OBJECTNET_BORDER = 2  # red pixels around each image, which would tell the set
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images as they are published: in folders whose names are the labels."""
+    """A set as it is published: images in folders whose names are the labels."""
 
     title: str
-    folders: Callable[[], Answers]  # all that may be there, and what is right for their images
-    images: int | None  # that are published in these folders
-    usual: tuple[str, ...]  # names of the whole below --data_root, small and without punctuation
+    folders: Callable[[], Answers]  # the answers of all folders that the set may have
+    images: int | None  # number of published images in these folders; None: unknown
+    usual_names: tuple[str, ...]  # of the set's folder below --data_root, in lower case without punctuation
     required: Callable[[], Iterable[str]] | None = None  # folders of the complete set; None: all of `folders`
-    has_others: bool = False  # folders of other names belong to it, and do not count
+    has_others: bool = False  # the set has other folders too, whose images do not count
 
     @property
     def complete(self) -> set[str]:
-        """The folders of the complete set."""
+        """Return the folders of the complete set."""
         return set((self.required or self.folders)())
 
 
@@ -77,155 +77,153 @@ IMAGE_SETS = {  # by their flags
     "sketch": ImageSet("ImageNet-Sketch", imagenet_folders, 50_889, ("imagenetsketch", "sketch")),
     "imagenet_r": ImageSet("ImageNet-R", imagenet_r_folders, 30_000, ("imagenetr",)),
     "objectnet": ImageSet("ObjectNet", objectnet_folders, 18_574, ("objectnet10", "objectnet"), has_others=True),
-    "si_size": ImageSet("SI-Score, size", usual=("objectsize", "sisize", "area"), **_SI),
+    "si_size": ImageSet("SI-Score, size", usual_names=("objectsize", "sisize", "area"), **_SI),
     "si_location": ImageSet(
-        "SI-Score, location", usual=("objectlocation", "silocation", "location20area02min0pc"), **_SI
+        "SI-Score, location", usual_names=("objectlocation", "silocation", "location20area02min0pc"), **_SI
     ),
-    "si_rotation": ImageSet("SI-Score, rotation", usual=("objectrotation", "sirotation", "rotation"), **_SI),
+    "si_rotation": ImageSet("SI-Score, rotation", usual_names=("objectrotation", "sirotation", "rotation"), **_SI),
 }
-SI_FOLDERS = ("siscore", "siscoredataset")  # which may hold the last three
+SI_FOLDERS = ("siscore", "siscoredataset")  # folders around the last three
 
 
 def plain_name(name: str) -> str:
-    """A folder's name, as it is compared with `usual`."""
+    """Return a folder's name in lower case without punctuation, to be compared with `usual_names`."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def find_below(root: Path) -> dict[str, str]:
-    """The sets that a folder holds under one of their usual names: flag -> path.
-
-    Raises:
-        UserError: no such folder, or none of them in it.
-    """
+def find_sets(root: Path) -> dict[str, str]:
+    """Return the path of each set that a folder holds under a usual name, by flag; UserError if it holds none."""
     if not root.is_dir():
         raise UserError(f"--data_root {root}: there is no such folder")
     below = {plain_name(path.name): path for path in sorted(root.iterdir()) if path.is_dir()}
     for name in set(SI_FOLDERS) & below.keys():
         below |= {plain_name(path.name): path for path in sorted(below[name].iterdir()) if path.is_dir()}
-    found = {}
-    for flag, images in IMAGE_SETS.items():
-        names = [name for name in images.usual if name in below]
+    paths = {}
+    for flag, image_set in IMAGE_SETS.items():
+        names = [name for name in image_set.usual_names if name in below]
         if names:
-            found[flag] = str(below[names[0]])
-    if not found:
+            paths[flag] = str(below[names[0]])
+    if not paths:
         raise UserError(
             f"--data_root {root}: holds none of the sets under its usual name (imagenet, imagenetv2, imagenet-a,"
             " imagenet-o, imagenet-r, sketch, objectnet-1.0, object_size, object_location, object_rotation)"
         )
-    return found
+    return paths
 
 
 @dataclass(frozen=True)
 class OpenSet:
-    """The images of a set that count."""
+    """The images of a set that are scored."""
 
     source: ImageSource
-    places: list[int]  # in the source
+    indices: list[int]  # of these images in the source
     answers: list[Answer]  # of each
-    lacking: str  # what the published set has and this one lacks, in words
-    numbers: list[int] | None = None  # of validation images, counted from 1; None: their names have none
+    lacking: str  # classes and images of the published set that are missing here, in words
+    numbers: list[int] | None = None  # of ImageNet's validation images, from 1; None: their names have none
 
 
 def open_set(flag: str, path: str, partial: bool) -> OpenSet:
-    """The images of a set below a path, once they are known to be that set's.
+    """Return the images of a set, after a check that the path holds this set.
 
     Args:
-        partial: it may lack classes and images.
+        partial: accept a set that lacks classes or images.
 
     Raises:
-        UserError: not there, another set, or incomplete.
+        UserError: the path does not exist, or holds another set or an incomplete one.
     """
-    images, where = IMAGE_SETS[flag], f"--{flag} {path}"
+    image_set, where = IMAGE_SETS[flag], f"--{flag} {path}"
     source = open_images(path, "", "val", f"--{flag}")
     numbers = validation_numbers(source)
     if flag == "imagenet" and numbers is not None:
         return validation_set(source, numbers, where, partial)
     if numbers is not None:
-        raise UserError(f"{where}: holds ImageNet-1k's validation images (ILSVRC2012_val_...), not {images.title}")
+        raise UserError(f"{where}: holds ImageNet-1k's validation images (ILSVRC2012_val_...), not {image_set.title}")
     folders = [source.class_names[label] for label in source.labels]
-    refuse_others(images, set(folders), where)
-    name = plain_name(Path(path).name)  # all that tells SI-Score's three apart
-    named = [other for other, known in IMAGE_SETS.items() if other != flag and name in known.usual]
+    check_folders(image_set, set(folders), where)
+    name = plain_name(Path(path).name)  # SI-Score's three sets differ in nothing else
+    named = [other for other, known in IMAGE_SETS.items() if other != flag and name in known.usual_names]
     if named:
-        raise UserError(f"{where}: is named as the images of --{named[0]} are, give them to that flag")
-    known = images.folders()
-    places = [place for place, folder in enumerate(folders) if folder in known]
-    lacking = what_is_lacking(images, {folders[place] for place in places}, len(places), where, partial)
-    return OpenSet(source, places, [known[folders[place]] for place in places], lacking)
+        raise UserError(f"{where}: is named like the images of --{named[0]}, give them to that flag")
+    known = image_set.folders()
+    indices = [index for index, folder in enumerate(folders) if folder in known]
+    lacking = missing_parts(image_set, {folders[index] for index in indices}, len(indices), where, partial)
+    return OpenSet(source, indices, [known[folders[index]] for index in indices], lacking)
 
 
-def refuse_others(images: ImageSet, found: set[str], where: str) -> None:
-    """UserError where folders are not those of the set."""
-    known = images.folders()
-    unknown = sorted(found - known.keys())
-    if (not images.has_others and not unknown) or (images.has_others and found & known.keys()):
+def check_folders(image_set: ImageSet, folders: set[str], where: str) -> None:
+    """Raise UserError if the folders are not those of the set."""
+    known = image_set.folders()
+    unknown = sorted(folders - known.keys())
+    if (not image_set.has_others and not unknown) or (image_set.has_others and folders & known.keys()):
         return
-    alike = [other.title for other in IMAGE_SETS.values() if other.complete <= found and not other.has_others]
+    alike = [other.title for other in IMAGE_SETS.values() if other.complete <= folders and not other.has_others]
+    expected = sorted(image_set.complete)
     raise UserError(
-        f"{where}: is not {images.title}; {len(unknown)} of its {len(found)} folders are unknown there"
-        f" ({shortened(unknown, 3)}), expected are {len(images.complete)} ({shortened(sorted(images.complete), 3)})"
+        f"{where}: is not {image_set.title}; {len(unknown)} of its {len(folders)} folders are unknown there"
+        f" ({shortened(unknown, 3)}), expected are {len(expected)} ({shortened(expected, 3)})"
         + (f"; it looks like {alike[0]}" if alike else "")
     )
 
 
-def what_is_lacking(images: ImageSet, found: set[str], count: int, where: str, partial: bool) -> str:
-    """What the published set has besides, in words; empty: nothing.
+def missing_parts(image_set: ImageSet, folders: set[str], count: int, where: str, partial: bool) -> str:
+    """Return how many of the published classes and images are present, in words; empty if all are.
 
     Raises:
-        UserError: something, unless `partial`, or there are more images than were published.
+        UserError: some are missing, unless `partial`; or there are more images than were published.
     """
-    absent = sorted(images.complete - found)
-    if images.images is not None and count > images.images:
-        raise UserError(f"{where}: is not {images.title}, which has {images.images} images; {count} are here")
+    complete, published = image_set.complete, image_set.images
+    absent = sorted(complete - folders)
+    if published is not None and count > published:
+        raise UserError(f"{where}: is not {image_set.title}, which has {published} images; {count} are here")
     lacking = []
     if absent:
-        lacking.append(f"{len(images.complete) - len(absent)} of {len(images.complete)} classes")
-    if images.images is not None and count < images.images:
-        lacking.append(f"{count} of {images.images} images")
+        lacking.append(f"{len(complete) - len(absent)} of {len(complete)} classes")
+    if published is not None and count < published:
+        lacking.append(f"{count} of {published} images")
     if lacking and not partial:
         missing = f", without {shortened(absent, 3)}" if absent else ""
-        same = [other.title for other in IMAGE_SETS.values() if other is not images and found == other.complete]
+        same = [other.title for other in IMAGE_SETS.values() if other is not image_set and folders == other.complete]
         raise UserError(
-            f"{where}: holds {' and '.join(lacking)} of {images.title}{missing}"
+            f"{where}: holds {' and '.join(lacking)} of {image_set.title}{missing}"
             + (f"; it looks like {same[0]}" if same else "; --partial scores what is there")
         )
     return " and ".join(lacking)
 
 
 def validation_numbers(source: ImageSource) -> list[int] | None:
-    """The numbers in the names of ImageNet's validation images; None where a name has none."""
-    matches = [VALIDATION_NAME.search(os.path.basename(source.name(place))) for place in range(len(source))]
+    """Return the numbers in the names of ImageNet's validation images; None if a name has none."""
+    matches = [VALIDATION_NAME.search(os.path.basename(source.name(index))) for index in range(len(source))]
     return [int(match[1]) for match in matches] if all(matches) else None
 
 
 def validation_set(source: ImageSource, numbers: list[int], where: str, partial: bool) -> OpenSet:
-    """ImageNet's validation images by their numbers, in one folder or in class folders, which must agree.
+    """Return ImageNet's validation images with the original labels, which their numbers tell.
 
     Raises:
-        UserError: a number is impossible or twice there, class folders disagree with the original labels, or
-            images are missing.
+        UserError: a number is impossible or comes twice, a class folder disagrees with the original label, or images
+            are missing.
     """
     known, labels = imagenet_folders(), validation_labels()
     wrong = [number for number in numbers if not 1 <= number <= NUM_VALIDATION]
     if wrong:
         raise UserError(f"{where}: holds an image number {wrong[0]}, ImageNet-1k's are 1 to {NUM_VALIDATION}")
-    twice = len(numbers) - len(set(numbers))
-    if twice:
+    repeated = len(numbers) - len(set(numbers))
+    if repeated:
         number = next(number for number, count in Counter(numbers).items() if count > 1)
-        raise UserError(f"{where}: holds {twice} images twice, first number {number}; leave one of each")
+        raise UserError(f"{where}: holds {repeated} images twice, first number {number}; leave one of each")
     answers = [(int(labels[number - 1]),) for number in numbers]
+    wnids = list(known)
     if source.class_names and set(source.class_names) & known.keys():
         folders = [source.class_names[label] for label in source.labels]
-        differ = [i for i, folder in enumerate(folders) if known.get(folder) != answers[i]]
-        if differ:
-            right = {answer: wnid for wnid, answer in known.items()}[answers[differ[0]]]
+        misplaced = [i for i, folder in enumerate(folders) if known.get(folder) != answers[i]]
+        if misplaced:
+            name, wnid = source.name(misplaced[0]), wnids[answers[misplaced[0]][0]]
             raise UserError(
-                f"{where}: {len(differ)} of {len(numbers)} images lie in another folder than their class's, first"
-                f" {source.name(differ[0])}, whose class is {right}; sort them anew, or give them in one flat folder"
+                f"{where}: {len(misplaced)} of {len(numbers)} images lie in another folder than their class's, first"
+                f" {name}, whose class is {wnid}; sort them anew, or give them in one flat folder"
             )
-    wnids = list(known)
-    found = {wnids[answer[0]] for answer in answers}
-    lacking = what_is_lacking(IMAGE_SETS["imagenet"], found, len(numbers), where, partial)
+    present = {wnids[answer[0]] for answer in answers}
+    lacking = missing_parts(IMAGE_SETS["imagenet"], present, len(numbers), where, partial)
     return OpenSet(source, list(range(len(numbers))), answers, lacking, numbers)
 
 
@@ -236,20 +234,20 @@ def validation_set(source: ImageSource, numbers: list[int], where: str, partial:
 
 @dataclass(frozen=True)
 class Task:
-    """What gives a column of Table 5 its number."""
+    """The images of a column of Table 5, and how they are shown and scored."""
 
     key: str  # of the column in tables/paper.yaml
     source: ImageSource = field(repr=False)
-    places: list[int] = field(repr=False)  # images of the source that count
-    answers: list[Answer] = field(repr=False)  # of each: classes of ImageNet that are right; none: an outlier
-    lacking: str = ""  # what the published set has besides
+    indices: list[int] = field(repr=False)  # of the scored images in the source
+    answers: list[Answer] = field(repr=False)  # of each: the correct classes of ImageNet; empty: an outlier
+    lacking: str = ""  # classes and images of the published set that are missing, in words
     classes: Answer | None = None  # classes of ImageNet that compete; None: all
-    occluded: bool = False  # without its centre
+    occluded: bool = False  # the centre of each image is covered
     border: int = 0  # pixels that are cut off on each side
 
     @property
     def pass_key(self) -> tuple:
-        """Equal for tasks that one pass over the images serves."""
+        """Return a key that is equal for tasks that share one pass over the images."""
         return (id(self.source), self.classes, self.occluded, self.border)
 
 
@@ -270,25 +268,25 @@ COLUMNS = {  # column of Table 5 -> the flag of its images
 
 
 def flags_of(key: str) -> tuple[str, ...]:
-    """The flags of all images that a column needs: IN-O is set against ImageNet's."""
+    """Return the flags of all images that a column needs; the inliers of IN-O are images of ImageNet."""
     return (COLUMNS[key], "imagenet") if key == "o" else (COLUMNS[key],)
 
 
 def plan_tasks(
     columns: Sequence[str], paths: Mapping[str, str], partial: bool, absent: str = "is not given"
 ) -> tuple[list[Task], dict[str, str]]:
-    """The tasks of the columns whose images are there, and why each other column is missing.
+    """Return the tasks of the columns whose images are given, and for each other column why it is missing.
 
     Args:
         paths: by the flags of IMAGE_SETS.
-        absent: what to say of a flag that is not among them.
+        absent: how the reason ends for a flag that has no path.
 
     Raises:
-        UserError: a path holds something else, or less than is allowed.
+        UserError: a path holds another set, or an incomplete one without `partial`.
     """
     needed = {flag for key in columns for flag in flags_of(key)}
     opened = functools.cache(lambda flag: open_set(flag, paths[flag], partial))
-    for flag in IMAGE_SETS:  # all of them before any is used
+    for flag in IMAGE_SETS:  # wrong paths are refused before any evaluation
         if flag in needed and flag in paths:
             opened(flag)
     tasks, missing = [], {}
@@ -306,16 +304,16 @@ def plan_tasks(
 
 
 def accuracy_task(key: str, images: OpenSet) -> Task:
-    """A column that is an accuracy."""
+    """Return the task of a column that is an accuracy."""
     common = dict(key=key, source=images.source, lacking=images.lacking)
     if key == "real":
         answers = [real_answers()[number - 1] for number in images.numbers]
-        kept = [i for i, answer in enumerate(answers) if answer]  # an image without labels is left out
-        return Task(**common, places=[images.places[i] for i in kept], answers=[answers[i] for i in kept])
+        labelled = [i for i, answer in enumerate(answers) if answer]  # ReaL leaves the others out
+        return Task(**common, indices=[images.indices[i] for i in labelled], answers=[answers[i] for i in labelled])
     compete = {"a": imagenet_a_folders, "r": imagenet_r_folders}.get(key)
     return Task(
         **common,
-        places=images.places,
+        indices=images.indices,
         answers=images.answers,
         classes=None if compete is None else competing(compete()),
         occluded=key == "cocc",
@@ -324,20 +322,20 @@ def accuracy_task(key: str, images: OpenSet) -> Task:
 
 
 def outlier_task(outliers: OpenSet, validation: OpenSet) -> Task:
-    """ImageNet-O: its images against the validation images of the same 200 classes (Hendrycks et al. 2021)."""
-    against = set(outliers.answers)
-    kept = [i for i, answer in enumerate(validation.answers) if answer in against]
+    """Return the task of ImageNet-O: its images against validation images of 200 classes (Hendrycks et al. 2021)."""
+    classes = set(outliers.answers)
+    inliers = [i for i, answer in enumerate(validation.answers) if answer in classes]
     offset = len(outliers.source)
     return Task(
         key="o",
         source=JoinedSource([outliers.source, validation.source]),
-        places=[*outliers.places, *(offset + validation.places[i] for i in kept)],
-        answers=[*(() for _ in outliers.places), *(validation.answers[i] for i in kept)],
+        indices=[*outliers.indices, *(offset + validation.indices[i] for i in inliers)],
+        answers=[*(() for _ in outliers.indices), *(validation.answers[i] for i in inliers)],
         lacking="; ".join(filter(None, (outliers.lacking, validation.lacking))),
         classes=competing(imagenet_o_folders()),
     )
 
 
 def competing(folders: Answers) -> Answer:
-    """The classes of all folders, in their order."""
-    return tuple(sorted({place for answer in folders.values() for place in answer}))
+    """Return the classes of all folders, sorted."""
+    return tuple(sorted({index for answer in folders.values() for index in answer}))

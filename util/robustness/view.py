@@ -1,4 +1,4 @@
-"""Table 5 with our models' rows under the paper's."""
+"""Table 5 with our models' rows below the paper's, made of the lines of results.jsonl."""
 
 from __future__ import annotations
 
@@ -7,168 +7,193 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from util.figures.figure import Cell as Picture
-from util.figures.figure import picture_grid, save_figure
 from util.results.results import read_results
-from util.robustness.imagenet import class_names
-from util.robustness.scores import Example
 from util.robustness.sets import COLUMNS
-from util.tables.formats import FORMATS
+from util.tables.formats import TextTable
 from util.tables.tables import Row, Table, find_tables
-from util.tables.view import MISSING, Cell, Filled, draw
+from util.tables.view import MISSING, Cell, Filled
+from util.weights.checkpoint import BEST
 from util.weights.vit import TIMM
 
+if TYPE_CHECKING:
+    from util.robustness.scores import Example
+
 STAGE = "robustness"  # of the lines in results.jsonl
-IDENTITY = ("checkpoint", "sha256", "weights", "num_heads", "input_size")  # what makes a row of the table
-NOT_SETTINGS = {*IDENTITY, "label", "column", "num_images"}  # what else differs makes another measurement
-PARTIAL = "*"
+IDENTITY = ("checkpoint", "sha256", "weights", "num_heads", "input_size")  # settings that tell models apart
+NOT_COMPARED = {*IDENTITY, "label", "column", "num_images"}  # a difference in any other setting is named
+MARK = "*"  # of numbers that have a remark
+ON_VALIDATION = ("in1k", "real", "cocc", "o")  # columns with images by which checkpoint-best was chosen
+CORRECT, WRONG, NEITHER = "#2E8B57", "#C0392B", "#BBBBBB"  # frames of examples
 
-
-@dataclass(frozen=True)
-class Ours:
-    """A model's finished columns."""
-
-    label: str
-    lines: Mapping[str, Mapping[str, Any]]  # by column: the line of results.jsonl that is shown
-    others: Mapping[str, Sequence[Mapping[str, Any]]]  # by column: those with other settings and another number
-
-    def shown(self, key: str) -> str:
-        """A cell: the number, marked where there is something to say of it."""
-        if key not in self.lines:
-            return MISSING
-        return f"{main_metric(key, self.lines[key]):.1f}{PARTIAL if self.remark(key) else ''}"
-
-    def remark(self, key: str) -> str:
-        """Why a number is not that of the published set, and what it is with other settings; empty: nothing."""
-        line = self.lines[key]
-        said = [remark_on(line)]
-        for other in self.others[key]:
-            here, there = line["config"], other["config"]
-            names = [name for name in here if name not in NOT_SETTINGS and here[name] != there.get(name)]
-            own, its = (", ".join(f"{name} {config.get(name)}" for name in names) for config in (here, there))
-            said.append(f"with {own}; {main_metric(key, other):.1f} with {its}")
-        return "; ".join(filter(None, said))
-
-
-def main_metric(key: str, line: Mapping[str, Any]) -> float:
-    """The number that Table 5 prints, in %."""
-    return line["metrics"]["aupr" if key == "o" else "top1"]
-
-
-def remark_on(line: Mapping[str, Any]) -> str:
-    """Why a number is not that of the published set; empty: it is."""
-    bad = round(line["metrics"]["bad_images"])
-    parts = [line["config"]["lacking"], f"{bad} unreadable images left out" if bad else ""]
-    return ", ".join(filter(None, parts))
+# --------------------------------------------------------------------------------------------------------
+# Lines of results.jsonl
+# --------------------------------------------------------------------------------------------------------
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of results.jsonl that are ours, oldest first."""
+    """Return the lines of results.jsonl that this program wrote, oldest first."""
     return [line for line in read_results(folder) if line["stage"] == STAGE]
 
 
+def main_metric(key: str, line: Mapping[str, Any]) -> float:
+    """Return the number that Table 5 prints, in %."""
+    return line["metrics"]["aupr" if key == "o" else "top1"]
+
+
 def without_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a number depends on: neither what the model was called, nor where the file lies that `sha256` tells."""
+    """Return the settings that a number depends on; not the model's label, nor the path of a file with a `sha256`."""
     path = {} if config["checkpoint"].startswith(TIMM) else {"checkpoint": ""}
     return {**config, "label": "", **path}
 
 
-def finished(lines: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The newest line with these settings, whatever the model and its file were called, or None."""
-    found = [line for line in lines if without_names(line["config"]) == without_names(settings)]
-    return found[-1] if found else None
+def find_line(lines: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the newest line with these settings, whatever the label and path of the model; None if there is none."""
+    wanted = without_names(settings)
+    return next((line for line in reversed(lines) if without_names(line["config"]) == wanted), None)
 
 
-def read_ours(folder: Path, wanted: Sequence[Mapping[str, Any]] = ()) -> list[Ours]:
-    """All models of results.jsonl in the order in which they came, by their last names, which are made to differ.
+# --------------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """The finished columns of a model."""
+
+    label: str
+    lines: Mapping[str, Mapping[str, Any]]  # by column: the line of results.jsonl that is shown
+    others: Mapping[str, Sequence[Mapping[str, Any]]]  # by column: lines with other settings and another number
+
+    def cell(self, key: str) -> str:
+        """Return the number, marked if it has a remark, or a dash."""
+        if key not in self.lines:
+            return MISSING
+        return f"{main_metric(key, self.lines[key]):.1f}{MARK if self.remark(key) else ''}"
+
+    def remark(self, key: str) -> str:
+        """Return how the images differ from the published set, and the numbers with other settings; often empty."""
+        line = self.lines[key]
+        unreadable = round(line["metrics"]["bad_images"])
+        images = [line["config"]["lacking"], f"{unreadable} unreadable images left out" if unreadable else ""]
+        parts = [", ".join(filter(None, images))]
+        for other in self.others[key]:
+            here, there = line["config"], other["config"]
+            names = [name for name in here if name not in NOT_COMPARED and here[name] != there.get(name)]
+            own, its = (", ".join(f"{name} {config.get(name)}" for name in names) for config in (here, there))
+            parts.append(f"with {own}; {main_metric(key, other):.1f} with {its}")
+        return "; ".join(filter(None, parts))
+
+    @property
+    def chosen_on(self) -> list[str]:
+        """Return the columns with images by which this checkpoint was chosen as the best of its run."""
+        lines = {key: self.lines[key] for key in ON_VALIDATION if key in self.lines}
+        return [key for key, line in lines.items() if Path(line["config"]["checkpoint"]).name == BEST]
+
+
+def read_models(folder: Path, wanted: Sequence[Mapping[str, Any]] = ()) -> list[ModelResults]:
+    """Return all models of results.jsonl in order, under their last labels; equal labels are made to differ.
 
     Args:
-        wanted: settings whose lines are shown; of what they do not name it is the newest line.
+        wanted: settings whose lines are shown; otherwise the newest line of a column is.
     """
     models: dict[tuple, dict[str, list[Any]]] = {}
     labels: dict[tuple, str] = {}
     asked = [without_names(settings) for settings in wanted]
     for line in read_lines(folder):
         config = line["config"]
-        named = without_names(config)
-        identity = tuple(str(named[name]) for name in IDENTITY)
+        settings = without_names(config)
+        identity = tuple(str(settings[name]) for name in IDENTITY)
         lines = models.setdefault(identity, {}).setdefault(config["column"], [])
-        lines[:] = [*(each for each in lines if without_names(each["config"]) != named), line]
+        lines[:] = [*(each for each in lines if without_names(each["config"]) != settings), line]
         labels[identity] = config["label"]
     shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
-    ours = []
-    for identity, lines in models.items():
+    results = []
+    for identity, columns in models.items():
         checkpoint, digest, weights, _, size = identity
         more = f" ({digest[:8] or checkpoint}, {weights}, {size})" if labels[identity] in shared else ""
         shown, others = {}, {}
-        for key, found in lines.items():
-            now = [each for each in found if without_names(each["config"]) in asked]
-            shown[key] = (now or found)[-1]
-            others[key] = [each for each in found if main_metric(key, each) != main_metric(key, shown[key])]
-        ours.append(Ours(labels[identity] + more, shown, others))
-    return ours
+        for key, lines in columns.items():
+            shown[key] = ([line for line in lines if without_names(line["config"]) in asked] or lines)[-1]
+            others[key] = [line for line in lines if main_metric(key, line) != main_metric(key, shown[key])]
+        results.append(ModelResults(labels[identity] + more, shown, others))
+    return results
 
 
-def table_with(ours: Sequence[Ours]) -> Filled:
-    """The paper's rows, then ours."""
-    table = find_tables("5")[0]
-    rows = [dataclasses.replace(row, labels=(*row.labels, "paper")) for row in table.rows]
-    rows += [Row((model.label, "ours"), paper={}, recipes={}, flags={}, epochs_times=1) for model in ours]
-    cells = [{key: Cell(row.paper.get(key)) for key in COLUMNS} for row in table.rows]
-    cells += [
-        {key: Cell(None, (main_metric(key, model.lines[key]),) if key in model.lines else ()) for key in COLUMNS}
-        for model in ours
-    ]
-    table = dataclasses.replace(table, labels=(*table.labels, "numbers"), rows=tuple(rows))
-    return Filled(table, tuple(cells), remarks=())
+# --------------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------------
 
 
-def render_with(ours: Sequence[Ours], style: str) -> str:
-    """The table as text, Markdown or LaTeX: Table 5's columns, a number each."""
-    filled = table_with(ours)
-    table: Table = filled.table
-    shown = [[str(cells[column.key].paper or "") for column in table.columns] for cells in filled.cells]
-    shown[len(shown) - len(ours) :] = [[model.shown(column.key) for column in table.columns] for model in ours]
-    titles = [*table.labels, *(column.title for column in table.columns)]
-    return FORMATS[style](titles, [[*row.labels, *cells] for row, cells in zip(table.rows, shown, strict=True)], 2)
-
-
-def remarks_on(ours: Sequence[Ours]) -> list[str]:
-    """What a reader of the table must know, a line each."""
-    titles = column_titles()
-    return [
-        f"{PARTIAL} {titles[key]} of {model.label}: {model.remark(key)}"
-        for model in ours
-        for key in COLUMNS
-        if key in model.lines and model.remark(key)
-    ]
+def paper_table() -> Table:
+    """Return Table 5 of the paper."""
+    return find_tables("5")[0]
 
 
 def column_titles() -> dict[str, str]:
-    """What Table 5 calls its columns."""
-    return {column.key: column.title for column in find_tables("5")[0].columns}
+    """Return the titles of Table 5's columns."""
+    return {column.key: column.title for column in paper_table().columns}
 
 
-def draw_with(ours: Sequence[Ours], path: Path) -> None:
-    """A panel per column, a point per row, into a PNG."""
-    draw(table_with(ours), "paper", path)
+def text_table(models: Sequence[ModelResults]) -> TextTable:
+    """Return the paper's rows, then one per model."""
+    table = paper_table()
+    keys = [column.key for column in table.columns]
+    rows = [[*row.labels, "paper", *(str(row.paper.get(key, "")) for key in keys)] for row in table.rows]
+    rows += [[model.label, "ours", *map(model.cell, keys)] for model in models]
+    return TextTable([*table.labels, "numbers", *column_titles().values()], rows, 2)
+
+
+def filled_table(models: Sequence[ModelResults]) -> Filled:
+    """Return the same rows as numbers, for a picture."""
+    table = paper_table()
+    rows = [dataclasses.replace(row, labels=(*row.labels, "paper")) for row in table.rows]
+    cells = [{key: Cell(row.paper.get(key)) for key in COLUMNS} for row in table.rows]
+    for model in models:
+        rows.append(Row((model.label, "ours"), paper={}, recipes={}, flags={}, epochs_times=1))
+        numbers = {key: (main_metric(key, line),) for key, line in model.lines.items()}
+        cells.append({key: Cell(None, numbers.get(key, ())) for key in COLUMNS})
+    return Filled(dataclasses.replace(table, rows=tuple(rows)), tuple(cells), remarks=())
+
+
+def table_notes(models: Sequence[ModelResults]) -> list[str]:
+    """Return the lines below the table: units, remarks on single numbers, and what else a reader must know."""
+    titles = column_titles()
+    lines = ["top-1 accuracy in %, of IN-O AUPR in %; –: not evaluated"]
+    for model in models:
+        remarks = {key: model.remark(key) for key in COLUMNS if key in model.lines}
+        lines += [f"{MARK} {titles[key]} of {model.label}: {remark}" for key, remark in remarks.items() if remark]
+    for model in models:
+        if model.chosen_on:
+            columns = ", ".join(titles[key] for key in model.chosen_on)
+            lines.append(f"{model.label}: {BEST} was chosen on ImageNet's validation images, which {columns} score too")
+    auroc = [f"{model.label} {model.lines['o']['metrics']['auroc']:.1f}" for model in models if "o" in model.lines]
+    if auroc:
+        lines.append(f"AUROC of IN-O, which the paper's numbers look like: {', '.join(auroc)}")
+    return lines
 
 
 def draw_examples(rows: Mapping[str, Sequence[Example]], label: str, path: Path) -> None:
-    """A row of images for each column, as the model sees them, with what it says, into a PNG."""
+    """Draw a row of images for each column, as the model sees them, with its predictions, into a PNG."""
+    from util.figures.figure import DPI, picture_grid
+    from util.figures.figure import Cell as Picture
+    from util.robustness.imagenet import class_names
+    from util.tables.pictures import save_picture
+
     titles, names = column_titles(), class_names()
     cells = [
         [
             Picture(
                 example.image,
-                title=textwrap.shorten(names[example.said], 22, placeholder="…"),
-                frame="#2E8B57" if example.said in example.right else "#BBBBBB" if not example.right else "#C0392B",
+                title=textwrap.shorten(names[example.predicted], 22, placeholder="…"),
+                frame=CORRECT if example.predicted in example.answer else WRONG if example.answer else NEITHER,
             )
             for example in examples
         ]
         for examples in rows.values()
     ]
-    caption = "Above each image what the model says; green: right, red: wrong, grey: an outlier, of no class."
-    save_figure(picture_grid(cells, [], [titles[key] for key in rows], f"What {label} sees", caption), path)
+    caption = "Above each image the prediction. Green: correct, red: wrong, grey: an outlier, which has no class."
+    figure = picture_grid(cells, [], [titles[key] for key in rows], f"What {label} sees", caption)
+    save_picture(figure, path, DPI)

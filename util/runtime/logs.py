@@ -33,6 +33,11 @@ LOG_FILE = "log.jsonl"
 COMMIT_FILE = "COMMIT"
 VERSIONS_OF = ("torch", "torchvision", "timm", "numpy")
 ERASE_TO_END_OF_LINE = "\x1b[K"
+TAG_GROUPS = {  # of TensorBoard; all other numbers are those of evaluations
+    "loss": ("loss", "mim", "bc", "main", "auxiliary"),
+    "update": ("lr", "grad_norm", "skipped_updates"),
+    "speed": ("images_per_second", "data_wait", "memory_bytes", "bad_images"),
+}
 
 
 @functools.cache
@@ -98,7 +103,7 @@ class RunLog:
         self._file.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
         self._file.flush()  # the last lines before a crash are those that explain it
         for name, value in values.items():
-            self._show(lambda board, name=name, value=value: board.add_scalar(name, value, step))
+            self._show(lambda board, name=name, value=value: board.add_scalar(tag_of(name), value, step))
 
     def image(self, step: int, tag: str, array: np.ndarray) -> None:
         """Show a picture, uint8 [height, width, channels], in TensorBoard."""
@@ -135,14 +140,14 @@ class RunLog:
         """
         if not self._enabled:
             return
-        line = format_progress(**fields)
         if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns
-            # A line that wraps could not be rewritten: \r goes back to the start of its last row only.
-            print("\r" + line[: width - 1] + ERASE_TO_END_OF_LINE, end="", flush=True)
+            # a line that wraps could not be rewritten: \r goes back to the start of its last row only
+            width = shutil.get_terminal_size().columns - 1
+            line = format_progress(**fields, width=width)[:width]
+            print("\r" + line + ERASE_TO_END_OF_LINE, end="", flush=True)
             self._live = True
         else:
-            print(line, flush=True)
+            print(format_progress(**fields), flush=True)
 
     def close(self) -> None:
         """Leave the progress line standing and close the files."""
@@ -152,6 +157,11 @@ class RunLog:
         self._show(lambda board: board.close())
         if self._file is not None:
             self._file.close()
+
+
+def tag_of(name: str) -> str:
+    """Return the tag of a number in TensorBoard, which shows one group of curves per prefix."""
+    return f"{next((group for group, names in TAG_GROUPS.items() if name in names), 'monitor')}/{name}"
 
 
 def format_progress(
@@ -166,8 +176,9 @@ def format_progress(
     data_wait: float,
     memory_bytes: int,
     seconds_left: float,
+    width: int = 79,
 ) -> str:
-    """Format the progress line.
+    """Format the progress line: what matters most comes first, and what does not fit into `width` columns is left out.
 
     Args:
         epoch: the current epoch, counted from 1.
@@ -177,17 +188,24 @@ def format_progress(
         memory_bytes: see `peak_memory_bytes`.
         seconds_left: NaN or infinite where it is not known yet.
     """
+    loss, *other_losses = [f"{name} {value:.4f}" for name, value in losses.items()] or [""]
     parts = [
         f"epoch {epoch}/{epochs}",
-        f"step {step}/{total_steps}",
-        *(f"{name} {loss:.4f}" for name, loss in losses.items()),
-        f"lr {lr:.2e}",
-        f"{images_per_second:.{0 if images_per_second >= 100 else 1}f} images/s",
-        f"data wait {data_wait:.0%}",
-        f"memory {memory_bytes / 2**30:.1f} GiB",
         f"left {format_duration(seconds_left)}",
+        f"{images_per_second:.{0 if images_per_second >= 100 else 1}f} images/s",
+        loss,
+        f"data wait {data_wait:.0%}",
+        f"step {step}/{total_steps}",
+        *other_losses,
+        f"lr {lr:.2e}",
+        f"memory {memory_bytes / 2**30:.1f} GiB",
     ]
-    return "  ".join(parts)
+    line = parts[0]
+    for part in filter(None, parts[1:]):
+        if len(line) + 2 + len(part) > width:
+            break
+        line += "  " + part
+    return line
 
 
 def format_duration(seconds: float) -> str:

@@ -30,6 +30,7 @@ from util.runtime.distributed import (
     is_main,
     main_says,
     start_processes,
+    stop_processes,
     world_size,
 )
 from util.runtime.errors import Requeue, UserError
@@ -93,6 +94,11 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         UserError: for all that can be wrong with the input.
     """
     processes = start_processes(config.device, config.dist_backend)
+    if config.print_config:
+        if is_main():
+            print(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+        stop_processes()
+        raise SystemExit(0)
     dtype = autocast_dtype(config.amp, processes.device)
     check_sharding(config.parallel, dtype, processes.device)
     data = open_data(config, processes)
@@ -178,7 +184,7 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
             updates_per_epoch=trainer.updates_per_epoch,
             total_updates=trainer.last_update,
         )
-    log.text(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+    log.text(f"settings: {config.output_dir}/config.yaml (the same command with --print_config prints them)")
     log.text(
         f"{len(run.data.train)} images, {trainer.updates_per_epoch} updates of {config.effective_batch} per epoch;"
         f" {count_parameters(state.model) / 1e6:.1f} M parameters on {run.processes.world_size} x"
