@@ -133,6 +133,8 @@ class PixelConfig:
     """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.5"""
     std: tuple[float, ...] = ()
     """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.25"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, as MAE, or turn the pixels as it says"""
     on_bad_image: Literal["error", "skip"] = "error"
     """an unreadable image stops the run, or the next readable one takes its place and it is counted"""
     num_workers: int | None = None

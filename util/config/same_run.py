@@ -55,7 +55,7 @@ def kind_of(config_type: type) -> str:
 
 
 # what runs did before a setting existed, which their checkpoints do not name
-BEFORE = {"rel_pos_bias": "none", "layer_scale": 0.0}
+BEFORE = {"rel_pos_bias": "none", "layer_scale": 0.0, "exif": "ignore"}
 KIND = "kind of training"
 NAMES = "names of the images"  # from util.data.sources.fingerprint, added by the mains
 ELASTIC = ("processes", "batch_size", "accum_iter")

@@ -92,7 +92,7 @@ def cached(config: ClassifierConfig, source: ImageSource) -> ImageSource | Cache
     if config.cache == "none":
         return source
     workers, skip_bad = config.resolved_num_workers, config.on_bad_image == "skip"
-    return cache_images(source, config.in_chans, workers, config.loader_timeout, skip_bad)
+    return cache_images(source, config.in_chans, workers, config.loader_timeout, skip_bad, exif=config.exif)
 
 
 def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDataset:
@@ -109,7 +109,8 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
         raise UserError(f"--aa {policy}: timm does not know this policy ({error!r})") from error
     if isinstance(config, LinprobeConfig):
         transform.transforms[0] = ClampedResizedCrop(config.resolved_input_size, config.crop_scale)
-    return ClassifierDataset(source, transform, config.in_chans, config.seed, config.on_bad_image == "skip")
+    skip_bad = config.on_bad_image == "skip"
+    return ClassifierDataset(source, transform, config.in_chans, config.seed, skip_bad, config.exif)
 
 
 @contextmanager
