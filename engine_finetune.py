@@ -152,7 +152,7 @@ class ClassifierEvaluation(Evaluation):
         self.every = config.eval_freq
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans)
+        dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans, exif=config.exif)
         self.loader = evaluation_loader(dataset, trainer, config.batch_size)
         self.normalise = Normalise(config.resolved_mean, config.resolved_std, trainer.device)
 

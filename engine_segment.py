@@ -264,7 +264,7 @@ class SegmentEvaluation(Evaluation):
         self.every = config.eval_freq
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = WholeImages(data.val, indices, config.resolved_input_size, config.in_chans)
+        dataset = WholeImages(data.val, indices, config.resolved_input_size, config.in_chans, config.exif)
         self.loader = evaluation_loader(dataset, trainer, batch_size=None)
         self.examples: list[Predicted] = []  # of the latest evaluation
 
@@ -289,7 +289,7 @@ class SegmentEvaluation(Evaluation):
     def example(self, model: UperNet, index: int) -> Predicted:
         """Return a validation image with its mask and the prediction."""
         trainer, val = self.trainer, self.data.val
-        image, mask, _ = load_pair(val, index, trainer.config.in_chans, skip_bad=False, fix=MUST_BE_READ)
+        image, mask, _ = load_pair(val, index, trainer.config.in_chans, False, MUST_BE_READ, trainer.config.exif)
         pixels = resized_image(image, scaled_size(tuple(mask.shape), trainer.config.resolved_input_size))
         arguments = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
         prediction = predicted_classes(model, pixels, tuple(mask.shape), *arguments).cpu().to(torch.uint8)

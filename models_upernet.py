@@ -41,9 +41,11 @@ class UperNet(Classifier):
         architecture: a value of models_architectures.ARCHITECTURES.
         img_size: height and width in pixels of the training crops, multiples of `patch_size`. Images of other sizes
             are possible; positions are resampled for them.
-        head_width: channels M of the decode head; the auxiliary head has half of them.
+        head_width: channels M of the decode head.
+        auxiliary_width: channels of the auxiliary head; None: half of `head_width`.
         drop_path: rate of stochastic depth at the ViT's last block.
         dropout: probability that a channel is dropped before the classifiers.
+        vit: more arguments of models_vit.Classifier.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class UperNet(Classifier):
         in_chans: int,
         num_classes: int,
         head_width: int = 512,
+        auxiliary_width: int | None = None,
         drop_path: float = 0.0,
         dropout: float = 0.1,
+        **vit: Any,
     ):
         super().__init__(
             architecture,
@@ -68,12 +72,13 @@ class UperNet(Classifier):
             drop_path=drop_path,
             final_norm=False,
             dynamic_img_size=True,
+            **vit,
         )
         dim = self.embed_dim
         self.feature_blocks = feature_blocks(len(self.blocks))
         self.neck = nn.ModuleList(rescaled(dim, patch_size, stride) for stride in STRIDES)
         self.decode_head = DecodeHead(dim, head_width, num_classes, dropout)
-        self.auxiliary_head = AuxiliaryHead(dim, max(1, head_width // 2), num_classes, dropout)
+        self.auxiliary_head = AuxiliaryHead(dim, auxiliary_width or max(1, head_width // 2), num_classes, dropout)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Return feature maps [B, D, H/s, W/s] of images [B, C, H, W] for each s in `STRIDES`."""

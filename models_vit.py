@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models_encoder import fixed_positions
+from models_position_bias import RelativeBias, add_position_bias, shared_bias
 
 Pool = Literal["avg", "token"]  # mean of the patch tokens, or the cls token
 
@@ -50,6 +51,8 @@ class Classifier(VisionTransformer):
         img_size: height and width in pixels, multiples of `patch_size`.
         drop_path: rate of stochastic depth at the last block, falling linearly to 0 at the first.
         head_std: standard deviation of the head's initial weights; MAE uses 2e-5 for fine-tuning.
+        rel_pos_bias: relative position bias in attention, of one table per block or one for all blocks.
+        layer_scale: initial factor on what each attention layer and MLP adds (LayerScale); 0: none.
         vit: more arguments of timm's VisionTransformer.
     """
 
@@ -64,6 +67,8 @@ class Classifier(VisionTransformer):
         pool: Pool = "avg",
         drop_path: float = 0.0,
         head_std: float = 2e-5,
+        rel_pos_bias: RelativeBias = "none",
+        layer_scale: float = 0.0,
         **vit: Any,
     ):
         super().__init__(
@@ -76,8 +81,10 @@ class Classifier(VisionTransformer):
             num_heads=architecture["num_heads"],
             global_pool=pool,
             drop_path_rate=drop_path,
+            init_values=layer_scale or None,
             **vit,
         )
+        add_position_bias(self, rel_pos_bias)
         for block in self.blocks:
             for name, child in list(block.named_children()):
                 if isinstance(child, FloatDropPath):
@@ -86,6 +93,14 @@ class Classifier(VisionTransformer):
             self.pos_embed.copy_(fixed_positions(self.embed_dim, self.patch_embed.grid_size))
         if num_classes:
             trunc_normal_(self.head.weight, std=head_std)
+
+    def forward_features(self, x: Tensor, **more: Any) -> Tensor:
+        """Return the tokens [B, N, D] of images [B, C, H, W]."""
+        return super().forward_features(x, **more | shared_bias(self, x))
+
+    def forward_intermediates(self, x: Tensor, *places: Any, **more: Any) -> Any:
+        """Return the outputs of some blocks for images [B, C, H, W]; arguments are timm's."""
+        return super().forward_intermediates(x, *places, **more | shared_bias(self, x))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Name the depth of each parameter for layer-wise lr decay: stem, block by block, norm and head at full rate.

@@ -72,6 +72,8 @@ class AnalyzeConfig:
     """images as for main_pretrain.py, labelled or not"""
     dataset: str = ""
     """a reader's name as for main_pretrain.py; default without --image and --data_path: digits"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     split: Literal["train", "val"] = "val"
     """split of the data set"""
     most_images: int = 5000
@@ -237,7 +239,7 @@ def main() -> None:
     config = parse_config(COMMANDS[command], flags, f"{Path(__file__).name} {command}")
     images = find_images(
         config.image, config.data_path, config.dataset, config.split, most=config.most_images, show=config.show,
-        seed=config.seed, batch_size=config.batch_size, num_workers=config.num_workers,
+        seed=config.seed, batch_size=config.batch_size, num_workers=config.num_workers, exif=config.exif,
     )  # fmt: skip
     vits = open_models(config)
     folder = Path(config.output_dir)

@@ -184,7 +184,7 @@ def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConf
     """Return the run's settings, or for a file of another program those of the flags; it tells patches and channels."""
     file = weights_in(checkpoint, "student", f"checkpoint {config.checkpoint}")
     saved, kernel = file.config, file.state.get(PATCH_KERNEL)
-    flags = ("model", "num_heads", "data_path", "dataset", "val_path", "input_size", "mean", "std")
+    flags = ("model", "num_heads", "data_path", "dataset", "val_path", "input_size", "mean", "std", "exif")
     given = {name: value for name in flags if (value := getattr(config, name))}
     other_data = "data_path" in given or config.dataset == "digits"
     if saved is not None and "mask_ratio" in saved:
@@ -195,7 +195,8 @@ def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConf
         return config_from_dict(PretrainConfig, vars(run) | given)
     if saved is not None and "model" in saved:  # a classifier
         data = () if other_data else ("data_path", "dataset", "val_path")
-        known = {name: saved[name] for name in (*data, "num_heads", "input_size", "mean", "std") if saved.get(name)}
+        names = (*data, "num_heads", "input_size", "mean", "std", "exif")
+        known = {name: saved[name] for name in names if saved.get(name)}
         given = {"model": f"lut_{saved['model'].removeprefix('lut_').removeprefix('mae_')}"} | known | given
     if "model" not in given:
         raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")
@@ -244,7 +245,8 @@ def scores(config: ProbeConfig, per_class: int, data: ProbeData, encoder: Encode
     size, in_chans = data.run.resolved_input_size, data.run.in_chans
     splits: list[Tensor] = []
     for source in (data.train, data.val):
-        loader = labelled_loader(source, config.most_images, size, in_chans, config.num_workers, config.loader_timeout)
+        workers, timeout, exif = config.num_workers, config.loader_timeout, data.run.exif
+        loader = labelled_loader(source, config.most_images, size, in_chans, workers, timeout, exif=exif)
         splits += extract_features(encode, with_progress(loader, f"features, {name}"))
     train_x, train_y, val_x, val_y = splits
     knn = knn_accuracy(*splits, k=config.knn_k, temperature=config.knn_temperature)

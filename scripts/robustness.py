@@ -105,6 +105,8 @@ class RobustnessConfig:
     """images per process and forward pass"""
     num_workers: int | None = None
     """loader workers per rank, 0: none; default: 10, or the number of processors"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     on_bad_image: Literal["error", "skip"] = "error"
     """error: an unreadable image ends the run; skip: it is left out and counted"""
     loader_timeout: float = 600.0
@@ -151,7 +153,10 @@ class RobustnessConfig:
     def loading(self) -> DataConfig:
         """Return the settings of reading images."""
         return DataConfig(
-            num_workers=self.num_workers, on_bad_image=self.on_bad_image, loader_timeout=self.loader_timeout
+            exif=self.exif,
+            num_workers=self.num_workers,
+            on_bad_image=self.on_bad_image,
+            loader_timeout=self.loader_timeout,
         )
 
     @property

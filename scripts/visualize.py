@@ -69,6 +69,8 @@ class VisualizeConfig:
     """images as for main_pretrain.py"""
     dataset: str = ""
     """a reader's name as for main_pretrain.py; default without --image and --data_path: digits"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     split: Literal["train", "val"] = "val"
     """split of the data set"""
     show: int = 4
@@ -120,7 +122,7 @@ def main() -> None:
     config = parse_config(VisualizeConfig, sys.argv[1:], Path(__file__).name)
     images = find_images(
         config.image, config.data_path, config.dataset, config.split, most=config.show, show=config.show,
-        seed=config.seed[0],
+        seed=config.seed[0], exif=config.exif,
     )  # fmt: skip
     try:
         numbers = animate(config, images) if config.animate else draw(config, images)

@@ -16,6 +16,7 @@ import torchvision
 from shared.calls import one_line
 from shared.published import (
     make_aircraft,
+    make_aircraft_with_banner,
     make_cifar,
     make_cub200,
     make_dogs,
@@ -44,6 +45,7 @@ LAYOUTS = {
     "cifar100": make_cifar(100),
 }
 VARIANTS = {
+    "aircraft_cropped": ("aircraft_cropped", make_aircraft_with_banner),
     "inat2021_mini of torchvision": ("inat2021_mini", make_mini(("2021_train_mini", "2021_valid"))),
     "inat2021_mini with annotations": ("inat2021_mini", make_mini_json),
 }
@@ -209,6 +211,21 @@ def test_lists_that_do_not_fit_are_one_line(tmp_path, what):
         [open_images(str(tmp_path), name, split) for split in ("val", "train")]
     assert expected in one_line(error)
     assert DATASETS[name].title in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.jpg", "train_val2018/../../secret.jpg"])
+@pytest.mark.parametrize("current_folder", [False, True])
+def test_lists_that_name_files_elsewhere_are_refused(tmp_path, monkeypatch, name, current_folder):
+    root = tmp_path / "set"
+    make_naturalist(2018)(root)
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    content = json.loads((root / "train2018.json").read_text())
+    content["images"][1]["file_name"] = name
+    (root / "train2018.json").write_text(json.dumps(content))
+    monkeypatch.chdir(root)
+    with pytest.raises(UserError) as error:
+        open_images("." if current_folder else str(root), "inat2018", "train")
+    assert one_line(error).endswith("which is not in this folder")
 
 
 def test_no_folder_is_one_line(tmp_path):

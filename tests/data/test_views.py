@@ -459,7 +459,7 @@ def test_one_channel_passes_through():
 @example(500, 300, (160, 224))
 def test_centre_view_is_the_centre_of_the_resized_image(h, w, size):
     image = picture(h, w)
-    larger = size if min(size) < 96 else tuple(round(side * 256 / 224) for side in size)
+    larger = size if min(size) < 96 else tuple(side * 256 // 224 for side in size)
     resized = slow_resize(image, slow_cover_size((h, w), larger))
     top, left = (round((have - want) / 2) for have, want in zip(resized.shape[-2:], size, strict=True))
     found = centre_view(image, size)
@@ -478,6 +478,14 @@ def test_centre_view_above_224_pixels_is_all_of_the_shorter_side(side):
     """As in MAE's evaluation."""
     image = torch.randint(0, 256, (3, side, side + 20), dtype=torch.uint8)
     assert torch.equal(centre_view(image, (side, side)), image[..., 10 : side + 10])
+
+
+@pytest.mark.parametrize(("side", "resized"), [(96, 109), (144, 164), (160, 182), (208, 237), (224, 256), (384, 384)])
+def test_evaluation_resizes_to_the_integer_part(side, resized):
+    """MAE (util/datasets.py, build_transform) and timm (transforms_imagenet_eval): int(side / crop share)."""
+    image = picture(240, 320)
+    larger = TF.resize(image, [resized], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(centre_view(image, (side, side)), TF.center_crop(larger, [side]))
 
 
 def test_centre_view_of_a_small_image_is_all_of_it():

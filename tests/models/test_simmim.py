@@ -232,7 +232,7 @@ def test_recipes_are_table_a_s(name, alpha, monkeypatch):
     assert (config.method, config.model, config.resolved_input_size) == ("simmim", "lut_vit_base_patch16", (224, 224))
     assert (config.resolved_mask_ratio, config.mask_unit_pixels, config.norm_pix_loss) == (0.6, 32, False)
     assert (config.epochs, config.resolved_alpha, config.w_mim) == (100, alpha, 1)
-    assert (config.effective_batch, config.peak_lr) == (2048, pytest.approx(8e-4))
+    assert (config.effective_batch, config.peak_lr) == (2048, pytest.approx(4e-4))
 
 
 def test_the_recipe_of_fine_tuning_is_simmim_s(monkeypatch):

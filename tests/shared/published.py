@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torchvision
+from PIL import Image
 from scipy.io import savemat
 
 from shared.images import plain
+from util.data.banner import BANNER
 
 
 def image(path: Path, number: int) -> None:
@@ -92,6 +94,17 @@ def make_aircraft(root):
     lines(folder / "images_variant_trainval.txt", "1025794 F/A-18", "0056978 DC-3 Dakota")
     lines(folder / "images_variant_test.txt", "0481847 707-320", "2151717 DC-3 Dakota")
     return names, [(1, names[1]), (0, names[2])], [(2, names[0]), (3, names[2])]
+
+
+def make_aircraft_with_banner(root):
+    """White rows, which would be the brightest value, lie in the banner alone."""
+    made = make_aircraft(root)
+    for path in (root / "fgvc-aircraft-2013b" / "data" / "images").iterdir():
+        picture = Image.open(path).convert("RGB")
+        larger = Image.new("RGB", (picture.width, picture.height + BANNER), "white")
+        larger.paste(picture)
+        larger.save(path, format="PNG")
+    return made
 
 
 def make_naturalist(year: int) -> Callable[[Path], tuple]:

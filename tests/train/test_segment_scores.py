@@ -152,6 +152,19 @@ def test_absent_classes_by_hand():
     assert scores.values == pytest.approx({"miou": (50 + 200 / 3 + 0) / 3, "aacc": 400 / 6, "macc": 200 / 3})
 
 
+def test_the_mean_iou_is_torchmetrics_s():
+    classification = pytest.importorskip("torchmetrics.classification")
+    generator = torch.Generator().manual_seed(0)
+    truth, prediction = (torch.randint(0, 7, (3, 20, 30), generator=generator) for _ in range(2))
+    prediction[0] = truth[0]
+    truth[:, :4] = IGNORED
+    scores = SegmentScores(confusion_of(truth, prediction, 7), 3)
+    jaccard = classification.MulticlassJaccardIndex(7, average="none", ignore_index=IGNORED)
+    torch.testing.assert_close(scores.iou.float() / 100, jaccard(prediction, truth))
+    mean = classification.MulticlassJaccardIndex(7, average="macro", ignore_index=IGNORED)
+    assert scores.values["miou"] == pytest.approx(100 * mean(prediction, truth).item(), rel=1e-6)
+
+
 def test_evaluation_scores_at_the_mask_s_own_size():
     """A prediction from brightness alone, on images of half the masks' size, against the loop."""
     config, model = config_of("--data_path anywhere"), Brightness()

@@ -147,24 +147,24 @@ def test_only_the_linear_layer_of_a_probe_trains():
     assert not probe.eval().head.training
 
 
-def test_lars_against_a_slow_version():
-    """Trust ratio on the matrix, plain momentum SGD on the bias (You et al. 2017; MoCo v3's settings)."""
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-3, 0.05])
+def test_lars_against_a_slow_version(weight_decay):
+    """Trust ratio by the norm of g + wd * w on the matrix, plain momentum SGD on the bias: MAE's form."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 3).double()
-    optimizer = build_lars(layer, lr=0.3, weight_decay=0.01)
+    optimizer = build_lars(layer, lr=0.3, weight_decay=weight_decay)
     set_learning_rate(optimizer, 0.3)
     weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
     velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for _ in range(4):
+    for _ in range(50):
         x = torch.randn(7, 5, dtype=torch.double)
         optimizer.zero_grad()
         layer(x).square().mean().backward()
         for name, p in layer.named_parameters():
             step = p.grad.clone()
             if name == "weight":
-                step = step + 0.01 * weights[name]
-                norms = p.grad.norm() + 0.01 * weights[name].norm()
-                step = step * 0.001 * weights[name].norm() / norms
+                step = step + weight_decay * weights[name]
+                step = step * 0.001 * weights[name].norm() / step.norm()
             velocity[name] = 0.9 * velocity[name] + step
             weights[name] = weights[name] - 0.3 * velocity[name]
         optimizer.step()

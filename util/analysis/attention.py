@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor
 
+from models_position_bias import bias_of_block
 from models_vit import Pool
 from util.analysis.probe import MAX_SIMILARITIES
 from util.runtime.errors import UserError
@@ -30,11 +31,12 @@ from util.weights.vit import AnyViT, grid_of, logits_of, num_heads_of, num_prefi
 # --------------------------------------------------------------------------------------------------------
 
 
-def softmax_attention(attention: Attention, x: Tensor) -> Tensor:
-    """Return S = softmax(QKᵀ/√d) of each head, float32 [B, h, N, N] with a row per query; x [B, N, D] is the input."""
+def softmax_attention(attention: Attention, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return S = softmax(QKᵀ/√d + bias) of each head, float32 [B, h, N, N], a row per query for x [B, N, D]."""
     q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, N, d]
     q, k = attention.q_norm(q).float(), attention.k_norm(k).float()
-    return (q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+    logits = q * attention.scale @ k.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1)
 
 
 @contextmanager
@@ -45,7 +47,9 @@ def observe_attention(model: AnyViT, layers: Sequence[int], observe: Callable[[i
     """
 
     def hook_of(layer: int) -> Callable:
-        return lambda attention, inputs: observe(layer, softmax_attention(attention, inputs[0]))
+        return lambda attention, inputs: observe(
+            layer, softmax_attention(attention, inputs[0], bias_of_block(model, layer))
+        )
 
     handles = [model.blocks[layer].attn.register_forward_pre_hook(hook_of(layer)) for layer in layers]
     try:

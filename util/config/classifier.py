@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from models_architectures import ARCHITECTURES
+from models_position_bias import RelativeBias
 from models_vit import Pool
 from util.config.groups import (
     DataConfig,
@@ -116,6 +117,8 @@ class FinetuneConfig(ClassifierConfig):
     """factor on the learning rate per block from the last to the first; 1: none"""
     drop_path: float = 0.1
     """rate of stochastic depth at the last block"""
+    rel_pos_bias: RelativeBias = "none"
+    """relative position bias in attention, 0 at first: a table for each block, or one that all blocks share"""
     model_ema: bool = False
     """evaluate, and keep as `model_ema`, a moving average of the weights"""
     model_ema_decay: float = 0.9999
@@ -192,7 +195,7 @@ class FinetuneConfig(ClassifierConfig):
 
     def model_arguments(self, num_classes: int) -> dict[str, Any]:
         """Return the keyword arguments of models_vit.Classifier."""
-        return super().model_arguments(num_classes) | dict(drop_path=self.drop_path)
+        return super().model_arguments(num_classes) | dict(drop_path=self.drop_path, rel_pos_bias=self.rel_pos_bias)
 
     def mixup_arguments(self, num_classes: int) -> dict[str, Any]:
         """Return the keyword arguments of timm's Mixup."""

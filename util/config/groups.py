@@ -29,7 +29,7 @@ LIMITS = {  # what no machine trains with today: refused before memory is asked 
     **dict.fromkeys(("head_depth", "predictor_depth", "decoder_depth"), 100),
     **dict.fromkeys(("head_mlp_dim", "head_width", "nb_classes"), 2**20),
     "num_workers": 256,
-    "seed": 2**32 - 1,
+    **dict.fromkeys(("seed", "attentive_seed"), 2**32 - 1),
 }
 PATHS = ("recipe", "output_dir", "log_dir", "data_path", "val_path", "resume", "finetune", "init_from")
 LONGEST_NAME = 255  # bytes of a file's name
@@ -133,6 +133,8 @@ class PixelConfig:
     """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.5"""
     std: tuple[float, ...] = ()
     """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.25"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, as MAE, or turn the pixels as it says"""
     on_bad_image: Literal["error", "skip"] = "error"
     """an unreadable image stops the run, or the next readable one takes its place and it is counted"""
     num_workers: int | None = None

@@ -34,6 +34,8 @@ class ProbeConfig:
     """per channel, of pixels in [0, 1]; default: that of the run, else ImageNet's (3 channels) or 0.5"""
     std: tuple[float, ...] = ()
     """per channel, of pixels in [0, 1]; default: that of the run, else ImageNet's (3 channels) or 0.25"""
+    exif: Literal["", "ignore", "apply"] = ""
+    """EXIF orientation of images: ignore it or turn the pixels as it says; default: as the run, else ignore"""
     pool: Pool = "avg"
     """features of kNN, logistic regression and --sweep: mean of the patch tokens, or the cls token"""
     encoders: tuple[Literal["random", "student", "momentum"], ...] = ("random", "student", "momentum")

@@ -54,6 +54,8 @@ def kind_of(config_type: type) -> str:
     return config_type.__name__.removesuffix("Config").lower()
 
 
+# what runs did before a setting existed, which their checkpoints do not name
+BEFORE = {"rel_pos_bias": "none", "layer_scale": 0.0, "exif": "ignore"}
 KIND = "kind of training"
 NAMES = "names of the images"  # from util.data.sources.fingerprint, added by the mains
 ELASTIC = ("processes", "batch_size", "accum_iter")
@@ -76,9 +78,10 @@ def check_same_run(settings: dict[str, Any], checkpoint: dict[str, Any], elastic
             " --finetune, in pre-training by --init_from"
         )
     for name, value in settings.items():
-        if name not in (KIND, NAMES) and saved.get(name) != value and not (elastic and name in ELASTIC):
+        before = saved.get(name, BEFORE.get(name))
+        if name not in (KIND, NAMES) and before != value and not (elastic and name in ELASTIC):
             fix = "make them equal, or add --elastic" if name in ELASTIC else "make them equal"
-            raise UserError(f"--resume: {name} is {value} here but {saved.get(name)} in the checkpoint, {fix}")
+            raise UserError(f"--resume: {name} is {value} here but {before} in the checkpoint, {fix}")
     if saved.get(NAMES, settings.get(NAMES)) != settings.get(NAMES):  # older files have none
         raise UserError(
             "--resume: the names of images or classes differ from the checkpoint's; give the same images, or start from"

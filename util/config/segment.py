@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from models_architectures import ARCHITECTURES
+from models_position_bias import RelativeBias
 from util.config.groups import (
     DownstreamConfig,
     ModelConfig,
@@ -29,13 +30,19 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
     """vit_{small,medium,base,large}_patch16, vit_huge_patch14, vit_{nano,tiny,small}_patch4 or
     vit_{tiny,small}_patch8, with any --patch_size; `lut_` or `mae_` in front is allowed"""
     head_width: int = 512
-    """channels of the decode head; the auxiliary head has half of them"""
+    """channels of the decode head"""
+    auxiliary_width: int | None = None
+    """channels of the auxiliary head; default: half of --head_width"""
     auxiliary_weight: float = 0.4
     """weight of the auxiliary head's loss"""
     drop_path: float = 0.1
     """rate of stochastic depth at the last block"""
     dropout: float = 0.1
     """probability that a channel is dropped before the classifiers"""
+    rel_pos_bias: RelativeBias = "none"
+    """relative position bias in attention, 0 at first: a table for each block, or one that all blocks share"""
+    layer_scale: float = 0.0
+    """initial factor, learned per channel, on what each attention layer and MLP adds (LayerScale); 0: none"""
 
     # images and masks
     data_path: str = ""
@@ -109,10 +116,12 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
         self.check_data_flags()
         for flag in ("drop_path", "dropout"):
             check(0 <= getattr(self, flag) < 1, flag, getattr(self, flag), "must lie in [0, 1)")
-        for flag in ("auxiliary_weight", "lr", "power"):
+        for flag in ("auxiliary_weight", "layer_scale", "lr", "power"):
             check(0 <= getattr(self, flag) < math.inf, flag, getattr(self, flag), "must be 0 or more, and finite")
         for flag in ("head_width", "max_updates"):
             check(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be 1 or more")
+        width = self.auxiliary_width
+        check(width is None or width >= 1, "auxiliary_width", width, "must be 1 or more")
         warmup, most = self.warmup_updates, self.max_updates
         check(0 <= warmup <= most, "warmup_updates", warmup, f"must lie in 0..--max_updates {most}")
         check(0 <= self.hflip <= 1, "hflip", self.hflip, "must lie in [0, 1]")
@@ -173,6 +182,9 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
             in_chans=self.in_chans,
             num_classes=num_classes,
             head_width=self.head_width,
+            auxiliary_width=self.auxiliary_width,
+            rel_pos_bias=self.rel_pos_bias,
+            layer_scale=self.layer_scale,
             drop_path=self.drop_path,
             dropout=self.dropout,
         )

@@ -242,6 +242,6 @@ def centre_view(image: Tensor, size: Size) -> Tensor:
     From 96 to 224 pixels the image is first made 8/7 larger (256 for 224), as is usual. Smaller images are seen whole,
     since their borders carry the object, and larger ones as MAE does.
     """
-    larger = tuple(round(n / crop_share(size)) for n in size)
+    larger = tuple(int(n / crop_share(size)) for n in size)  # as MAE and timm: 160 gives 182
     image = resize(image, cover_size(tuple(image.shape[-2:]), larger))
     return TF.center_crop_image(image, list(size))

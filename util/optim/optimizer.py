@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -22,6 +22,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     Biases, 1-D parameters and what `model.no_weight_decay` names are not decayed. Each group has an `lr_scale`: with
     `layer_decay` < 1 that of its depth (`model.group_matcher`), else and for everything after the encoder's blocks 1.
     """
+    from timm.optim import (
+        param_groups_layer_decay,
+        param_groups_weight_decay,
+    )  # slow to import: not for --help
+
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if layer_decay < 1.0:
         groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
@@ -32,8 +37,36 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     return groups
 
 
+class Lars(Optimizer):
+    """SGD with momentum whose steps are rescaled layer by layer (You et al. 2017), in the form that MAE probes with.
+
+    A step is g + weight_decay * w, times trust_coeff * |w| / |g + weight_decay * w| where a group has
+    `always_adapt` and neither norm is 0. timm's Lars divides by |g| + weight_decay * |w|, which is the same without
+    weight decay; its states load here.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, trust_coeff: float):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, trust_coeff=trust_coeff))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take one step on the gradients."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                step = p.grad.add(p, alpha=group["weight_decay"])
+                if group["always_adapt"]:
+                    weight_norm, step_norm = p.norm(), step.norm()
+                    ratio = group["trust_coeff"] * weight_norm / step_norm
+                    step *= torch.where((weight_norm > 0) & (step_norm > 0), ratio, 1.0)
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                velocity = self.state[p]["momentum_buffer"]
+                velocity.mul_(group["momentum"]).add_(step)
+                p.sub_(velocity * group["lr"])
+
+
 def build_lars(model: nn.Module, lr: float, weight_decay: float) -> Lars:
-    """Build LARS (You et al. 2017) as MoCo v3 and MAE use it for probes: momentum .9, trust coefficient .001.
+    """Build LARS as MoCo v3 and MAE use it for probes: momentum .9, trust coefficient .001.
 
     Biases and 1-D parameters are neither decayed nor adapted. Parameters without gradients are left out.
     """

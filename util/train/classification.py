@@ -14,9 +14,10 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from util.config.classifier import ClassifierConfig
+from util.config.classifier import ClassifierConfig, LinprobeConfig
 from util.config.groups import check
 from util.data.cache import CachedImages, cache_images
+from util.data.clamped_crop import ClampedResizedCrop
 from util.data.datasets import find_validation, open_images
 from util.data.labelled import ClassifierDataset
 from util.data.sources import ImageSource, hold_out
@@ -91,7 +92,7 @@ def cached(config: ClassifierConfig, source: ImageSource) -> ImageSource | Cache
     if config.cache == "none":
         return source
     workers, skip_bad = config.resolved_num_workers, config.on_bad_image == "skip"
-    return cache_images(source, config.in_chans, workers, config.loader_timeout, skip_bad)
+    return cache_images(source, config.in_chans, workers, config.loader_timeout, skip_bad, exif=config.exif)
 
 
 def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDataset:
@@ -106,7 +107,10 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
     except (AssertionError, ValueError, KeyError) as error:
         policy = config.augmentation.get("auto_augment")
         raise UserError(f"--aa {policy}: timm does not know this policy ({error!r})") from error
-    return ClassifierDataset(source, transform, config.in_chans, config.seed, config.on_bad_image == "skip")
+    if isinstance(config, LinprobeConfig):
+        transform.transforms[0] = ClampedResizedCrop(config.resolved_input_size, config.crop_scale)
+    skip_bad = config.on_bad_image == "skip"
+    return ClassifierDataset(source, transform, config.in_chans, config.seed, skip_bad, config.exif)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ Config = TypeVar("Config")
 
 # what --eval takes over from the run that it evaluates, where neither flags nor a recipe say otherwise
 SETTINGS_OF_THE_MODEL = (
-    *("model", "patch_size", "input_size", "in_chans", "mean", "std"),
-    *("global_pool", "cls_token", "head_width", "num_heads"),
+    *("model", "patch_size", "input_size", "in_chans", "mean", "std", "exif"),
+    *("global_pool", "cls_token", "head_width", "num_heads", "auxiliary_width", "rel_pos_bias", "layer_scale"),
 )
 
 

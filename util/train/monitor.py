@@ -106,6 +106,7 @@ class Monitor(Evaluation):
             num_workers=num_workers,
             loader_timeout=config.loader_timeout,
             skip_bad=config.on_bad_image == "skip",
+            exif=config.exif,
         )
 
     def reconstructions(self, student: Student) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from util.config.groups import as_dict
+from util.config.groups import as_dict, check
 from util.config.same_run import check_same_run, kind_of
 from util.data.loader import training_loader
 from util.data.samples import BatchOrder
@@ -114,6 +114,8 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         run.checkpoint = checkpoint_to_resume(config, run.store)
         if run.checkpoint is not None:
             check_same_run(run.shared_settings, run.checkpoint, config.elastic)
+        if config.compile != "none":
+            use_compile_cache(config.output_dir, processes.rank)
     return run
 
 
@@ -121,7 +123,7 @@ def batch_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
     """Return which samples make up which batch.
 
     Raises:
-        UserError: an epoch would not hold a single update.
+        UserError: an epoch would not hold a single update, or the run would start after its end.
     """
     images = len(data.val if data.train is None else data.train)
     rank, ranks = processes.rank, processes.world_size
@@ -130,6 +132,12 @@ def batch_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
         raise UserError(
             f"--batch_size {config.batch_size}: x --accum_iter {config.accum_iter} x {ranks} processes ="
             f" {config.effective_batch} images per update, but the data set has {images}; make it smaller"
+        )
+    first = config.start_epoch * order.updates_per_epoch
+    for flag in ("max_steps", "max_updates"):
+        end = getattr(config, flag, None)
+        check(
+            end is None or first < end, "start_epoch", config.start_epoch, f"is update {first}, --{flag} ends at {end}"
         )
     return order
 
@@ -209,8 +217,6 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
 def train(run: Run, trainer: Trainer, loader: DataLoader, evaluation: Evaluation, log: RunLog) -> None:
     """Train all epochs from the state's update on, with an evaluation and a checkpoint between them."""
     state, order, store = trainer.state, run.order, run.store
-    if run.config.compile != "none":
-        use_compile_cache(run.config.output_dir, run.processes.rank)
     if state.updates == 0 and evaluation.at_start:
         evaluation.evaluate_epoch(
             0, log

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models_architectures import ARCHITECTURES
 from models_encoder import Encoder
 from models_lut import LUT
+from models_position_bias import transfer_part
 from models_vit import Classifier, Pool
 from util.data.views import crop_share
 from util.runtime.errors import UserError
@@ -127,8 +128,18 @@ def depth_remark(shape: ViTShape) -> str:
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that a ViT has: the encoder, and the head of a classifier; no decoder, no projector."""
+    refuse_added_layers(state)
     parts = ("encoder", "fc_norm", "head") if "head.weight" in state else ("encoder",)
     return {name: x.contiguous() for name, x in state.items() if part_of(name) in parts}
+
+
+def refuse_added_layers(state: Mapping[str, Tensor]) -> None:
+    """Raise UserError where a model has layers, added for its transfer, that MAE's and timm's plain ViT lack."""
+    added = sorted({part for name in state if (part := transfer_part(name))})
+    if added:
+        raise UserError(
+            f"IN: holds {' and '.join(added)}, which a plain ViT does not have; export a model without them"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -156,6 +167,7 @@ def write_mae(file: WeightsFile, num_heads: int | None, output: Path) -> str:
 
 def mae_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return encoder and head of a classifier, or encoder and decoder; SimMIM's decoder is not MAE's."""
+    refuse_added_layers(state)
     if "head.weight" in state:
         return encoder_state(state)
     parts = ("encoder", "decoder") if "decoder_embed.weight" in state else ("encoder",)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models_lut import Student
+from models_position_bias import SHARED, TABLE
 from util.runtime.errors import UserError
 from util.weights.checkpoint import load_checkpoint
 from util.weights.layouts import (
@@ -30,7 +31,7 @@ from util.weights.resampling import resample_to_model
 from util.weights.run_state import check_finite, class_names_in, run_settings
 
 # tokens pass through these: features differ if the file has more of them than the model
-PASSED_THROUGH = ("blocks", "patch_embed", "norm_pre", "reg_token", "dist_token")
+PASSED_THROUGH = ("blocks", "patch_embed", "norm_pre", "reg_token", "dist_token", SHARED)
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ def check_match(
         raise UserError(
             f"{where}: another encoder ({file.layout}), {len(surplus)} of its tensors have no place in the model's:"
             f" {shortened(surplus)}; take a model of that depth, if there is one with such layers"
+            + "; fine-tuning and segmentation have --rel_pos_bias"
+            * any(name.endswith(TABLE) for name in surplus)
         )
     integers = [
         name for name, x in own.items() if name in state and x.is_floating_point() != state[name].is_floating_point()

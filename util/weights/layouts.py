@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models_architectures import ARCHITECTURES
+from models_position_bias import transfer_part
 from util.runtime.errors import UserError
 from util.weights.reader import short_name
 
@@ -47,9 +48,14 @@ AMBIGUOUS = {(384, 16)}
 
 
 def part_of(name: str) -> str:
-    """Return `encoder`, `decoder` (MAE's) or one of `OTHER_PARTS`: a part is loaded as a whole or not at all."""
+    """Return `encoder`, `decoder` (MAE's), a `transfer_part` or one of `OTHER_PARTS`.
+
+    A part is loaded as a whole or not at all.
+    """
     if name.startswith("decoder") or name == "mask_token":
         return "decoder"
+    if added := transfer_part(name):
+        return added
     part = name.split(".")[0]
     return part if part in OTHER_PARTS else "encoder"
 

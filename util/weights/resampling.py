@@ -12,6 +12,7 @@ from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from models_encoder import fixed_positions
+from models_position_bias import resampled_tables
 from util.weights.layouts import DECODER_POSITIONS, PATCH_KERNEL, POSITIONS
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -45,6 +46,10 @@ def resample_to_model(
         grid = grid_of(positions, patch, (config or {}).get("input_size"), positions.shape == own[name].shape)
         if grid is not None and grid != tuple(grid_size):
             state[name], method = resample_positions(positions, grid, grid_size, computes_positions)
+            if name == POSITIONS:
+                tables = resampled_tables(state, grid, grid_size)
+                state |= tables
+                changed |= dict.fromkeys(tables, "interpolated")
             changed[name] = f"{' x '.join(map(str, grid))} to {' x '.join(map(str, grid_size))} patches, {method}"
     return state, changed
 

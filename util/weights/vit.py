@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer, checkpo
 from torch import Tensor, nn
 
 from models_lut import Encoder, patchify
+from models_position_bias import added_layers
 from models_vit import Classifier, LinearProbe, Pool
 from util.config.groups import DataConfig
 from util.data.device_views import Normalise
@@ -182,12 +183,14 @@ def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
     state, run = file.state, file.config or {}
     if "head.weight" in state:
         pool = "avg" if "fc_norm.weight" in state else "token"
-        return Classifier(architecture, num_classes=len(state["head.weight"]), pool=pool, **common)
+        return Classifier(
+            architecture, num_classes=len(state["head.weight"]), pool=pool, **added_layers(state), **common
+        )
     if is_linear_probe(state):
         pool = "avg" if run.get("global_pool") and not run.get("cls_token") else "token"
         return LinearProbe(architecture, num_classes=len(state["head.1.weight"]), pool=pool, **common)
     if any(name.startswith("decode_head.") for name in state):  # a segmenter's encoder has no last norm
-        return Classifier(architecture, num_classes=0, pool="token", final_norm=False, **common)
+        return Classifier(architecture, num_classes=0, pool="token", final_norm=False, **added_layers(state), **common)
     return Encoder(**architecture, **common)
 
 
