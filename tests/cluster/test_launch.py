@@ -104,7 +104,7 @@ def test_candidate_ports_differ_between_starts_and_lie_below_those_that_linux_ha
 
 
 MEET = "import torch, torch.distributed as d\nd.init_process_group('gloo')\nx = torch.ones(1)\nd.all_reduce(x)\n"
-MEET += "say(rank, int(x), os.environ['MASTER_PORT'])"
+MEET += "say(rank, int(x), os.environ['MASTER_PORT'])\nd.barrier()\nos._exit(0)"  # no shutdown beside threads of gloo
 
 
 def test_local_ranks_meet(in_job, tmp_path):
