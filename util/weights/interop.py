@@ -59,6 +59,13 @@ class LoadReport:
         return "; ".join([f"{self.layout}, {len(self.loaded)} tensors loaded", *shown, *self.remarks])
 
 
+def resampling_note(report: LoadReport) -> str:
+    """Return a further line that says which sizes of the checkpoint differ from the model's; empty if none do."""
+    if not report.resampled:
+        return ""
+    return f"\nNOTE: the checkpoint has another patch, image size or number of channels: {', '.join(report.resampled)}"
+
+
 def by_part(names: tuple[str, ...]) -> str:
     """Names of the encoder's tensors, and the number of tensors of each other part."""
     count = Counter(part_of(name) for name in names)
