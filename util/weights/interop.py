@@ -201,6 +201,8 @@ def load_weights(
             f" the file ({layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
             + "; fine-tuned on the mean of the tokens it has no last norm: take the pre-training's file"
             * ("norm.weight" in wrong and "fc_norm.weight" in state and "fc_norm.weight" not in own)
+            + "; it has none of the layers that --rel_pos_bias and --layer_scale add: set them to none and 0"
+            * any(transfer_part(name) for name in wrong if name not in state)
             + (f"; the run that wrote it had --model {config['model']}" if config and config.get("model") else "")
         )
     surplus = [name for name in state if name not in own and name.split(".")[0] in PASSED_THROUGH]
