@@ -134,7 +134,7 @@ def run_classifier(run: Run, trainer: ClassifierTrainer, origin: str) -> None:
     if config.dry_run:
         dataset = None if data.train is None else train_dataset(config, data.train)
         images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
-        cost = model_cost(trainer.state.model, run)
+        cost = model_cost(trainer.state.model, run) | {"weights": origin}
         show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, cost, dataset)
         return
     dataset = None if data.train is None else train_dataset(config, cached(config, data.train))
@@ -152,7 +152,7 @@ class ClassifierEvaluation(Evaluation):
         self.every = config.eval_freq
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans)
+        dataset = LabelledDataset(data.val, indices, config.resolved_input_size, config.in_chans, exif=config.exif)
         self.loader = evaluation_loader(dataset, trainer, config.batch_size)
         self.normalise = Normalise(config.resolved_mean, config.resolved_std, trainer.device)
 

@@ -247,7 +247,7 @@ def run_segmenter(run: Run, trainer: SegmenterTrainer, origin: str) -> None:
     dataset = None if data.train is None else train_dataset(config, data.train)
     if config.dry_run:
         images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
-        cost = model_cost(trainer.state.model, run)
+        cost = model_cost(trainer.state.model, run) | {"weights": origin}
         show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, cost, dataset)
         return
     train_and_evaluate(run, trainer, dataset, SegmentEvaluation(trainer, data, run.processes), origin)
@@ -264,7 +264,7 @@ class SegmentEvaluation(Evaluation):
         self.every = config.eval_freq
         self.data = data
         indices = share_of_images(len(data.val), processes, config.dist_eval)
-        dataset = WholeImages(data.val, indices, config.resolved_input_size, config.in_chans)
+        dataset = WholeImages(data.val, indices, config.resolved_input_size, config.in_chans, config.exif)
         self.loader = evaluation_loader(dataset, trainer, batch_size=None)
         self.examples: list[Predicted] = []  # of the latest evaluation
 
@@ -289,7 +289,7 @@ class SegmentEvaluation(Evaluation):
     def example(self, model: UperNet, index: int) -> Predicted:
         """Return a validation image with its mask and the prediction."""
         trainer, val = self.trainer, self.data.val
-        image, mask, _ = load_pair(val, index, trainer.config.in_chans, skip_bad=False, fix=MUST_BE_READ)
+        image, mask, _ = load_pair(val, index, trainer.config.in_chans, False, MUST_BE_READ, trainer.config.exif)
         pixels = resized_image(image, scaled_size(tuple(mask.shape), trainer.config.resolved_input_size))
         arguments = (trainer.normalise, trainer.config, trainer.device, trainer.autocast())
         prediction = predicted_classes(model, pixels, tuple(mask.shape), *arguments).cpu().to(torch.uint8)

@@ -39,7 +39,7 @@ def main() -> None:
     # ---- model: images -> logits -----------------------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = Classifier(**config.model_arguments(num_classes))
-    origin = load_initial_weights(model, config)
+    origin = load_initial_weights(model, config, run.data.class_names)
     model.to(device)
     model_ema = copy.deepcopy(model).requires_grad_(False).eval() if config.model_ema else None
     state = initial_state(model, model_ema, config, run.dtype, device)

@@ -38,7 +38,7 @@ def main() -> None:
     # ---- model: images -> logits of each pixel ---------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
     model = UperNet(**config.model_arguments(run.data.num_classes))
-    origin = load_initial_weights(model, config)
+    origin = load_initial_weights(model, config, run.data.class_names)
     model = synchronise_batch_norm(model, device).to(device)
     state = initial_state(model, None, config, run.dtype, device)
 

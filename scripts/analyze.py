@@ -43,7 +43,7 @@ from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
 from util.runtime.files import write_durably
 from util.runtime.logs import aligned
-from util.weights.interop import Weights
+from util.weights.layouts import Weights
 from util.weights.vit import NamedViT, open_vit
 
 # --------------------------------------------------------------------------------------------------------
@@ -62,8 +62,8 @@ class AnalyzeConfig:
     weights: tuple[Weights, ...] = ()
     """student or momentum encoder, one value for all checkpoints or one for each; default: student, or the moving
     average (momentum) of a classifier trained with --model_ema"""
-    num_heads: int | None = None
-    """attention heads; default: from the run's settings, or of the known model of that width"""
+    num_heads: tuple[int, ...] = ()
+    """attention heads: one number for all checkpoints, or one for each; default: as each file or its layout tells"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
     """pixels, one number or height and width (224, 480); default: the model's own. Positions are resampled"""
     image: tuple[str, ...] = ()
@@ -72,6 +72,8 @@ class AnalyzeConfig:
     """images as for main_pretrain.py, labelled or not"""
     dataset: str = ""
     """a reader's name as for main_pretrain.py; default without --image and --data_path: digits"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     split: Literal["train", "val"] = "val"
     """split of the data set"""
     most_images: int = 5000
@@ -95,6 +97,7 @@ class AnalyzeConfig:
         check(len(self.label) in (0, count), "label", self.label, f"give one for each of {count} checkpoints, or none")
         fix = f"give one for all, or one for each of {count} checkpoints"
         check(len(self.weights) in (0, 1, count), "weights", self.weights, fix)
+        check(len(self.num_heads) in (0, 1, count), "num_heads", self.num_heads, fix)
         check_image_size(self.input_size)
         check(
             not (self.image and (self.data_path or self.dataset)),
@@ -236,7 +239,7 @@ def main() -> None:
     config = parse_config(COMMANDS[command], flags, f"{Path(__file__).name} {command}")
     images = find_images(
         config.image, config.data_path, config.dataset, config.split, most=config.most_images, show=config.show,
-        seed=config.seed, batch_size=config.batch_size, num_workers=config.num_workers,
+        seed=config.seed, batch_size=config.batch_size, num_workers=config.num_workers, exif=config.exif,
     )  # fmt: skip
     vits = open_models(config)
     folder = Path(config.output_dir)
@@ -255,7 +258,11 @@ def main() -> None:
         studies.append((study, write(study, folder, name, config, vits)))
     if command == "compare":
         data = config.dataset or config.data_path or "digits"
-        facts = [*(f"{vit.label}: {vit.said}" for vit in vits), f"Data: {len(images.order)} images of {data}", *missing]
+        facts = [
+            *(f"{vit.label}: {vit.origin}" for vit in vits),
+            f"Data: {len(images.order)} images of {data}",
+            *missing,
+        ]
         write_page(" and ".join(vit.label for vit in vits), facts, studies, folder / "compare.html")
 
 
@@ -264,10 +271,11 @@ def open_models(config: AnalyzeConfig) -> list[NamedViT]:
     device, count = choose_device(config.device), len(config.checkpoint)
     weights = config.weights * count if len(config.weights) == 1 else config.weights or (None,) * count
     labels = config.label or ("",) * count
+    heads = config.num_heads * count if len(config.num_heads) == 1 else config.num_heads or (None,) * count
     vits = []
-    for name, which, label in zip(config.checkpoint, weights, labels, strict=True):
-        vits.append(open_vit(name, which, label, config.input_size, config.num_heads, device))
-        print(f"{vits[-1].label}: {vits[-1].said}", flush=True)
+    for name, which, label, number in zip(config.checkpoint, weights, labels, heads, strict=True):
+        vits.append(open_vit(name, which, label, config.input_size, number, device))
+        print(f"{vits[-1].label}: {vits[-1].origin}", flush=True)
     return vits
 
 
@@ -277,7 +285,7 @@ def write(study: Study, folder: Path, name: str, config: AnalyzeConfig, vits: li
     try:
         for path, figure in zip(pictures, study.figures.values(), strict=True):
             save_figure(figure, path)
-        models = [{"label": vit.label, "input_size": list(vit.size), "weights": vit.said} for vit in vits]
+        models = [{"label": vit.label, "input_size": list(vit.size), "weights": vit.origin} for vit in vits]
         numbers = {"command": name, "config": as_dict(config), "opened": models, **study.numbers}
         text = json.dumps(numbers, default=plain, allow_nan=False) + "\n"
         write_durably(folder / f"{name}.json", lambda file: file.write(text.encode()))

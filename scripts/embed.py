@@ -129,7 +129,7 @@ def main() -> None:
     )
     if is_main():
         open_folder(folder, facts)
-        print(f"{vit.label}: {vit.said}")
+        print(f"{vit.label}: {vit.origin}")
     barrier()
     pending = pending_shards(facts, folder)[processes.rank :: processes.world_size]
     barrier()  # all ranks have listed them before one of them writes

@@ -55,7 +55,9 @@ from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, run_main
 from util.runtime.progress import with_progress
 from util.weights.checkpoint import load_checkpoint
-from util.weights.interop import PATCH_KERNEL, load_weights, weights_in
+from util.weights.interop import load_weights, weights_in
+from util.weights.layouts import PATCH_KERNEL, check_shapes
+from util.weights.run_state import check_sizes
 
 DENSE_BATCH = 32  # images
 NAMES = {"random": "random", "student": "student", "momentum": "momentum encoder"}
@@ -182,21 +184,24 @@ def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConf
     """Return the run's settings, or for a file of another program those of the flags; it tells patches and channels."""
     file = weights_in(checkpoint, "student", f"checkpoint {config.checkpoint}")
     saved, kernel = file.config, file.state.get(PATCH_KERNEL)
-    flags = ("model", "data_path", "dataset", "val_path", "input_size", "mean", "std")
+    flags = ("model", "num_heads", "data_path", "dataset", "val_path", "input_size", "mean", "std", "exif")
     given = {name: value for name in flags if (value := getattr(config, name))}
     other_data = "data_path" in given or config.dataset == "digits"
     if saved is not None and "mask_ratio" in saved:
         run = config_from_dict(PretrainConfig, saved | {"recipe": ""})
         if other_data:
             given |= {name: getattr(config, name) for name in ("data_path", "dataset", "val_path")}
+        check_sizes(run, file.state, f"checkpoint {config.checkpoint}")
         return config_from_dict(PretrainConfig, vars(run) | given)
     if saved is not None and "model" in saved:  # a classifier
         data = () if other_data else ("data_path", "dataset", "val_path")
-        known = {name: saved[name] for name in (*data, "input_size", "mean", "std") if saved.get(name)}
+        names = (*data, "num_heads", "input_size", "mean", "std", "exif")
+        known = {name: saved[name] for name in names if saved.get(name)}
         given = {"model": f"lut_{saved['model'].removeprefix('lut_').removeprefix('mae_')}"} | known | given
     if "model" not in given:
         raise UserError(f"checkpoint {config.checkpoint}: is not one of main_pretrain.py, add --model with its name")
     if kernel is not None:
+        check_shapes(file.state, f"checkpoint {config.checkpoint}")
         given |= {"in_chans": kernel.shape[1], "patch_size": kernel.shape[-1]}
     return config_from_dict(PretrainConfig, given)
 
@@ -214,7 +219,7 @@ def encoders(
         if weights in config.encoders:
             encoder, path = Encoder(**random.shape), Path(config.checkpoint)
             file = weights_in(checkpoint, weights, f"checkpoint {path}")
-            report = load_weights(encoder, path, flag="checkpoint", file=file)
+            report = load_weights(encoder, path, flag="checkpoint", file=file, num_heads=config.num_heads)
             yield weights, encoder, f"{config.checkpoint}: {report}"
 
 
@@ -240,7 +245,8 @@ def scores(config: ProbeConfig, per_class: int, data: ProbeData, encoder: Encode
     size, in_chans = data.run.resolved_input_size, data.run.in_chans
     splits: list[Tensor] = []
     for source in (data.train, data.val):
-        loader = labelled_loader(source, config.most_images, size, in_chans, config.num_workers, config.loader_timeout)
+        workers, timeout, exif = config.num_workers, config.loader_timeout, data.run.exif
+        loader = labelled_loader(source, config.most_images, size, in_chans, workers, timeout, exif=exif)
         splits += extract_features(encode, with_progress(loader, f"features, {name}"))
     train_x, train_y, val_x, val_y = splits
     knn = knn_accuracy(*splits, k=config.knn_k, temperature=config.knn_temperature)

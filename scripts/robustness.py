@@ -39,7 +39,7 @@ from util.robustness.view import (
 from util.runtime.distributed import Processes, is_main, start_processes, stop_processes
 from util.runtime.errors import RunError, UserError, run_main
 from util.tables.formats import Style, as_note, print_table
-from util.weights.interop import Weights
+from util.weights.layouts import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class RobustnessConfig:
     weights: Weights | None = None
     """momentum: the EMA weights of a run with --model_ema, the default for such a run"""
     num_heads: int | None = None
-    """attention heads; default: as in the run's settings, or as the known model of that width has"""
+    """attention heads; default: as the file or its layout tells"""
     input_size: Annotated[tuple[int, ...], arg(aliases=["--img_size"])] = ()
     """pixels, one number or height and width; default: the model's own"""
     mean: tuple[float, ...] = ()
@@ -105,6 +105,8 @@ class RobustnessConfig:
     """images per process and forward pass"""
     num_workers: int | None = None
     """loader workers per rank, 0: none; default: 10, or the number of processors"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     on_bad_image: Literal["error", "skip"] = "error"
     """error: an unreadable image ends the run; skip: it is left out and counted"""
     loader_timeout: float = 600.0
@@ -151,7 +153,10 @@ class RobustnessConfig:
     def loading(self) -> DataConfig:
         """Return the settings of reading images."""
         return DataConfig(
-            num_workers=self.num_workers, on_bad_image=self.on_bad_image, loader_timeout=self.loader_timeout
+            exif=self.exif,
+            num_workers=self.num_workers,
+            on_bad_image=self.on_bad_image,
+            loader_timeout=self.loader_timeout,
         )
 
     @property
@@ -184,10 +189,11 @@ def main() -> None:
 def evaluate(config: RobustnessConfig, processes: Processes) -> tuple[Mapping[str, str], list[dict[str, Any]]]:
     """Evaluate the columns that are not finished. Return why columns are missing, and the settings of the others."""
     from util.robustness import evaluation
-    from util.robustness.imagenet import NUM_CLASSES
+    from util.robustness.imagenet import NUM_CLASSES, imagenet_folders
     from util.robustness.scores import PassSettings
     from util.runtime.amp import autocast_dtype, choose_attention
     from util.runtime.files import writable_folder
+    from util.weights.classes import class_permutation, reorder_classes
     from util.weights.classifiers import open_classifier
 
     dtype, folder = autocast_dtype(config.amp, processes.device), Path(config.output_dir)
@@ -198,6 +204,8 @@ def evaluate(config: RobustnessConfig, processes: Processes) -> tuple[Mapping[st
         config.checkpoint, config.weights, config.label, config.input_size, config.num_heads, processes.device,
         NUM_CLASSES, "CHECKPOINT",
     )  # fmt: skip
+    permutation = class_permutation(classifier.class_names, list(imagenet_folders()), f"CHECKPOINT {config.checkpoint}")
+    reorder_classes(classifier.model, permutation)
     classifier = with_normalisation(classifier, config, processes.device)
     choose_attention(classifier.model, dtype, processes.device)
     paths = (find_sets(Path(config.data_root)) if config.data_root else {}) | config.given

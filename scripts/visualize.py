@@ -59,7 +59,7 @@ class VisualizeConfig:
     target: Target = "run"
     """what the decoder predicts: normalised patches (--norm_pix_loss) or pixels; run: as the file says"""
     num_heads: int | None = None
-    """attention heads of the encoder; default: from the run's settings, or of the known model of that width"""
+    """attention heads of the encoder; default: as the file or its layout tells"""
     decoder_num_heads: int | None = None
     """attention heads of the decoder; default: of the known model of that width"""
 
@@ -69,6 +69,8 @@ class VisualizeConfig:
     """images as for main_pretrain.py"""
     dataset: str = ""
     """a reader's name as for main_pretrain.py; default without --image and --data_path: digits"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, or turn the pixels as it says"""
     split: Literal["train", "val"] = "val"
     """split of the data set"""
     show: int = 4
@@ -120,7 +122,7 @@ def main() -> None:
     config = parse_config(VisualizeConfig, sys.argv[1:], Path(__file__).name)
     images = find_images(
         config.image, config.data_path, config.dataset, config.split, most=config.show, show=config.show,
-        seed=config.seed[0],
+        seed=config.seed[0], exif=config.exif,
     )  # fmt: skip
     try:
         numbers = animate(config, images) if config.animate else draw(config, images)
@@ -140,7 +142,7 @@ def open_model(config: VisualizeConfig, path: Path) -> NamedViT:
 def draw(config: VisualizeConfig, images: Images) -> list[dict]:
     """Write one picture and return the errors."""
     vit = open_model(config, Path(config.checkpoint))
-    print(vit.said)
+    print(vit.origin)
     reconstructed = reconstructions(vit, images, config.mask_ratio, config.seed)
     figure = reconstruction_figure(vit, images, reconstructed, f"Reconstructions by {vit.label}")
     save_figure(figure, config.path)

@@ -196,7 +196,7 @@ def test_a_timm_file_with_other_classes_has_none_here(tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "vit.pth")
     vit = opened(f"timm:test_vit={tmp_path / 'vit.pth'}")
     assert not is_classifier(vit.model)
-    assert "not used: head.weight, head.bias" in vit.said
+    assert "not used: head.weight, head.bias" in vit.origin
 
 
 def test_unlabelled_images_and_models_of_other_shapes(run_analyze, run, tmp_path):

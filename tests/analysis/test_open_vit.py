@@ -84,7 +84,7 @@ def test_another_image_size_resamples_positions(run):
     vit = opened(run, size=(48, 32))
     assert vit.size == (48, 32)
     assert grid_of(vit.model) == (6, 4)
-    assert "pos_embed: 4 x 4 to 6 x 4 patches" in vit.said
+    assert "pos_embed: 4 x 4 to 6 x 4 patches" in vit.origin
     assert tokens_of(vit.model, torch.randn(1, 1, 48, 32)).shape == (1, 25, 96)
     with pytest.raises(UserError, match="--input_size 30: no multiple of the patch, 8 pixels, try 32"):
         opened(run, size=(30,))

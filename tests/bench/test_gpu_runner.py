@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 
 import pytest
 
 from util.bench.gpu_runner import Recorder, Stage, run_stages
+from util.runtime.files import ROOT
 
 RECORD = (
     "import os, pathlib, sys, time; from util.bench.gpu_runner import Recorder;"
@@ -60,3 +62,16 @@ def test_a_row_that_fails_does_not_stop_the_next(tmp_path):
     assert rows[0] == {"name": "broken", "passed": False, "error": "ZeroDivisionError: division by zero"}
     assert rows[1] == {"name": "good", "ratio": 2.0}
     assert recorder.failed == ["broken"]
+
+
+@pytest.mark.slow
+def test_updates_on_the_cpu_equal_themselves(tmp_path):
+    """The rehearsal of a stage by its command."""
+    flags = ["--device", "cpu", "--stages", "equality", "--minutes", "30", "--output", tmp_path / "out"]
+    status = subprocess.run([sys.executable, ROOT / "scripts" / "check_gpu.py", *flags], cwd=tmp_path).returncode
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row for row in result["rows"] if row.get("passed") is False] == []
+    assert (status, result["state"]) == (0, "passed")
+    exact = [row["difference"] for row in result["rows"] if row["name"].endswith("fp32")]
+    assert exact == [0.0] * 9
+    assert sum(row.get("masks_equal", False) for row in result["rows"]) == 6

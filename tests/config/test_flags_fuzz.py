@@ -148,3 +148,10 @@ def test_values_beyond_every_machine_are_one_line(flags):
     message = str(error.value)
     assert message.startswith(NAMED[flags])
     assert "\n" not in message
+
+
+def test_a_start_after_the_end_is_one_line(pretrain, flat_folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--data_path", flat_folder, "--start_epoch 1 --max_steps 4")
+    assert stop.value.code == 2
+    assert "--start_epoch 1: is update 4, --max_steps ends at 4" in capsys.readouterr().err

@@ -59,3 +59,11 @@ def test_other_data_or_no_run_at_all_is_refused():
         resume(PretrainConfig(), 9, PretrainConfig(), 8)
     with pytest.raises(UserError, match="--resume: the file holds weights but not the state of a run"):
         check_same_run(PretrainConfig().resume_settings(9), {"model": {}}, elastic=False)
+
+
+def test_checkpoints_from_before_a_flag_existed_did_as_its_default():
+    saved = PretrainConfig().resume_settings(9)
+    del saved["exif"]
+    check_same_run(PretrainConfig().resume_settings(9), {"binding_settings": saved}, elastic=False)
+    with pytest.raises(UserError, match="--resume: exif is apply here but ignore in the checkpoint"):
+        check_same_run(PretrainConfig(exif="apply").resume_settings(9), {"binding_settings": saved}, elastic=False)

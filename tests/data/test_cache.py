@@ -135,7 +135,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
 
 def test_too_little_memory_is_said_before_it_is_taken(tmp_path, monkeypatch):
     write_images(tmp_path / "images", 40)
-    monkeypatch.setattr(cache, "_LOOKS", (32,))
+    monkeypatch.setattr(cache, "_ESTIMATE_AFTER", (32,))
     monkeypatch.setattr(cache, "available_memory", lambda: 1000)
     before = set(cache._SHARED_MEMORY.glob("lut-cache-*"))
     said = "--cache: the decoded images take 0.0 GiB, 0.0 GiB are free; use --cache none"
@@ -146,7 +146,7 @@ def test_too_little_memory_is_said_before_it_is_taken(tmp_path, monkeypatch):
 
 def test_a_small_shared_memory_is_left_for_the_temporary_folder(tmp_path, monkeypatch, capsys):
     write_images(tmp_path / "images", 40)
-    monkeypatch.setattr(cache, "_LOOKS", (32,))
+    monkeypatch.setattr(cache, "_ESTIMATE_AFTER", (32,))
     small = tmp_path / "shm"
     small.mkdir()
     monkeypatch.setattr(cache, "_SHARED_MEMORY", small)

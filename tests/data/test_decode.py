@@ -190,7 +190,7 @@ def test_files_with_zeros_at_their_end_are_bad(name, in_chans):
 
 def test_integers_of_32_bits_are_refused_and_not_shifted_to_black():
     image = Image.fromarray(np.arange(12, dtype=np.int32).reshape(3, 4))
-    with pytest.raises(BadImage, match="its pixels are integers of 32 bits"):
+    with pytest.raises(BadImage, match="its pixels are signed integers of 32 bits"):
         decode(encode(image, "TIFF"), 3)
 
 

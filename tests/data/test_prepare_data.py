@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import scripts.prepare_data as prepare_data
+from shared.calls import one_line
 from shared.images import colours, encode, plain, tree, write_images
 from util.data.datasets import find_validation, open_images
 from util.data.decode import decode
 from util.data.loader import training_loader
+from util.data.preparation import Progress
 from util.data.prepared import labels_of, name_images
 from util.data.samples import BatchOrder, PretrainStream
 from util.data.sources import FileSource, ReaderSource
@@ -268,6 +269,94 @@ def test_shards_are_read_without_their_manifests_too_and_never_by_wrong_ones(pre
         open_images(str(out), "", "train")
 
 
+def hostile_manifests(ours):
+    """Changes of a manifest that no call of ours has written, and what is said of each."""
+    name, offset, size = ours["members"][0]
+    return {
+        "members must be a list": [
+            {"members": "x"},
+            {"members": [[1, 2, 3]]},
+            {"members": [[name, "0", 1]]},
+            {"members": {}},
+        ],
+        "places ": [
+            {"members": [[name, -1, size]]},
+            {"members": [[name, offset, 10**15]]},
+            {"members": [[name, 1, -5]]},
+        ],
+        "begin, end, bytes": [{"begin": "x"}, {"end": -1}, {"bytes": float(ours["bytes"])}, {"source_bytes": None}],
+        "sha256 must": [{"sha256": 3}],
+        "classes must": [{"classes": "cat"}, {"classes": [1, 2]}, {"classes": {"cat": 0}}, {"classes": ["cat", "cat"]}],
+        "bad must": [{"bad": [["x"]]}, {"bad": 7}],
+    }
+
+
+def test_hostile_manifests_are_one_line(prepare, class_folders, tmp_path):
+    out = tmp_path / "out"
+    prepare("--data_path", class_folders, "--output_dir", out)
+    manifest = out / "train/train-00000.tar.json"
+    ours = json.loads(manifest.read_text())
+    for reason, changes in hostile_manifests(ours).items():
+        for change in changes:
+            manifest.write_text(json.dumps(ours | change))
+            with pytest.raises(UserError) as error:
+                open_images(str(out), "", "train")
+            message = one_line(error)
+            assert message.startswith(f"{manifest}: {reason}"), message
+            assert message.endswith("remove it, or prepare the data set again")
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is nested too deeply"):
+        open_images(str(out), "", "train")
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(UserError, match="is no file of at most"):
+        open_images(str(out), "", "train")
+
+
+# ---- what is no image, and orientation -----------------------------------------------------------------------
+
+
+def test_what_is_no_data_is_neither_prepared_nor_checked(prepare, class_folders, tmp_path):
+    expected = contents(open_images(str(class_folders), "", "train"))
+    for name in ("train/cat/._image-000.png", "train/.ipynb_checkpoints/x.png", "val/@eaDir/x.png"):
+        (class_folders / name).parent.mkdir(exist_ok=True)
+        (class_folders / name).write_bytes(b"no image")
+    assert "all images can be read" in prepare("--check", "--data_path", class_folders)
+    prepare("--data_path", class_folders, "--output_dir", tmp_path / "out")
+    assert contents(open_images(str(tmp_path / "out"), "", "train")) == expected
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pipes_and_large_files_are_named_and_not_read(prepare, class_folders, tmp_path, workers):
+    os.mkfifo(class_folders / "train/cat/pipe.png")
+    with open(class_folders / "train/dog/large.png", "wb") as file:
+        file.truncate(2**40)
+    code, out, _ = prepare("--check", "--data_path", class_folders, "--num_workers", workers, fails=True)
+    assert code == 1
+    assert "cat/pipe.png\tis a pipe (FIFO), no file" in out
+    assert f"dog/large.png\thas {2**40} bytes, at most" in out
+    flags = ("--data_path", class_folders, "--output_dir", tmp_path / "out", "--num_workers", workers)
+    assert "pipe.png: cannot be read (is a pipe" in prepare(*flags, fails=True)[2]
+    assert "2 bad ones left out" in prepare(*flags, "--on_bad_image", "skip")
+
+
+@pytest.mark.parametrize("size", [(20, 30), (60, 90)])  # kept, and reduced
+def test_orientation_is_passed_on_or_applied(prepare, tmp_path, size):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jpg").write_bytes(encode(colours(*size), "JPEG", quality=95, exif=exif))
+    flags = ("--data_path", tmp_path / "in", "--image_format", "png")
+    prepare(*flags, "--output_dir", tmp_path / "ignore")
+    prepare(*flags, "--output_dir", tmp_path / "apply", "--exif", "apply")
+    ignored, applied = (open_images(str(tmp_path / name), "", "train").read(0) for name in ("ignore", "apply"))
+    assert (decode(ignored, 3, "apply").int() - decode(applied, 3).int()).abs().max() <= 2  # turned, then reduced
+    assert torch.equal(decode(applied, 3, "apply"), decode(applied, 3))  # it is upright, and says so
+    assert decode(applied, 3).shape == (3, *decode(ignored, 3).shape[:0:-1])
+    assert "--exif is ignore here but apply" in prepare(*flags, "--output_dir", tmp_path / "apply", fails=True)[2]
+
+
 # ---- bad images --------------------------------------------------------------------------------------------
 
 
@@ -409,8 +498,8 @@ def test_streams_have_no_numbered_images(prepare, monkeypatch, tmp_path):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    with prepare_data.Progress("train", 100) as progress:
-        progress.find(40)
+    with Progress("train", 100) as progress:
+        progress.skip(40)
         progress.begin -= 10
         progress.shown -= 31
         progress.advance(20)

@@ -220,6 +220,21 @@ def test_lists_that_do_not_fit_are_one_line(tmp_path, what):
     assert DATASETS[name].title in one_line(error)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.jpg", "train_val2018/../../secret.jpg"])
+@pytest.mark.parametrize("current_folder", [False, True])
+def test_lists_that_name_files_elsewhere_are_refused(tmp_path, monkeypatch, name, current_folder):
+    root = tmp_path / "set"
+    make_naturalist(2018)(root)
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    content = json.loads((root / "train2018.json").read_text())
+    content["images"][1]["file_name"] = name
+    (root / "train2018.json").write_text(json.dumps(content))
+    monkeypatch.chdir(root)
+    with pytest.raises(UserError) as error:
+        open_images("." if current_folder else str(root), "inat2018", "train")
+    assert one_line(error).endswith("which is not in this folder")
+
+
 def test_no_folder_is_one_line(tmp_path):
     for path, said in (("", "--data_path: is missing, --dataset dogs"), (f"{tmp_path}/x", "there is no such file")):
         with pytest.raises(UserError, match=said):

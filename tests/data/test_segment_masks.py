@@ -241,7 +241,9 @@ def test_a_split_that_is_empty_or_not_there_is_one_line(scenes):
         path.unlink()
     assert "images/val: holds no images" in refused("--data_path", scenes)
     (scenes / "images" / "val").rmdir()
-    assert "has none of images/val, images/valid, images/validation, images/test" in refused("--data_path", scenes)
+    assert "has no folder images/val; name one val, or give --val_images and --val_masks" in refused(
+        "--data_path", scenes
+    )
 
 
 def test_an_image_without_a_mask_is_one_line(scenes):

@@ -195,7 +195,7 @@ def test_validation_images_are_never_trained_on(tmp_path, tar, name):
 def test_tar_files_and_images_in_one_folder_are_refused(tmp_path):
     write_folder(tmp_path / "x", CLASSES)
     write_tar(tmp_path / "x" / "old.tar", FLAT)
-    with pytest.raises(UserError, match=r"holds \.tar files \(old\.tar\) and images \(.*png\), keep one"):
+    with pytest.raises(UserError, match=r"holds \.tar files \(old\.tar\) and images \(.*PNG\), keep one"):
         open_images(str(tmp_path / "x"), "", "train")
 
 

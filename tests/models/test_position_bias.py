@@ -208,4 +208,4 @@ def test_analysis_opens_a_biased_classifier_and_exports_refuse_it(kind, tmp_path
     for layout, output in (("timm", "out.safetensors"), ("mae", "out.pth")):
         status, _, error = call(f"biased.pth --to {layout} --output {output} --num_heads 3")
         assert status == 2
-        assert "holds layer scale and relative position bias, which a plain ViT has not" in error
+        assert "holds layer scale and relative position bias, which a plain ViT does not have" in error

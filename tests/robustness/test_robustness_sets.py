@@ -160,7 +160,7 @@ def test_timms_models_take_another_size():
     found = open_classifier("timm:test_vit", "student", "tiny", (96, 64), *common)
     assert found.model(torch.zeros(1, 3, 96, 64)).shape == (1, 1000)
     assert found.view(torch.zeros(3, 50, 50, dtype=torch.uint8)).shape == (3, 96, 64)
-    assert found.said == "timm:test_vit: random weights"
+    assert found.origin == "timm:test_vit: random weights"
 
 
 def test_an_exported_file_is_seen_as_it_was_trained(tmp_path):

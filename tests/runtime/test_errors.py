@@ -60,6 +60,12 @@ def end_of(error: BaseException | str, capsys) -> tuple[int, str]:
         ),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. out of shared memory"), 1, "/dev/shm"),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), 1, "a loader process died or hung"),
+        (
+            RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4"),
+            1,
+            "another process of the run has ended",
+        ),
+        (RuntimeError("The server socket has failed to bind: EADDRINUSE: address already in use"), 1, "MASTER_PORT is"),
         (FileNotFoundError(2, "No such file", "run/a.pth"), 1, "No such file (run/a.pth): was the folder deleted"),
         (OSError(5, "Input/output error", "a"), 1, "Input/output error (a): check the disk or the network"),
     ],
@@ -89,7 +95,7 @@ ESCAPED = r"\x1b]0;title\x07\x1b[2Jcat\u202e\x9b31m\udce9"
 
 def test_names_are_shown_escaped_on_a_terminal(capsys, tmp_path):
     assert printable(HOSTILE) == ESCAPED
-    assert printable("é 中 a\tb\nc", keep="\t\n") == "é 中 a\tb\nc"
+    assert printable("é 中\u200c a\tb\nc", keep="\n\t") == "é 中\u200c a\tb\nc"
     with pytest.raises(SystemExit):
         exit_with_error("x.py", f"{HOSTILE}: no image", 2)
     assert capsys.readouterr().err == f"x.py: error: {ESCAPED}: no image\n"

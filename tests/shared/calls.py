@@ -12,14 +12,14 @@ from util.runtime.errors import run_main
 
 
 def one_line(error):
-    """The message of a UserError, which has to be one line."""
+    """Return the message of a UserError, which has to be one line."""
     message = str(error.value)
     assert "\n" not in message
     return message
 
 
 def script_caller(monkeypatch, capsys, folder: Path, script):
-    """A function that calls a script of scripts/ from the folder: exit status, stdout, stderr."""
+    """Return a function that calls a script of scripts/ from the folder and returns exit status, stdout and stderr."""
     program = Path(script.__file__).name
     monkeypatch.chdir(folder)
     monkeypatch.setattr(
@@ -39,7 +39,7 @@ def script_caller(monkeypatch, capsys, folder: Path, script):
 
 
 def caller(monkeypatch, tmp_path: Path, main, shared: str):
-    """A function that calls a main with the `shared` flags and more: the lines of log.jsonl."""
+    """Return a function that calls a main with the `shared` flags and more, and returns the lines of log.jsonl."""
     program = Path(main.__file__).name
 
     def call(*flags: str, output: Path | None = None) -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,21 @@ def colours(height=30, width=45, seed=0):
 def plain(number):
     """A PNG of one colour that tells which image it is."""
     return encode(Image.new("RGB", (6, 5), (number, number, number)))
+
+
+def write_plain(path: Path, names: list[str]) -> Path:
+    """A folder, or a .tar by its ending, of files that hold images of one colour each, whatever they are called."""
+    for number, name in enumerate(names):
+        content = plain(number % 256)
+        if path.suffix != ".tar":
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+            continue
+        with tarfile.open(path, "a") as tar:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
 def write_images(folder: Path, number: int, size: tuple[int, int] = (40, 36), seed: int = 0) -> list[Path]:

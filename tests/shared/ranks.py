@@ -26,14 +26,14 @@ PATIENCE = 400  # seconds that anything may take on a busy machine
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def with_preface(code: str, command: list) -> list:
-    """A command that runs some Python before its program."""
+    """Return a command that runs some Python before its program."""
     return [
         "-c",
         f"import runpy, sys\nsys.argv = sys.argv[1:]\n{code}\nrunpy.run_path(sys.argv[0], run_name='__main__')",
@@ -81,13 +81,13 @@ class Ranks:
         self.processes[rank].send_signal(number)
 
     def finish(self) -> list[tuple[int, str]]:
-        """Exit status and what was said on stderr, of each rank."""
-        said = [process.communicate(timeout=PATIENCE)[1] for process in self.processes]
-        return [(process.returncode, text) for process, text in zip(self.processes, said, strict=True)]
+        """Wait for all ranks; return the exit status and stderr of each."""
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in self.processes]
+        return [(process.returncode, text) for process, text in zip(self.processes, errors, strict=True)]
 
 
 def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What `work(rank)`, a function of a module, returns in each of two processes that know each other through gloo."""
+    """Run `work(rank)`, a function of a module, in two processes connected by gloo; return what each returned."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(_one_of_two, args=(work, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
@@ -102,23 +102,23 @@ def _one_of_two(rank: int, work: Callable[[int], Any], folder: Path) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started, and those that these have."""
+    """Return the processes that a process has started, and those that these have started."""
     try:
         lists = [task.joinpath("children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
         return []
-    found = [int(child) for text in lists for child in text.split()]
-    return found + [grandchild for child in found for grandchild in children(child)]
+    direct = [int(child) for text in lists for child in text.split()]
+    return direct + [grandchild for child in direct for grandchild in children(child)]
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """A signal to a process that may have ended already."""
+    """Send a signal to a process that may have ended already."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Look ten times a second until it holds."""
+    """Check ten times a second until the condition holds."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "waited in vain"
@@ -126,7 +126,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
 
 
 def updates(run: Path) -> int:
-    """The last update in a run's log, 0 where there is none."""
+    """Return the last update in a run's log, 0 if there is none."""
     try:
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
@@ -135,13 +135,13 @@ def updates(run: Path) -> int:
 
 
 def newest_step(run: Path) -> int:
-    """The update of the newest complete checkpoint, 0 where there is none."""
-    found = CheckpointStore(run, 1, None, keep_best=False).list() if run.exists() else []
-    return found[-1][1].step if found else 0
+    """Return the update of the newest complete checkpoint, 0 if there is none."""
+    checkpoints = CheckpointStore(run, 1, None, keep_best=False).list() if run.exists() else []
+    return checkpoints[-1][1].step if checkpoints else 0
 
 
 def same_end(a: Path, b: Path) -> None:
-    """The newest checkpoints of two runs are bit-equal: weights, momentum encoder, optimiser."""
+    """Assert that the newest checkpoints of two runs are bit-equal: weights, momentum encoder, optimiser."""
     ends = [load_checkpoint(CheckpointStore(run, 1, None, keep_best=False).list()[-1][0]) for run in (a, b)]
     assert ends[0]["updates"] == ends[1]["updates"]
     for part in ("model", "model_ema"):
@@ -153,6 +153,6 @@ def same_end(a: Path, b: Path) -> None:
 
 
 def command(images: Path, output: Path, *flags: str) -> list[str]:
-    """A pre-training of 4 updates per epoch of 8 images, whatever the number of ranks."""
+    """Return the command of a pre-training with 4 updates of 8 images per epoch, for any number of ranks."""
     shared = f"{TINY} --head_norm_layer LN --epochs 60 --auto_resume"
     return ["main_pretrain.py", *shared.split(), "--data_path", str(images), "--output_dir", str(output), *flags]

@@ -18,7 +18,7 @@ from util.weights.checkpoint import Manifest, write_manifest
 
 
 def pretraining_lines(epochs: int, updates_per_epoch: int, every: int = 1, monitor_freq: int = 1) -> list[dict]:
-    """Lines of a log as a pre-training writes them, with noise that is always the same."""
+    """Return lines of a log as a pre-training writes them, with noise that is always the same."""
     rng = np.random.default_rng(0)
     lines = [{"step": 0, "epoch": 0, "seconds": 0.5, "rankme": 3.0, "knn": 11.0}]
     for step in range(1, epochs * updates_per_epoch + 1):
@@ -29,20 +29,20 @@ def pretraining_lines(epochs: int, updates_per_epoch: int, every: int = 1, monit
             values |= {"images_per_second": 100.0 + step % 7, "data_wait": 0.25, "memory_bytes": 2**30}
             lines.append({"step": step, "epoch": epoch, "seconds": 2.0 * step, **values})
         if step % (monitor_freq * updates_per_epoch) == 0:
-            about = {"step": step, "epoch": epoch + 1, "seconds": 2.0 * step + 1}
-            lines.append(about | {"rankme": 3.0 + epoch, "knn": 20.0 + epoch})
+            monitored = {"step": step, "epoch": epoch + 1, "seconds": 2.0 * step + 1}
+            lines.append(monitored | {"rankme": 3.0 + epoch, "knn": 20.0 + epoch})
     return lines
 
 
 def segmenting_lines(updates: int, per_epoch: int) -> list[dict]:
-    """As a segmentation of so many updates logs them."""
+    """Return lines of a log as a segmentation of so many updates writes them."""
     lines = []
     for step in range(1, updates + 1):
         epoch = (step - 1) // per_epoch
-        about = {"step": step, "epoch": epoch, "seconds": 2.0 * step}
-        lines.append(about | {"loss": 1.4, "main": 1.0, "auxiliary": 1.0, "lr": 1e-4})
+        common = {"step": step, "epoch": epoch, "seconds": 2.0 * step}
+        lines.append(common | {"loss": 1.4, "main": 1.0, "auxiliary": 1.0, "lr": 1e-4})
         if step % per_epoch == 0 or step == updates:
-            lines.append(about | {"epoch": epoch + 1, "miou": 40.0 + epoch, "aacc": 80.0, "macc": 50.0})
+            lines.append(common | {"epoch": epoch + 1, "miou": 40.0 + epoch, "aacc": 80.0, "macc": 50.0})
     return lines
 
 
@@ -71,7 +71,7 @@ def write_run(
 
 
 def complete(path: Path, epoch: int, step: int) -> Path:
-    """The manifest beside a checkpoint."""
+    """Write the manifest beside a checkpoint."""
     with path.open("rb") as file:
         write_manifest(path, Manifest(sha256_of(file), path.stat().st_size, epoch, step, metric=None, time=0.0))
     return path

@@ -19,7 +19,8 @@ from util.data.samples import Batch
 from util.train.cost import count_parameters, pretrain_cost
 from util.train.pretraining import build_state
 from util.weights.export import write_mae
-from util.weights.interop import load_weights, part_of, read_weights
+from util.weights.interop import load_weights, read_weights
+from util.weights.layouts import part_of
 
 CPU = torch.device("cpu")
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

@@ -87,3 +87,13 @@ def test_memory_is_the_state_and_the_activations_of_a_batch(batch_size, bytes_pe
 def test_no_memory_is_taken():
     found = pretrain_cost(model_arguments("asymmetric", **TINY | dict(head_mlp_dim=10**10)), symmetric=False)
     assert found.student_parameters > 4 * 96 * 10**10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpointed_activations_are_computed_twice_and_not_kept(form):
+    arguments = model_arguments(form, model="lut_vit_small_patch16")
+    plain = pretrain_cost(arguments, form == "symmetric")
+    checkpointed = pretrain_cost(arguments, form == "symmetric", checkpoint_activations=True)
+    assert checkpointed.activation_bytes_per_image < 0.2 * plain.activation_bytes_per_image
+    assert checkpointed.state_bytes == plain.state_bytes
+    assert 1.1 < checkpointed.flops_per_image / plain.flops_per_image < 1.34

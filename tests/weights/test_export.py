@@ -20,7 +20,8 @@ from util.runtime.errors import run_main
 from util.runtime.files import ROOT
 from util.weights.checkpoint import load_checkpoint
 from util.weights.export import overlay_beside
-from util.weights.interop import load_weights, part_of, read_weights
+from util.weights.interop import load_weights, read_weights
+from util.weights.layouts import part_of
 
 DATA = ROOT / "tests" / "files"
 RELEASE = DATA / "release_lut_tiny.pth"
@@ -179,7 +180,7 @@ def test_our_own_checkpoint_needs_no_more_flags(tmp_path, run_convert, pretrain,
 WRONG = {
     "README --to mae --output OUT.pth": "README: cannot be read as a checkpoint",
     "RELEASE --to timm --output OUT.pth --num_heads 3": "--to timm writes a .safetensors file",
-    "RELEASE --to timm --output OUT.safetensors": "--num_heads: no known model is 24 wide",
+    "RELEASE --to timm --output OUT.safetensors": "IN does not tell its attention heads (LUT, student, 24 wide)",
     "RELEASE --to timm --output OUT.safetensors --num_heads 5": "--num_heads 5: does not divide the width 24",
     "RELEASE --to timm --output OUT.safetensors --num_heads 0": "--num_heads 0: does not divide the width 24",
     "RELEASE --to timm --output OUT.safetensors --input_size 32 64 96": "--input_size 32 64 96: give one number",
@@ -209,3 +210,76 @@ def test_wrong_input_is_one_line(tmp_path, run_convert, capsys, arguments):
     assert len(error) == 1
     assert WRONG[arguments] in error[0]
     assert not (tmp_path / "out.safetensors").exists()
+
+
+# ---- where an export may not go, and a disk that is full -------------------------------------------------------
+
+
+def test_an_export_never_replaces_a_checkpoint(tmp_path, run_convert, capsys, pretrain, flat_folder):
+    pretrain("--data_path", flat_folder, "--max_steps 1")
+    run = tmp_path / "run"
+    (checkpoint,) = run.glob("checkpoint-*.pth")
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    (tmp_path / "hard.pth").hardlink_to(checkpoint)
+    (tmp_path / "soft.pth").symlink_to(checkpoint)
+    (tmp_path / "folder").symlink_to(run)
+    outputs = {
+        "--to mae --output": (checkpoint, tmp_path / "hard.pth", tmp_path / "soft.pth", run / "new.pth"),
+        "--to timm --output": (run / "vit.safetensors", tmp_path / "folder" / "vit.safetensors"),
+        "--to hf --output": (run, run / "hub", tmp_path / "folder"),
+        "--to mae --output ": (run / "exports" / "deep" / "mae.pth",),
+    }
+    for flags, paths in outputs.items():
+        for path in paths:
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stop:
+                run_convert(checkpoint, *flags.split(), path)
+            assert stop.value.code == 2
+            message = capsys.readouterr().err
+            assert "would overwrite IN" in message or "lies in the folder of a run" in message
+            assert len(message.splitlines()) == 1
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    with pytest.raises(SystemExit):  # nor another run's, by a link
+        run_convert(RELEASE, "--to", "mae", "--output", tmp_path / "soft.pth")
+    assert checkpoint.read_bytes() == before[checkpoint]
+
+
+@pytest.mark.parametrize(("to", "name"), [("mae", "out.pth"), ("timm", "out.safetensors"), ("hf", "out")])
+def test_a_full_disk_leaves_the_earlier_export_whole(small_disk, run_convert, capsys, to, name):
+    run_convert(RELEASE, "--to", to, "--output", small_disk / name, *TINY_HEADS)
+    files = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    (small_disk / "ballast").write_bytes(bytes(2**20 - sum(-(-len(x) // 4096) * 4096 for x in files.values()) - 30_000))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_convert(RELEASE, "--to", to, "--output", small_disk / name, *TINY_HEADS)
+    message = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "cannot be written" in message
+    assert len(message.splitlines()) == 1
+    (small_disk / "ballast").unlink()
+    assert {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()} == files
+
+
+# ---- names of classes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["mae", "timm", "hf", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_names_of_classes_go_into_every_export(tmp_path, run_convert, to):
+    classes = [f"class {number}" for number in range(7)]
+    config = {"model": "vit_nano_patch4"}
+    checkpoint = {"model": nano_classifier("avg").state_dict(), "config": config, "class_names": classes}
+    torch.save(checkpoint, tmp_path / "tuned.pth")
+    output = tmp_path / {"mae": "out.pth", "timm": "out.safetensors", "hf": "out", "onnx": "out.onnx"}[to]
+    printed = run_convert(tmp_path / "tuned.pth", "--to", to, "--output", output)
+    if to == "mae":
+        assert read_weights(output).class_names == classes
+    elif to == "onnx":
+        onnx = pytest.importorskip("onnx")
+        metadata = {entry.key: entry.value for entry in onnx.load(output).metadata_props}
+        assert json.loads(metadata["label_names"]) == classes
+    else:
+        assert list(timm_from(printed).pretrained_cfg["label_names"]) == classes
+    if to == "timm":
+        assert list(overlay_beside(output)["label_names"]) == classes
+    if to == "hf":
+        assert json.loads((output / "config.json").read_text())["label_names"] == classes

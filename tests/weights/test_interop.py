@@ -12,7 +12,8 @@ from shared.reference import tiny_student
 from util.runtime.errors import UserError
 from util.runtime.files import ROOT
 from util.weights.checkpoint import load_checkpoint
-from util.weights.interop import load_weights, part_of
+from util.weights.interop import load_weights
+from util.weights.layouts import part_of
 
 DATA = ROOT / "tests" / "files"
 FILES = {

@@ -128,7 +128,7 @@ def neighbour_figure(
     """Draw the shown images and their nearest neighbours, a row for each model."""
     count = min(images.num_shown, len(images.order))
     needed = sorted({*range(count), *(int(i) for near in nearest for i in near[:count].flatten())})
-    dataset = LabelledDataset(images.source, images.order, vits[0].size, vits[0].in_chans)
+    dataset = LabelledDataset(images.source, images.order, vits[0].size, vits[0].in_chans, exif=images.exif)
     pictures = {position: drawable(dataset[position][0] / 255) for position in needed}
 
     def neighbour(query: int, position: int) -> Cell:

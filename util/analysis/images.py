@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from util.data.datasets import open_images
 from util.data.decode import decode
+from util.data.formats import Exif
 from util.data.labelled import LabelledDataset
 from util.data.loader import Loader
 from util.data.sources import BadImage, FileSource, ImageSource, labelled_or_none
@@ -32,10 +33,11 @@ class Images:
     num_shown: int
     batch_size: int
     num_workers: int
+    exif: Exif = "ignore"
 
     def loader(self, vit: NamedViT) -> Loader:
         """Return a loader of uint8 centre views for this model and labels (-1: none) of all images, in order."""
-        dataset = LabelledDataset(self.source, self.order, vit.size, vit.in_chans)
+        dataset = LabelledDataset(self.source, self.order, vit.size, vit.in_chans, exif=self.exif)
         return Loader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def batches(self, vit: NamedViT, title: str) -> Iterator[Tensor]:
@@ -44,7 +46,7 @@ class Images:
 
     def shown(self, vit: NamedViT) -> tuple[Tensor, np.ndarray]:
         """Return the images of the pictures as the model takes them, and as uint8 [n, H, W, 3] for drawing."""
-        dataset = LabelledDataset(self.source, self.order[: self.num_shown], vit.size, vit.in_chans)
+        dataset = LabelledDataset(self.source, self.order[: self.num_shown], vit.size, vit.in_chans, exif=self.exif)
         pixels = torch.stack([dataset[position][0] for position in range(len(dataset))])
         return vit.images(pixels), drawable(pixels / 255)
 
@@ -82,11 +84,13 @@ def find_images(
     seed: int,
     batch_size: int = 32,
     num_workers: int = 0,
+    exif: Exif = "ignore",
 ) -> Images:
     """Open image files in their order, or at most `most` images of a data set in an order drawn with `seed`.
 
     Args:
         files: paths of images; empty: the data set of --data_path and --dataset, by default digits.
+        exif: see `util.data.decode.decode`.
         show: number of a data set's images in pictures; files are all shown.
 
     Raises:
@@ -94,24 +98,24 @@ def find_images(
     """
     if files:
         source = image_files(files)
-        return Images(source, range(len(source)), len(source), batch_size, num_workers)
+        return Images(source, range(len(source)), len(source), batch_size, num_workers, exif)
     name = dataset or ("" if data_path else "digits")
     source = open_images(data_path, name, split)
     if isinstance(source, IterableDataset):
         raise UserError(f"--dataset {name}: is a stream, analysis needs a data set whose images can be read by index")
     order = np.random.default_rng(seed).permutation(len(source))[:most].tolist()
-    return Images(source, order, min(show, len(order)), batch_size, num_workers)
+    return Images(source, order, min(show, len(order)), batch_size, num_workers, exif)
 
 
 def image_files(paths: Sequence[str]) -> FileSource:
     """Open image files without labels; raise UserError for the first that cannot be read."""
     source = FileSource(list(paths), None, None)
     for index, path in enumerate(paths):
+        if Path(path).is_dir():
+            raise UserError(f"--image {path}: is a folder, give it to --data_path")
         try:
             decode(source.read(index), 3)
-        except IsADirectoryError as error:
-            raise UserError(f"--image {path}: is a folder, give it to --data_path") from error
-        except (BadImage, OSError) as error:
+        except BadImage as error:
             raise UserError(f"--image {path}: cannot be read ({error}), give an image file") from error
     return source
 

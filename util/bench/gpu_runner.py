@@ -5,6 +5,7 @@ A stage that fails, hangs or is killed never stops the next one, and what it has
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -86,10 +87,8 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             state = f"stopped after {seconds:.0f} s"
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # data loader workers too
-            except ProcessLookupError:
-                pass
             process.wait()
     rows_file = folder / f"{stage.name}.jsonl"
     lines = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []

@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
 
 from util.config.pretrain import PretrainConfig
+from util.data.formats import open_image
 from util.data.sources import ImageSource
 from util.data.views import (
     BLUR_RADIUS,
@@ -60,7 +61,7 @@ class PilDataset(Dataset):
         raw = self.source.read(index)
         if isinstance(raw, Tensor):
             raw = to_pil_image(raw)
-        image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw))
+        image = raw if isinstance(raw, Image.Image) else open_image(io.BytesIO(raw))
         return image.convert(self.mode)
 
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from models_architectures import ARCHITECTURES
 from util.runtime.distributed import world_size
@@ -29,7 +29,7 @@ LIMITS = {  # what no machine trains with today: refused before memory is asked 
     **dict.fromkeys(("head_depth", "predictor_depth", "decoder_depth"), 100),
     **dict.fromkeys(("head_mlp_dim", "head_width", "nb_classes"), 2**20),
     "num_workers": 256,
-    "seed": 2**32 - 1,
+    **dict.fromkeys(("seed", "attentive_seed"), 2**32 - 1),
 }
 PATHS = ("recipe", "output_dir", "log_dir", "data_path", "val_path", "resume", "finetune", "init_from")
 LONGEST_NAME = 255  # bytes of a file's name
@@ -87,9 +87,13 @@ class ModelConfig:
     model: str = "vit_base_patch16"
     patch_size: int | None = None
     """pixels; default: as the model's name says"""
+    num_heads: int | None = None
+    """attention heads of the encoder; default: as the model's name says (ViT-S: 6; MoCo v3's weights need 12)"""
 
     def __post_init__(self) -> None:
         check(self.patch_size is None or self.patch_size >= 1, "patch_size", self.patch_size, "must be 1 or more")
+        heads, width = self.architecture["num_heads"], self.architecture["embed_dim"]
+        check(heads >= 1 and width % heads == 0, "num_heads", heads, f"must divide the model's width, {width}")
         for side in self.resolved_input_size:
             fix = f"must be a multiple of the patch, {self.resolved_patch_size} pixels"
             check(side % self.resolved_patch_size == 0, "input_size", self.resolved_input_size, fix)
@@ -101,8 +105,9 @@ class ModelConfig:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The model's entry in models_architectures.ARCHITECTURES."""
-        return ARCHITECTURES[self.architecture_name]
+        """The model's entry in models_architectures.ARCHITECTURES, with the heads of --num_heads."""
+        architecture = ARCHITECTURES[self.architecture_name]
+        return architecture if self.num_heads is None else architecture | {"num_heads": self.num_heads}
 
     @property
     def resolved_patch_size(self) -> int:
@@ -128,6 +133,8 @@ class PixelConfig:
     """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.5"""
     std: tuple[float, ...] = ()
     """per channel, of pixels in [0, 1]; default: ImageNet's (in_chans 3), else 0.25"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF orientation of images: ignore it, as MAE, or turn the pixels as it says"""
     on_bad_image: Literal["error", "skip"] = "error"
     """an unreadable image stops the run, or the next readable one takes its place and it is counted"""
     num_workers: int | None = None
@@ -182,9 +189,18 @@ class DataConfig(PixelConfig):
     val_path: str = ""
     """labelled images for the evaluation (pre-training: by kNN); default: val/ or val.tar beside the training images,
     if it exists"""
+    holdout: float = 0.0
+    """share of the training images, of each class alike, that is not trained on but evaluated instead of the validation
+    images: to choose settings by"""
     cache: Literal["none", "ram", "device"] = "none"
     """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
     pre-training) on the device"""
+
+    def __post_init__(self) -> None:
+        PixelConfig.__post_init__(self)
+        check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
+        fix = "evaluates training images, leave out --val_path"
+        check(not (self.holdout and self.val_path), "holdout", self.holdout, fix)
 
 
 @dataclass(frozen=True)
@@ -225,9 +241,12 @@ class UpdateConfig:
 class OptimConfig(UpdateConfig):
     """Batch, schedule in epochs, and AdamW."""
 
+    default_warmup: ClassVar[float] = 40.0  # epochs
+    warmup_share: ClassVar[float] = 0.1  # of the epochs, where the default does not fit
+
     epochs: int = 400
-    warmup_epochs: float = 40.0
-    """epochs of linear warm-up from 0"""
+    warmup_epochs: float | None = None
+    """epochs of linear warm-up from 0; default: 40, or a tenth of --epochs where 40 do not fit"""
     lr: float | None = None
     """peak learning rate; default: blr x effective batch / 256"""
     blr: float = 1.5e-4
@@ -237,15 +256,28 @@ class OptimConfig(UpdateConfig):
         UpdateConfig.__post_init__(self)
         check(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
         warmup = self.warmup_epochs
-        check(0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"must lie in 0..--epochs {self.epochs}")
+        fits = warmup is None or 0 <= warmup <= self.epochs
+        check(fits, "warmup_epochs", warmup, f"must lie in 0..--epochs {self.epochs}")
         for flag in ("blr", "lr"):
             value = getattr(self, flag)
             check(value is None or 0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
 
     @property
+    def resolved_warmup_epochs(self) -> float:
+        """--warmup_epochs, the default filled in; a default that does not fit shrinks with the epochs."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return self.default_warmup if self.default_warmup <= self.epochs else self.warmup_share * self.epochs
+
+    @property
+    def resolved_blr(self) -> float:
+        """--blr, the default filled in."""
+        return self.blr
+
+    @property
     def peak_lr(self) -> float:
         """--lr, or the linear rule lr = blr x batch / 256."""
-        return self.blr * self.effective_batch / 256 if self.lr is None else self.lr
+        return self.resolved_blr * self.effective_batch / 256 if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -357,5 +389,14 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(config_type: type[Config], plain: dict[str, Any]) -> Config:
-    """Make a config from the plain settings that a checkpoint holds; the inverse of `as_dict`."""
+    """Make a config from the plain settings that a checkpoint holds; the inverse of `as_dict`.
+
+    Raises:
+        UserError: it has settings that are unknown here.
+    """
+    unknown = sorted(set(map(str, plain)) - {field.name for field in dataclasses.fields(config_type)})
+    if unknown:
+        raise UserError(
+            f"the file's run has settings unknown here ({', '.join(unknown[:6])}), is it of another version?"
+        )
     return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

@@ -20,6 +20,8 @@ class ProbeConfig:
     """a checkpoint of ours, MAE's, LUT's release or timm's; those of other programs need --model and a data set"""
     model: str = ""
     """a model of main_pretrain.py; default: that of the run"""
+    num_heads: int | None = None
+    """attention heads of a file of another program; default: as --model, or the file, tells"""
     data_path: str = ""
     """labelled images, train and val as for main_pretrain.py; default: those of the run"""
     dataset: str = ""
@@ -32,6 +34,8 @@ class ProbeConfig:
     """per channel, of pixels in [0, 1]; default: that of the run, else ImageNet's (3 channels) or 0.5"""
     std: tuple[float, ...] = ()
     """per channel, of pixels in [0, 1]; default: that of the run, else ImageNet's (3 channels) or 0.25"""
+    exif: Literal["", "ignore", "apply"] = ""
+    """EXIF orientation of images: ignore it or turn the pixels as it says; default: as the run, else ignore"""
     pool: Pool = "avg"
     """features of kNN, logistic regression and --sweep: mean of the patch tokens, or the cls token"""
     encoders: tuple[Literal["random", "student", "momentum"], ...] = ("random", "student", "momentum")

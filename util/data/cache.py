@@ -6,6 +6,7 @@ name is gone before training begins, so that nothing is left behind however the 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 from util.data.decode import MAY_BE_SKIPPED, decode
 from util.data.device_views import StoredImages
+from util.data.formats import Exif
 from util.data.loader import Loader
 from util.data.sources import BadImage, ImageSource
 from util.runtime.distributed import barrier, from_all_ranks, is_main, patient_group, rank
@@ -32,7 +34,7 @@ from util.runtime.logs import format_duration
 from util.runtime.progress import progress
 
 _SHARED_MEMORY = Path("/dev/shm")
-_LOOKS = (32, 512)  # images after which the size of all is estimated; the first ones fit into any memory
+_ESTIMATE_AFTER = (32, 512)  # images after which the size of all is estimated; the first ones fit into any memory
 
 
 @dataclass
@@ -48,23 +50,23 @@ class CachedImages:
 
     @property
     def labels(self) -> list[int] | None:
-        """Of the source."""
+        """Return those of the source."""
         return self.source.labels
 
     @property
     def class_names(self) -> list[str] | None:
-        """Of the source."""
+        """Return those of the source."""
         return self.source.class_names
 
     def __len__(self) -> int:
         return len(self.source)
 
     def name(self, index: int) -> str:
-        """Of the source."""
+        """Return what the source calls it."""
         return self.source.name(index)
 
     def read(self, index: int) -> Tensor:
-        """Pixels [C, h, w].
+        """Return pixels [C, h, w].
 
         Raises:
             BadImage: it could not be read when the cache was filled.
@@ -76,11 +78,11 @@ class CachedImages:
         return self.pixels[start : start + self.in_chans * h * w].view(self.in_chans, h, w)
 
     def at(self, index: Tensor) -> StoredImages:
-        """The images `index` [B], where the pixels lie."""
+        """Return the images `index` [B], on the device that holds the pixels."""
         return StoredImages(self.pixels, self.starts[index], self.sizes[index], self.in_chans)
 
     def to(self, device: torch.device) -> CachedImages:
-        """The same with its pixels on the device.
+        """Return the same images with their pixels on the device.
 
         Raises:
             UserError: they do not fit.
@@ -95,20 +97,21 @@ class CachedImages:
 
 @dataclass
 class _Decoded(Dataset):
-    """What the loader processes make of each image: its pixels, or why there are none."""
+    """Image number -> its pixels, or why there are none; read by workers."""
 
     source: ImageSource
     in_chans: int
-    fit: Callable[[Tensor], Tensor] | None
+    crop: Callable[[Tensor], Tensor] | None
+    exif: Exif
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            image = decode(self.source.read(index), self.in_chans)
-            return (self.fit(image) if self.fit else image).contiguous()
-        except (BadImage, OSError) as error:
+            image = decode(self.source.read(index), self.in_chans, self.exif)
+            return (self.crop(image) if self.crop else image).contiguous()
+        except BadImage as error:
             return str(error)
 
 
@@ -118,15 +121,17 @@ def cache_images(
     num_workers: int,
     loader_timeout: float,
     skip_bad: bool,
-    fit: Callable[[Tensor], Tensor] | None = None,
+    crop: Callable[[Tensor], Tensor] | None = None,
+    exif: Exif = "ignore",
 ) -> CachedImages:
     """Decode all images, once per machine; a collective of all ranks.
 
     Args:
         num_workers: processes that decode.
-        loader_timeout: seconds to wait for some of them, 0: for ever.
-        skip_bad: keep a note of unreadable images instead of raising.
-        fit: what is kept of an image [C, h, w]; None: all of it.
+        loader_timeout: seconds to wait for some images, 0: for ever.
+        skip_bad: record unreadable images instead of raising.
+        crop: returns the part of an image [C, h, w] that is kept; None: all of it.
+        exif: see `util.data.decode.decode`.
 
     Raises:
         UserError: an image cannot be read, or they do not fit into memory.
@@ -135,7 +140,7 @@ def cache_images(
     if "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "0":
         written = None
     else:
-        written = write_pixels(_Decoded(source, in_chans, fit), num_workers, loader_timeout, skip_bad)
+        written = write_pixels(_Decoded(source, in_chans, crop, exif), num_workers, loader_timeout, skip_bad)
     path, sizes, bad = of_this_machine(written, waiting)
     lengths = sizes.prod(dim=1) * in_chans
     starts = lengths.cumsum(0) - lengths
@@ -151,12 +156,12 @@ Written = tuple[str, Tensor, dict[int, str]]  # path of the pixels, sizes, bad i
 
 
 def of_this_machine(written: Written | None, group: dist.ProcessGroup | None) -> Written:
-    """What the first process of this machine has written."""
+    """Return what the first process of this machine has written."""
     return from_all_ranks(written, group)[rank() - int(os.environ.get("LOCAL_RANK", 0))]
 
 
 def write_pixels(images: _Decoded, num_workers: int, loader_timeout: float, skip_bad: bool) -> Written:
-    """Decode into a file in memory."""
+    """Decode all images into a file in memory."""
     loader = Loader(images, batch_size=32, num_workers=num_workers, collate_fn=list, loader_timeout=loader_timeout)
     sizes = torch.zeros(len(images), 2, dtype=torch.int64)
     bad: dict[int, str] = {}
@@ -175,11 +180,13 @@ def write_pixels(images: _Decoded, num_workers: int, loader_timeout: float, skip
                     sizes[done] = torch.tensor(image.shape[-2:])
                     file.write(memoryview(image.numpy()).cast("B"))
                 done += 1
-            if done == len(images) or any(done - len(batch) < look <= done for look in _LOOKS):
+            if done == len(images) or any(done - len(batch) < number <= done for number in _ESTIMATE_AFTER):
                 file = with_room(file, file.tell() * len(images) // done)
         file.flush()
     except OSError as error:
         os.unlink(file.name)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise RunError(f"--cache: the decoded images do not fit into {file.name} ({error.strerror})") from error
     except BaseException:
         os.unlink(file.name)
@@ -194,14 +201,14 @@ def write_pixels(images: _Decoded, num_workers: int, loader_timeout: float, skip
 
 
 def in_memory(folder: Path) -> BinaryIO:
-    """A new file there, or in the temporary folder where there is no such memory."""
+    """Open a new file in `folder`, or in the temporary folder where there is no such memory."""
     return tempfile.NamedTemporaryFile(
         prefix="lut-cache-", dir=folder if folder.is_dir() else None, delete=False
     )  # mapped by others
 
 
 def with_room(file: BinaryIO, needed: int) -> BinaryIO:
-    """The file, moved to the temporary folder if its own cannot hold `needed` bytes.
+    """Return the file, moved to the temporary folder if its own cannot hold `needed` bytes.
 
     Raises:
         UserError: neither memory nor that folder can.
@@ -226,7 +233,7 @@ def with_room(file: BinaryIO, needed: int) -> BinaryIO:
 
 
 def available_memory() -> int:
-    """Bytes that this machine can still give, by the kernel's own estimate; unknown: no bound."""
+    """Return the bytes that this machine can still give, by the kernel's own estimate; unknown: no bound."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -235,12 +242,12 @@ def available_memory() -> int:
 
 
 # --------------------------------------------------------------------------------------------------------
-# Which sample stands in for a bad one
+# Which sample takes the place of a bad one
 # --------------------------------------------------------------------------------------------------------
 
 
 def readable(images: CachedImages) -> np.ndarray:
-    """[N] for each sample itself or, where it is bad, the next one that is not: what --on_bad_image skip reads."""
+    """Return the sample that --on_bad_image skip reads for each, [N]: itself, or the next readable one."""
     good = images.sizes.cpu().numpy()[:, 0] > 0
     following = np.where(np.concatenate([good, good]), np.arange(2 * len(good)), 2 * len(good))
     following = np.minimum.accumulate(following[::-1])[::-1][: len(good)]

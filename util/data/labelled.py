@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from util.data.decode import MUST_BE_READ, load_image
+from util.data.formats import Exif
 from util.data.loader import Loader
 from util.data.sources import ImageSource
 from util.data.views import Size, centre_view
@@ -52,10 +53,11 @@ class ClassifierDataset(Dataset):
     in_chans: int
     seed: int
     skip_bad: bool
+    exif: Exif = "ignore"
 
     def __getitem__(self, key: tuple[int, int]) -> LabelledBatch:
         epoch, index = key
-        image, read_index = load_image(self.source, index, self.in_chans, self.skip_bad)
+        image, read_index = load_image(self.source, index, self.in_chans, self.skip_bad, exif=self.exif)
         seed_generators(self.seed, epoch, index)
         view = self.transform(to_pil_image(image))
         label = self.source.labels[read_index]
@@ -74,13 +76,14 @@ class LabelledDataset(Dataset):
     size: Size
     in_chans: int
     skip_bad: bool = False
+    exif: Exif = "ignore"
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        asked = self.indices[place]
-        image, index = load_image(self.source, asked, self.in_chans, self.skip_bad, fix=MUST_BE_READ)
+        index = self.indices[place]
+        image, index = load_image(self.source, index, self.in_chans, self.skip_bad, MUST_BE_READ, self.exif)
         label = -1 if self.source.labels is None else self.source.labels[index]
         return centre_view(image, self.size), label
 
@@ -96,12 +99,13 @@ def labelled_loader(
     num_workers: int,
     loader_timeout: float,
     skip_bad: bool = False,
+    exif: Exif = "ignore",
 ) -> Loader:
-    """Centre views and labels of at most `most` images, those that `drawn` names."""
-    dataset = LabelledDataset(source, drawn(source, most), size, in_chans, skip_bad)
+    """Return a loader of centre views and labels of at most `most` images, those that `drawn` names."""
+    dataset = LabelledDataset(source, drawn(source, most), size, in_chans, skip_bad, exif)
     return Loader(dataset, batch_size=_BATCH, num_workers=num_workers, loader_timeout=loader_timeout)
 
 
 def drawn(source: ImageSource, most: int) -> list[int]:
-    """At most `most` images, always the same ones."""
+    """Return the numbers of at most `most` images, in an order that is always the same."""
     return np.random.default_rng(0).permutation(len(source))[:most].tolist()

@@ -16,26 +16,29 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from util.data.samples import BatchOrder, DrawnBatch, DrawnDataset, PretrainStream
+from util.data.sources import check_descriptors
 from util.runtime.errors import LOADERS_DEATH, kill_loaders
 
 
 class Loader(DataLoader):
     """A DataLoader that never waits for a batch for longer than `loader_timeout` seconds (0: for ever).
 
-    DataLoader's own `timeout` ends once a loader process has announced a batch; one that hangs before it has handed
-    over the batch's memory would be waited for without end. An alarm sees that too; only the main thread can have one.
-    One that dies then leaves errors of sockets or pickle, which name no loader: they are raised as one that does.
+    DataLoader's own `timeout` ends once a worker has announced a batch: a worker that hangs before it has handed over
+    the batch's memory would be waited for without end. An alarm ends that wait too; only the main thread can have one.
+    A worker that dies at that point leaves errors of sockets or pickle, which do not name it: they are raised as an
+    error that does.
 
-    Loader processes outlive SIGTERM, which launchers and schedulers send to a whole group: the run still needs them for
-    the update under way, and ends them itself.
+    Workers outlive SIGTERM, which launchers and schedulers send to a whole group: the run still needs them for the
+    update under way, and ends them itself.
 
     Raises:
-        RuntimeError: while iterating, a loader process died or hung; see `util.runtime.errors.loaders_death`.
+        RuntimeError: while iterating, a worker died or hung; see `util.runtime.errors.loaders_death`.
+        OSError: there is no descriptor left.
     """
 
     def __init__(self, dataset, *, loader_timeout: float = 600.0, **settings: Any):
         if settings.get("num_workers") and sys.platform == "linux":
-            # others get copies of the names and cannot map cached images; from 3.14 on they are Python's default
+            # spawned workers, Python's default from 3.14, get copies of the names and cannot map cached images
             settings["multiprocessing_context"] = "fork"
         super().__init__(dataset, worker_init_fn=ignore_sigterm, **settings)
         self.loader_timeout = loader_timeout
@@ -46,10 +49,10 @@ class Loader(DataLoader):
         return self._watched() if self.num_workers else super().__iter__()
 
     def _watched(self) -> Iterator:
-        # a forked process blocks what is blocked here: before torch's handler is there, and before ours follows it
+        # a forked worker inherits the block, and so is safe until torch's handler is set and ours replaces it
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
-            with self._watch():  # processes that live on are asked here whether they are ready
+            with self._watch():  # persistent workers are asked here whether they are ready
                 batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -78,6 +81,8 @@ class Loader(DataLoader):
         try:
             yield
         except Exception as error:
+            if isinstance(error, OSError):
+                check_descriptors(error)
             if not broke_off(error):
                 raise
             raise RuntimeError(f"{LOADERS_DEATH}: a batch broke off ({type(error).__name__} {error})") from error
@@ -88,24 +93,24 @@ class Loader(DataLoader):
 
 
 def ignore_sigterm(worker: int) -> None:
-    """In a loader process that was not forked, after torch has set its handler, by which the signal is deadly."""
+    """Ignore SIGTERM in a worker that was not forked, once torch has set its handler, which would end it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def broke_off(error: Exception) -> bool:
-    """Whether it is what is left of a batch whose loader process ended while handing it over."""
-    of_the_data_set = "DataLoader worker process" in str(error)  # torch's words around what a loader raised
-    of_the_way = isinstance(error, EOFError | OSError | pickle.UnpicklingError) or "ancdata" in str(error)
-    return of_the_way and not of_the_data_set
+    """Return True for the errors that a worker leaves which ends while it hands over a batch."""
+    from_data_set = "DataLoader worker process" in str(error)  # torch's words around what a worker raised
+    from_transfer = isinstance(error, EOFError | OSError | pickle.UnpicklingError) or "ancdata" in str(error)
+    return from_transfer and not from_data_set
 
 
-def as_it_is(batch: DrawnBatch) -> DrawnBatch:
-    """For a data set that makes whole batches."""
+def unchanged(batch: DrawnBatch) -> DrawnBatch:
+    """Return the batch: the collate function of a data set that makes complete batches."""
     return batch
 
 
 def training_loader(dataset, order: BatchOrder, num_workers: int, pin_memory: bool, timeout: float) -> DataLoader:
-    """Batches in the order of `order`; set `order.epoch` before each pass."""
+    """Return a loader of batches in the order of `order`; set `order.epoch` before each pass."""
     stream = isinstance(dataset, IterableDataset)
     return Loader(
         dataset,
@@ -113,6 +118,6 @@ def training_loader(dataset, order: BatchOrder, num_workers: int, pin_memory: bo
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0 and not stream,  # a stream's epoch reaches new workers only
         loader_timeout=timeout,
-        collate_fn=as_it_is if isinstance(dataset, DrawnDataset) else None,
+        collate_fn=unchanged if isinstance(dataset, DrawnDataset) else None,
         **(dict(batch_size=order.batch_size, drop_last=True) if stream else dict(batch_sampler=order)),
     )

@@ -16,18 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from util.data.decode import check_size
-from util.data.folders import SPLIT_NAMES, open_folder
-from util.data.sources import BadImage, FileSource
+from util.data.decode import turned, warn_of_unused_bits
+from util.data.folders import open_folder
+from util.data.formats import Exif, ending_of, is_hidden, open_image, orientation_of, size_of
+from util.data.sources import BadImage, FileSource, open_file
+from util.data.splits import matching_names, split_kind, the_one
 from util.runtime.errors import UserError
 
 IGNORED = 255  # pixels that neither train nor count
 MOST_CLASSES = 255
 MASK_FOLDERS = ("masks", "annotations")
-MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")  # lossless ones
+MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")  # lossless ones
 CLASS_FILES = ("classes.json", "classes.txt")
 ADE20K_CLASSES = "objectInfo150"
 UNKNOWN = -1  # in a table: a number that is no class and is not ignored
@@ -48,7 +50,7 @@ class Classes:
 
     @property
     def known(self) -> str:
-        """The numbers that a mask may hold, in words."""
+        """Return the numbers that a mask may hold, in words."""
         ignored = self.table == IGNORED
         classes = in_words(np.flatnonzero(~ignored & (self.table != UNKNOWN)).tolist())
         return (
@@ -57,26 +59,26 @@ class Classes:
 
 
 def make_classes(names: Sequence[str], first_label: int, ignored: Sequence[int], origin: str) -> Classes:
-    """Classes `first_label`, `first_label` + 1, ...; what stands among the `ignored` numbers is no class.
+    """Return the classes `first_label`, `first_label` + 1, ...; a number among `ignored` is none of them.
 
     Raises:
         UserError: fewer than two classes, or more than a mask can tell apart.
     """
     table = np.full(2**16, UNKNOWN, dtype=np.int16)
     numbers = [number for number in range(first_label, first_label + len(names)) if number not in ignored]
-    kept = tuple(names[number - first_label] for number in numbers)
-    if not 2 <= len(kept) <= MOST_CLASSES:
-        raise UserError(f"{origin}: names {len(kept)} classes, there must be 2 to {MOST_CLASSES}")
-    table[numbers] = np.arange(len(kept))
+    class_names = tuple(names[number - first_label] for number in numbers)
+    if not 2 <= len(class_names) <= MOST_CLASSES:
+        raise UserError(f"{origin}: names {len(class_names)} classes, there must be 2 to {MOST_CLASSES}")
+    table[numbers] = np.arange(len(class_names))
     table[[number for number in ignored if number < len(table)]] = IGNORED
-    return Classes(kept, table, origin)
+    return Classes(class_names, table, origin)
 
 
 def read_classes(path: Path, flag: str) -> tuple[list[str], tuple[int, ...] | None]:
-    """The names in a class file, and the numbers that it says are ignored (None: it does not say).
+    """Return the names in a class file, and the numbers that it ignores (None: it does not say).
 
     Raises:
-        UserError: not there, or of no known form.
+        UserError: there is no such file, or it has no known form.
     """
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file")
@@ -95,28 +97,28 @@ def read_classes(path: Path, flag: str) -> tuple[list[str], tuple[int, ...] | No
     return names, ignored
 
 
-def json_classes(found: Any) -> tuple[list[str], tuple[int, ...] | None]:
-    """A list of names, or an object with `class_names` and perhaps `ignore_index`, one number or several."""
+def json_classes(content: Any) -> tuple[list[str], tuple[int, ...] | None]:
+    """Read a list of names, or an object with `class_names` and perhaps `ignore_index`, one number or several."""
     ignored = None
-    if isinstance(found, dict):
-        if "ignore_index" in found:
-            given = found["ignore_index"]
+    if isinstance(content, dict):
+        if "ignore_index" in content:
+            given = content["ignore_index"]
             ignored = tuple(int(n) for n in (given if isinstance(given, list) else [given]))
-        found = found["class_names"]
-    if not isinstance(found, list):
+        content = content["class_names"]
+    if not isinstance(content, list):
         raise TypeError("no list")
-    return [str(name) for name in found], ignored
+    return [str(name) for name in content], ignored
 
 
 def object_info(text: str) -> list[str]:
-    """The first synonym of each class in ADE20K's objectInfo150.txt (tabs) or .csv (commas), in their order."""
+    """Read the first synonym of each class in ADE20K's objectInfo150.txt (tabs) or .csv (commas), in their order."""
     delimiter = "\t" if "\t" in text.splitlines()[0] else ","
     rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
     return [re.split("[;,]", row["Name"])[0].strip() for row in sorted(rows, key=lambda row: int(row["Idx"]))]
 
 
 def in_words(numbers: Sequence[int]) -> str:
-    """Sorted numbers as `0 to 10, 255`."""
+    """Return sorted numbers as `0 to 10, 255`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -131,6 +133,9 @@ def in_words(numbers: Sequence[int]) -> str:
 # --------------------------------------------------------------------------------------------------------
 
 
+ORIENTED = IGNORED + 1  # in counts of pixels: the place of the number of images with an EXIF orientation
+
+
 @dataclass
 class MaskedSource(FileSource):
     """Image files, each with a mask; `class_names` are those of pixels."""
@@ -138,111 +143,125 @@ class MaskedSource(FileSource):
     masks: list[str]
     classes: Classes
 
-    def read_mask(self, index: int, size: tuple[int, int]) -> Tensor:
-        """The mask of an image of `size` (height, width).
+    def read_mask(self, index: int, size: tuple[int, int], exif: Exif = "ignore") -> Tensor:
+        """Return the mask of an image of `size` (height, width), uint8 [h, w].
+
+        Args:
+            exif: what is done with the orientation of images; the mask's own, which is rare, is treated alike.
 
         Raises:
             BadImage: the file cannot be decoded.
             UserError: it is no mask, has another size, or holds a number that is no class.
         """
         path = self.masks[index]
-        with open_mask(path) as image:
-            self.check_mask_size(index, image.size, (size[1], size[0]))
-            return self.as_classes(path, image)
+        try:
+            with open_file(path) as file, open_image(file) as image:
+                check_is_mask(path, image)
+                self.check_mask_size(index, size_of(image, exif), (size[1], size[0]))
+                orientation = orientation_of(image)
+                numbers = decode_numbers(image)
+                classes = self.to_classes(path, numbers)
+                return turned(classes, image, orientation, exif)
+        except BadImage as error:
+            raise BadImage(f"{path}: {error}") from error
 
     def check_mask_size(self, index: int, mask: tuple[int, int], image: tuple[int, int]) -> None:
-        """UserError unless both (width, height) are equal."""
+        """Raise UserError unless both (width, height) are equal."""
         if mask != image:
-            said = f"is {mask[0]} x {mask[1]} pixels, its image {self.paths[index]} {image[0]} x {image[1]}"
-            raise UserError(f"{self.masks[index]}: {said}; make the mask anew in the image's size")
+            sizes = f"is {mask[0]} x {mask[1]} pixels, its image {self.paths[index]} {image[0]} x {image[1]}"
+            raise UserError(f"{self.masks[index]}: {sizes}; make the mask anew in the image's size")
 
-    def as_classes(self, path: str, image: Image.Image) -> Tensor:
-        """An open mask's numbers [h, w] as classes."""
-        try:
-            numbers = np.asarray(image)
-        except Exception as error:  # on corrupt bytes decoders raise whatever they stumble over
-            raise BadImage(f"{path}: {type(error).__name__}: {error}") from error
-        numbers = numbers.astype(np.int64)
-        if numbers.max() >= len(self.classes.table):
-            raise self.out_of_range(path, int(numbers.max()))
-        found = self.classes.table[numbers]
-        if found.min() == UNKNOWN:
-            raise self.out_of_range(path, int(numbers[found == UNKNOWN].min()))
-        return torch.from_numpy(found.astype(np.uint8))
+    def to_classes(self, path: str, numbers: np.ndarray) -> Tensor:
+        """Return the classes, uint8 [h, w], of a mask's numbers [h, w]; UserError where one is no class."""
+        for number in (int(numbers.min()), int(numbers.max())):
+            if not 0 <= number < len(self.classes.table):
+                raise self.out_of_range(path, number)
+        classes = self.classes.table[numbers]
+        if classes.min() == UNKNOWN:
+            raise self.out_of_range(path, int(numbers[classes == UNKNOWN].min()))
+        return torch.from_numpy(classes.astype(np.uint8))
 
     def out_of_range(self, path: str, number: int) -> UserError:
-        """For a number that is no class."""
+        """Return the error for a number that is no class."""
         classes = self.classes
         return UserError(
             f"{path}: holds the number {number}, but {classes.origin} knows {classes.known};"
             " mend it, or see --classes, --first_label and --ignore_index"
         )
 
-    def count(self, index: int) -> np.ndarray:
-        """Pixels of each class in a mask, [256], IGNORED at its own place; errors as `read_mask`, of the image too."""
-        with open_image(self.paths[index]) as image:
-            width, height = image.size
-        return np.bincount(self.read_mask(index, (height, width)).flatten().numpy(), minlength=IGNORED + 1)
+    def count(self, index: int, exif: Exif = "ignore") -> np.ndarray:
+        """Return the pixels of each class in a mask, [257]: IGNORED at its own place, and 1 at ORIENTED if it is so.
+
+        Raises:
+            BadImage, UserError: as `read_mask`, for the image too.
+        """
+        path = self.paths[index]
+        try:
+            with open_file(path) as file, open_image(file) as image:
+                (width, height), orientation = size_of(image, exif), orientation_of(image)
+        except BadImage as error:
+            raise BadImage(f"{path}: {error}") from error
+        classes = self.read_mask(index, (height, width), exif).flatten().numpy()
+        counts = np.bincount(classes, minlength=ORIENTED + 1)
+        counts[ORIENTED] = orientation != 1
+        return counts
 
 
-def open_mask(path: str) -> Image.Image:
-    """A mask, its pixels not decoded yet.
-
-    Raises:
-        BadImage: no image. UserError: one of colours.
-    """
-    image = open_image(path)
+def check_is_mask(path: str, image: Image.Image) -> None:
+    """Raise UserError for a picture of colours."""
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-        image.close()
         raise UserError(f"{path}: is a picture ({image.mode}), not a mask; save class numbers in one channel, as PNG")
-    return image
 
 
-def open_image(path: str) -> Image.Image:
-    """An image file of which the header is known; BadImage where it is none, or too large."""
+def decode_numbers(image: Image.Image) -> np.ndarray:
+    """Return the numbers [h, w] of an open mask, int64."""
     try:
-        image = Image.open(path)
-        check_size(*image.size)
-    except UnidentifiedImageError as error:
-        raise BadImage(f"{path}: no image, or of an unknown format") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: {error}") from error
-    return image
+        return np.asarray(image).astype(np.int64)
+    except Exception as error:  # on corrupt bytes decoders raise whatever they stumble over
+        raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def pair_up(
     images: Path, masks: Path, classes: Classes, image_suffix: str, mask_suffix: str, flags: tuple[str, str]
 ) -> MaskedSource:
-    """Each image below a folder with the mask of the same name below the other one.
+    """Give each image below a folder the mask of the same name below the other one.
 
     Raises:
-        UserError: a folder is not there or empty, or an image has no mask.
+        UserError: a folder is missing or empty, an image has no mask, or a mask's name occurs with two endings.
     """
     for path, flag in zip((images, masks), flags, strict=True):
         if not path.is_dir():
             raise UserError(f"{flag} {path}: there is no such folder")
-    paths = open_folder(images, flags[0]).paths
-    there = {os.path.splitext(path)[0]: path for path in mask_files(masks)}
-    wanted = [stem_of_mask(path, images, image_suffix, mask_suffix, flags[0]) for path in paths]
-    lacking = [path for path, stem in zip(paths, wanted, strict=True) if stem not in there]
+    source = open_folder(images, flags[0])
+    warn_of_unused_bits(source, f"{flags[0]} {images}")
+    mask_of: dict[str, str] = {}
+    for path in sorted(mask_files(masks)):
+        stem = os.path.splitext(path)[0]
+        if stem in mask_of:
+            raise UserError(f"{flags[1]} {masks}: holds {mask_of[stem]} and {path}, remove one of the two")
+        mask_of[stem] = path
+    stems = [stem_of_mask(path, images, image_suffix, mask_suffix, flags[0]) for path in source.paths]
+    lacking = [path for path, stem in zip(source.paths, stems, strict=True) if stem not in mask_of]
     if lacking:
         stem = stem_of_mask(lacking[0], images, image_suffix, mask_suffix, flags[0])
-        more = f" ({len(lacking)} of {len(paths)} images have none)" if len(lacking) > 1 else ""
-        raise UserError(f"{lacking[0]}: has no mask {masks / stem}{MASK_EXTENSIONS[0]}{more}")
-    names = [there[stem] for stem in wanted]
-    return MaskedSource(paths, None, list(classes.names), [str(masks / name) for name in names], classes)
+        more = f" ({len(lacking)} of {len(stems)} images have none)" if len(lacking) > 1 else ""
+        raise UserError(f"{lacking[0]}: has no mask {masks / stem}{MASK_ENDINGS[0]}{more}")
+    return MaskedSource(
+        source.paths, None, list(classes.names), [str(masks / mask_of[stem]) for stem in stems], classes
+    )
 
 
 def mask_files(folder: Path) -> Iterator[str]:
-    """Paths, below `folder`, of what may be masks."""
-    for place, _, names in os.walk(folder, followlinks=True):
+    """Yield the paths, below `folder`, of files that may be masks."""
+    for around, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
-            if os.path.splitext(name)[1].lower() in MASK_EXTENSIONS:
-                yield os.path.relpath(os.path.join(place, name), folder)
+            if ending_of(name) in MASK_ENDINGS and not is_hidden(name):
+                yield os.path.relpath(os.path.join(around, name), folder)
 
 
 def stem_of_mask(image: str, folder: Path, image_suffix: str, mask_suffix: str, flag: str) -> str:
-    """Path of an image's mask below the folder of masks, without its extension."""
+    """Return the path of an image's mask below the folder of masks, without its ending."""
     stem = os.path.splitext(os.path.relpath(image, folder))[0]
     if not stem.endswith(image_suffix):
         raise UserError(f"--image_suffix {image_suffix}: {image} does not end so, mend the flag or {flag}")
@@ -263,21 +282,29 @@ class Layout:
     ade20k: bool  # numbers start at 1, and 0 is ignored
 
     def folders(self, split: str) -> tuple[Path, Path]:
-        """Images and masks of a split, under one of its names.
+        """Return the folders of images and masks of a split, under one of its names.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or several.
         """
-        for name in SPLIT_NAMES[split]:
-            if (self.root / "images" / name).is_dir():
-                return self.root / "images" / name, self.root / self.mask_folder / name
-        wanted = ", ".join(f"images/{name}" for name in SPLIT_NAMES[split])
-        fix = f"add one, or --{split}_images and --{split}_masks"
-        raise UserError(f"--data_path {self.root}: has none of {wanted}; {fix}")
+        images = one_split(self.root / "images", split)
+        if images is None:
+            fix = f"name one {split}, or give --{split}_images and --{split}_masks"
+            raise UserError(f"--data_path {self.root}: has no folder images/{split}; {fix}")
+        masks = self.root / self.mask_folder / images.name
+        return images, masks if masks.is_dir() else one_split(masks.parent, split) or masks
+
+
+def one_split(folder: Path, split: str) -> Path | None:
+    """Return the folder of a split in a folder of splits, or None; UserError where there are several."""
+    name = the_one(
+        matching_names([path.name for path in folder.iterdir() if path.is_dir()], split), "--data_path", folder
+    )
+    return folder / name if name else None
 
 
 def find_layout(data_path: str) -> Layout:
-    """Of --data_path; UserError where it holds no images with masks."""
+    """Return how --data_path is arranged; UserError where it holds no images with masks."""
     root = Path(data_path)
     if not root.exists():
         raise UserError(f"--data_path {root}: there is no such folder")
@@ -286,10 +313,9 @@ def find_layout(data_path: str) -> Layout:
         raise UserError(f"--data_path {root}: is a file, {wanted}")
     masks = next((name for name in MASK_FOLDERS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
-        found = sorted(path.name for path in root.iterdir())
-        shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "") if found else "nothing"
-        images = any(name in found for names in SPLIT_NAMES.values() for name in names)
-        hint = "; is it one for main_finetune.py?" if images else ""
+        names = sorted(path.name for path in root.iterdir())
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "nothing"
+        hint = "; is it one for main_finetune.py?" if any(map(split_kind, names)) else ""
         raise UserError(f"--data_path {root}: holds {shown}, but {wanted}{hint}")
     marks = [root / "annotations" / name for name in ("training", "validation")] + object_info_files(root)
     native = masks == "annotations" and any(mark.exists() for mark in marks)
@@ -298,17 +324,17 @@ def find_layout(data_path: str) -> Layout:
 
 
 def object_info_files(root: Path) -> list[Path]:
-    """Where ADE20K's names of classes may be."""
+    """Return the files in which ADE20K's names of classes may be."""
     return [root / f"{ADE20K_CLASSES}{suffix}" for suffix in (".txt", ".csv")]
 
 
 def find_classes(
     layout: Layout | None, class_file: str, first_label: int | None, ignore_index: tuple[int, ...]
 ) -> Classes:
-    """What the numbers in the masks mean, by flags, by a file in the data set's folder, or as ADE20K.
+    """Find what the numbers in the masks mean: by flags, by a file in the data set's folder, or as in ADE20K.
 
     Raises:
-        UserError: nothing says it.
+        UserError: neither flags nor a file say it.
     """
     ade20k = layout is not None and layout.ade20k
     inside = [] if layout is None else [layout.root / name for name in CLASS_FILES]

@@ -1,6 +1,6 @@
-"""What a prepared data set holds of each image: its name in a shard, and its encoded bytes.
+"""Samples of a prepared data set: the name of each image in a shard, and its encoded bytes.
 
-`name_images` names the images of a source, `Samples` makes them small; scripts/prepare_data.py writes them.
+`name_images` names the images of a source, `Samples` makes them small; util/data/preparation.py writes them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from util.data.decode import decode
+from util.data.formats import ORIENTATION, Exif, is_hidden, open_image, orientation_of
 from util.data.shards import Sample
 from util.data.sources import BadImage, FileSource, ImageSource, TarSource
 from util.data.views import cover_size, resize
@@ -31,7 +32,7 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png"}
 
 @dataclass
 class Split:
-    """The images of train or val, and how they will be called."""
+    """The images of train or val, and their names in shards."""
 
     name: str
     source: ImageSource
@@ -41,7 +42,7 @@ class Split:
 
 
 def name_images(split: str, source: ImageSource, webdataset: bool) -> Split:
-    """Each image gets the key CLASS/STEM; where several would have the same, a number is added."""
+    """Give each image the key CLASS/STEM; where several would have the same, a number is added."""
     labels, classes = labels_of(source)
     used: dict[str, int] = {}
     for index in range(len(source)):
@@ -57,7 +58,7 @@ def name_images(split: str, source: ImageSource, webdataset: bool) -> Split:
 
 
 def labels_of(source: ImageSource) -> tuple[list[int], list[str]] | tuple[None, None]:
-    """The label of each image and the name of each label's folder; None where there are no labels."""
+    """Return the label of each image and the name of each label's folder; None, None where there are no labels."""
     labels, names = source.labels, source.class_names
     reader = getattr(source, "dataset", None)
     if labels is None and hasattr(reader, "iter_targets"):  # timm's for Hugging Face data sets
@@ -68,20 +69,20 @@ def labels_of(source: ImageSource) -> tuple[list[int], list[str]] | tuple[None, 
     number = max(labels) + 1
     if names is None or len(names) < number:
         return labels, numbered([""] * number)
-    # names by which readers call classes may be no names of folders
+    # readers may call classes what no folder can be called, or what is passed over as hidden
     folders = [re.sub(r"[/\x00-\x1f]", "_", str(name)) for name in names]
-    usable = len(set(folders)) == len(folders) and not {".", ".."} & set(folders)
+    usable = len(set(folders)) == len(folders) and not any(map(is_hidden, folders))
     return labels, folders if usable else numbered(folders)
 
 
 def numbered(names: list[str]) -> list[str]:
-    """The names with their number in front."""
+    """Return the names with their number in front."""
     width = len(str(len(names) - 1))
     return [f"{number:0{width}d} {name}".rstrip() for number, name in enumerate(names)]
 
 
 def stem_of(source: ImageSource, index: int) -> str:
-    """The name of the image's file without its extension, or its number."""
+    """Return the name of the image's file without its extension, or its number."""
     if isinstance(source, FileSource):
         return Path(source.paths[index]).stem
     if isinstance(source, TarSource):
@@ -102,30 +103,42 @@ class Encoder:
     image_format: Literal["jpeg", "png"]
     quality: int
     in_chans: int
+    exif: Exif = "ignore"
 
     def __call__(self, raw: bytes | Image.Image | Tensor) -> tuple[bytes, str]:
-        """Encoded bytes and their extension.
+        """Return encoded bytes and their extension.
+
+        An orientation that is ignored is passed on with the pixels as they are stored, so that --exif apply does in
+        training what it would have done before.
 
         Raises:
-            BadImage: see `util.data.decode.decode`.
-            OSError: too long for a JPEG (65,500 pixels).
+            BadImage: see `util.data.decode.decode`; or too long for a JPEG (65,500 pixels).
         """
-        pixels = decode(raw, self.in_chans)  # [C, h, w], also of what is kept: that is the check
+        pixels = decode(raw, self.in_chans, self.exif)  # [C, h, w]; images whose bytes are kept are checked so
         size = tuple(pixels.shape[-2:])
-        if min(size) > self.short_side:
-            return self.encode(resize(pixels, cover_size(size, (self.short_side,) * 2)))
+        image_format, orientation = "", 1
         if isinstance(raw, bytes):
-            with Image.open(io.BytesIO(raw)) as header:
-                if header.format in {"JPEG", self.image_format.upper()}:
-                    return raw, EXTENSIONS[header.format]
-        return self.encode(pixels)
+            with open_image(io.BytesIO(raw)) as header:
+                image_format, orientation = header.format, orientation_of(header)
+        is_turned = self.exif == "apply" and orientation != 1
+        if min(size) > self.short_side:
+            pixels = resize(pixels, cover_size(size, (self.short_side,) * 2))
+        elif not is_turned and image_format in {"JPEG", self.image_format.upper()}:
+            return raw, EXTENSIONS[image_format]
+        return self.encode(pixels, 1 if is_turned else orientation)
 
-    def encode(self, pixels: Tensor) -> tuple[bytes, str]:
-        """uint8 [C, h, w] to bytes and extension."""
+    def encode(self, pixels: Tensor, orientation: int) -> tuple[bytes, str]:
+        """Encode uint8 pixels [C, h, w]; return bytes and extension."""
         name = self.image_format.upper()
         options = dict(quality=self.quality, subsampling="4:2:0") if name == "JPEG" else dict(compress_level=3)
+        if orientation != 1:
+            options["exif"] = exif = Image.Exif()
+            exif[ORIENTATION] = orientation
         buffer = io.BytesIO()
-        to_pil_image(pixels).save(buffer, name, **options)
+        try:
+            to_pil_image(pixels).save(buffer, name, **options)
+        except OSError as error:
+            raise BadImage(str(error)) from error
         return buffer.getvalue(), EXTENSIONS[name]
 
 
@@ -142,7 +155,7 @@ class Samples(Dataset):
         try:
             raw = source.read(index)
             content, extension = self.encoder(raw)
-        except (BadImage, OSError) as error:
+        except BadImage as error:
             return Sample(source.name(index), 0, (), reason_of(error))
         files = [(f"{key}.{extension}", content)]
         if self.with_label_file:
@@ -151,27 +164,28 @@ class Samples(Dataset):
 
 
 def size_of(raw: bytes | Image.Image | Tensor) -> int:
-    """Bytes of an image, encoded or not."""
+    """Return the bytes of an image, encoded or not."""
     if isinstance(raw, Image.Image):
         return raw.width * raw.height * len(raw.getbands())
     return len(raw) if isinstance(raw, bytes) else raw.numel()
 
 
 @dataclass
-class Decoded(Dataset):
+class BadImages(Dataset):
     """Image number -> its name and why it is bad, None for a good one."""
 
     source: ImageSource
     in_chans: int
+    exif: Exif = "ignore"
 
     def __getitem__(self, index: int) -> tuple[str, str] | None:
         try:
-            decode(self.source.read(index), self.in_chans)
-        except (BadImage, OSError) as error:
+            decode(self.source.read(index), self.in_chans, self.exif)
+        except BadImage as error:
             return self.source.name(index), reason_of(error)
         return None
 
 
 def reason_of(error: Exception) -> str:
-    """One line, never empty."""
+    """Return the message in one line, never empty."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -25,65 +25,79 @@ from util.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Published:
-    """A data set, and how its folder is known."""
+    """A data set, and the files by which its folder is recognised."""
 
     title: str
     home: str  # where to get it
     archive: str  # folder that its archive unpacks to, inside --data_path; empty: it has none of its own
-    files: tuple[tuple[str, ...], ...]  # one of these groups is there, all of it
-    read: Callable[[Path, str], ImageSource]  # of the folder that holds the files, and `train` or `val`
-    never: str = ""  # file of another set that looks alike
+    files: tuple[tuple[str, ...], ...]  # all files of one of these groups exist
+    read: Callable[[Path, str], ImageSource]  # arguments: the folder that holds the files, and `train` or `val`
+    never: str = ""  # file by which another set with the same files is told apart
 
 
 def open_published(dataset: str, data_path: str, split: str) -> ImageSource:
-    """The images of a split of one of DATASETS, in --data_path, or there in a folder of its name or its archive's.
+    """Open a split of one of DATASETS, in --data_path, or there in a folder of its name or its archive's.
 
     Raises:
-        UserError: it is not there, is another one of them, or its lists do not fit together.
+        UserError: the set is not there, is another one of them, or its lists do not agree.
     """
-    about = DATASETS[dataset]
+    published = DATASETS[dataset]
+    title = published.title
     if not data_path:
-        raise UserError(f"--data_path: is missing, --dataset {dataset} needs the folder of {about.title}")
+        raise UserError(f"--data_path: is missing, --dataset {dataset} needs the folder of {title}")
     if not os.path.exists(data_path):
         raise UserError(f"--data_path {data_path}: there is no such file or folder")
     folder = find(dataset, Path(data_path))
     if folder is None:
-        raise UserError(f"--data_path {data_path}: is not {about.title}, {looked_for(dataset)}{other(Path(data_path))}")
+        raise UserError(
+            f"--data_path {data_path}: is not {title}, {expected_files(dataset)}{other_set(Path(data_path))}"
+        )
     try:
-        source = about.read(folder, split)
+        source = published.read(folder, split)
     except UserError:
         raise
     except Exception as error:  # lists of another program, cut short, not text, ...: each reader raises its own
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--data_path {folder}: cannot be read as {about.title} ({said})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--data_path {folder}: cannot be read as {title} ({reason})") from error
     if not len(source):
-        raise UserError(f"--data_path {folder}: the lists of {about.title} name no image of split {split}")
-    for path in (source.paths[0], source.paths[-1]) if isinstance(source, FileSource) else ():
-        if not os.path.isfile(path):
-            raise UserError(f"--data_path {folder}: the lists of {about.title} name {path}, which is not there")
+        raise UserError(f"--data_path {folder}: the lists of {title} name no image of split {split}")
+    if isinstance(source, FileSource):
+        check_paths(source, folder, title)
     return source
 
 
+def check_paths(source: FileSource, folder: Path, title: str) -> None:
+    """Raise UserError if a list names a file outside of its set's folder, or its first or last file is missing."""
+    inside = str(folder / "x")[:-1]  # "" for the current folder
+    for path in source.paths:
+        below = path.removeprefix(inside)
+        if not path.startswith(inside) or below.startswith("/") or "/../" in f"/{below}":
+            raise UserError(f"--data_path {folder}: the lists of {title} name {path}, which is not in this folder")
+    for path in (source.paths[0], source.paths[-1]):
+        if not os.path.isfile(path):
+            raise UserError(f"--data_path {folder}: the lists of {title} name {path}, which is not there")
+
+
 def find(dataset: str, root: Path) -> Path | None:
-    """The folder with the files of the data set, or None."""
-    about = DATASETS[dataset]
-    for folder in dict.fromkeys((root, root / dataset, root / about.archive)):
-        there = any(all(os.path.exists(folder / name) for name in group) for group in about.files)
-        if there and not (about.never and os.path.exists(folder / about.never)):
+    """Return the folder with the files of the data set, or None."""
+    published = DATASETS[dataset]
+    for folder in dict.fromkeys((root, root / dataset, root / published.archive)):
+        complete = any(all(os.path.exists(folder / name) for name in group) for group in published.files)
+        if complete and not (published.never and os.path.exists(folder / published.never)):
             return folder
     return None
 
 
-def looked_for(dataset: str) -> str:
-    """What `find` looks for, in words."""
-    about = DATASETS[dataset]
-    groups = " or ".join(", ".join(group) for group in about.files)
-    inside = [f"{name}/" for name in dict.fromkeys((dataset, about.archive)) if name]
+def expected_files(dataset: str) -> str:
+    """Return in words what `find` looks for."""
+    published = DATASETS[dataset]
+    groups = " or ".join(", ".join(group) for group in published.files)
+    inside = [f"{name}/" for name in dict.fromkeys((dataset, published.archive)) if name]
     return f"looked for {groups} in it and in its {', '.join(inside)}"
 
 
-def other(root: Path) -> str:
-    """Which of DATASETS a folder is, in words; nothing where it is none."""
+def other_set(root: Path) -> str:
+    """Return in words which of DATASETS a folder is; nothing where it is none."""
     return next((f"; it holds {DATASETS[name].title} (--dataset {name})" for name in DATASETS if find(name, root)), "")
 
 
@@ -93,14 +107,14 @@ def other(root: Path) -> str:
 
 
 def numbered(paths: Sequence[Path], ids: Sequence[int], names: Mapping[int, str]) -> FileSource:
-    """Files with labels: the place of each id of a class among all of them, which `names` knows."""
-    known = sorted(names)
-    labels = {number: label for label, number in enumerate(known)}
-    return FileSource([str(path) for path in paths], [labels[n] for n in ids], [names[n] for n in known])
+    """Return files with labels: the rank of each class id among all ids, the keys of `names`."""
+    sorted_ids = sorted(names)
+    labels = {number: label for label, number in enumerate(sorted_ids)}
+    return FileSource([str(path) for path in paths], [labels[n] for n in ids], [names[n] for n in sorted_ids])
 
 
 def birds(folder: Path, split: str) -> FileSource:
-    """CUB-200-2011 and NABirds: `image path`, `image class` and `image 1-if-training`, a line each.
+    """Read CUB-200-2011 and NABirds: `image path`, `image class` and `image 1-if-training`, a line each.
 
     An image is known by its number (CUB) or UUID (NABirds). Of NABirds' 1,011 numbered classes most are inner nodes of
     a hierarchy, or leaves without an image: the classes are those that occur, 555 in the whole set.
@@ -108,28 +122,28 @@ def birds(folder: Path, split: str) -> FileSource:
     paths, classes = columns(folder / "images.txt"), columns(folder / "image_class_labels.txt")
     in_training, names = columns(folder / "train_test_split.txt"), columns(folder / "classes.txt")
     occurring = {int(number) for number in classes.values()}
-    kept = [image for image in paths if (in_training[image] == "1") == (split == "train")]
+    images = [image for image in paths if (in_training[image] == "1") == (split == "train")]
     return numbered(
-        [folder / "images" / paths[image] for image in kept],
-        [int(classes[image]) for image in kept],
+        [folder / "images" / paths[image] for image in images],
+        [int(classes[image]) for image in images],
         {int(number): name for number, name in names.items() if int(number) in occurring},
     )
 
 
 def columns(path: Path) -> dict[str, str]:
-    """First word of each line -> the rest of it."""
+    """Return the first word of each line -> the rest of it."""
     lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return {key: rest.strip() for key, rest in lines}
 
 
 def dogs(folder: Path, split: str) -> FileSource:
-    """Stanford Dogs: lists in MATLAB files, labels from 1; a class is called as its folder, n02085620-Chihuahua."""
+    """Read Stanford Dogs: lists in MATLAB files, labels from 1; a class is named by its folder, n02085620-Chihuahua."""
     lists = folder if (folder / "train_list.mat").exists() else folder / "lists"
     files, labels = {}, {}
     for name, part in (("train", "train"), ("val", "test")):
-        plain = load_mat(lists / f"{part}_list.mat")
-        files[name] = [str(cell.item()) for cell in plain["file_list"].ravel()]
-        labels[name] = plain["labels"].ravel().astype(int).tolist()
+        columns_of = load_mat(lists / f"{part}_list.mat")
+        files[name] = [str(cell.item()) for cell in columns_of["file_list"].ravel()]
+        labels[name] = columns_of["labels"].ravel().astype(int).tolist()
     names = {
         label: Path(file).parent.name for name in files for file, label in zip(files[name], labels[name], strict=True)
     }
@@ -137,7 +151,7 @@ def dogs(folder: Path, split: str) -> FileSource:
 
 
 def flowers(folder: Path, split: str) -> FileSource:
-    """Oxford Flowers-102: images and labels are numbered from 1; the parts in `setid.mat` are meant as they are named.
+    """Read Oxford Flowers-102: images and labels are numbered from 1; `setid.mat` names the parts by their purpose.
 
     `trnid` and `valid` have 10 images per class each, `tstid` the other 6,149. torchvision has this reader, but shows
     labels with decoded images only; the test compares the two.
@@ -151,20 +165,20 @@ def flowers(folder: Path, split: str) -> FileSource:
 
 
 def load_mat(path: Path) -> dict[str, Any]:
-    """Arrays of a MATLAB file by their names."""
+    """Return the arrays of a MATLAB file by their names."""
     from scipy.io import loadmat
 
     return loadmat(path)
 
 
 def aircraft(folder: Path, split: str) -> FileSource:
-    """FGVC-Aircraft, 100 variants: `0056978 F/A-18` per image, in the order of variants.txt (as torchvision)."""
+    """Read FGVC-Aircraft, 100 variants: `0056978 F/A-18` per image, in the order of variants.txt (as torchvision)."""
     variants = [line.strip() for line in (folder / "variants.txt").read_text(encoding="utf-8").splitlines()]
     names = dict(enumerate(name for name in variants if name))
     numbers = {name: number for number, name in names.items()}
-    found = columns(folder / f"images_variant_{'trainval' if split == 'train' else 'test'}.txt")
-    paths = [folder / "images" / f"{image}.jpg" for image in found]
-    return numbered(paths, [numbers[name] for name in found.values()], names)
+    variant_of = columns(folder / f"images_variant_{'trainval' if split == 'train' else 'test'}.txt")
+    paths = [folder / "images" / f"{image}.jpg" for image in variant_of]
+    return numbered(paths, [numbers[name] for name in variant_of.values()], names)
 
 
 def aircraft_cropped(folder: Path, split: str) -> BannerlessSource:
@@ -174,16 +188,16 @@ def aircraft_cropped(folder: Path, split: str) -> BannerlessSource:
 
 
 def naturalist(train: str, val: str) -> Callable[[Path, str], FileSource]:
-    """A reader of iNaturalist's annotations, in COCO's form; paths are relative to the folder that holds them."""
+    """Return a reader of iNaturalist's annotations, in COCO's form; paths are relative to the JSON file."""
 
     def read(folder: Path, split: str) -> FileSource:
-        plain = json.loads((folder / (train if split == "train" else val)).read_text(encoding="utf-8"))
-        category = {note["image_id"]: note["category_id"] for note in plain["annotations"]}
-        images = [image for image in plain["images"] if image["id"] in category]
+        content = json.loads((folder / (train if split == "train" else val)).read_text(encoding="utf-8"))
+        category = {each["image_id"]: each["category_id"] for each in content["annotations"]}
+        images = [image for image in content["images"] if image["id"] in category]
         return numbered(
             [folder / image["file_name"] for image in images],
             [category[image["id"]] for image in images],
-            {each["id"]: str(each["name"]) for each in plain["categories"]},
+            {each["id"]: str(each["name"]) for each in content["categories"]},
         )
 
     return read
@@ -193,23 +207,23 @@ MINI = {"train": ("train_mini", "2021_train_mini"), "val": ("val", "2021_valid")
 
 
 def naturalist_mini(folder: Path, split: str) -> FileSource:
-    """iNaturalist 2021 mini: by its annotations, or by folders, whose names begin with the number of the class."""
+    """Read iNaturalist 2021 mini by its annotations, or by its folders, whose names begin with the class number."""
     if all((folder / name).exists() for name in ("train_mini.json", "val.json")):
         return naturalist("train_mini.json", "val.json")(folder, split)
     return open_folder(next(folder / name for name in MINI[split] if (folder / name).is_dir()), "--data_path")
 
 
 def cifar(number: int) -> Callable[[Path, str], ArraySource]:
-    """A reader of CIFAR-10 or CIFAR-100: torchvision's, which checks each pickled file's MD5 before it opens it."""
+    """Return torchvision's reader of CIFAR-10 or CIFAR-100, which checks each pickled file's MD5 before it opens it."""
 
     def read(folder: Path, split: str) -> ArraySource:
         from torchvision import datasets
 
         base = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[number]
-        here = type(base.__name__, (base,), {"base_folder": ""})  # the files are in `folder` itself
-        found = here(str(folder), train=split == "train")
-        pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()  # [N, 32, 32, 3] -> [N, 3, 32, 32]
-        return ArraySource(pixels, [int(label) for label in found.targets], list(found.classes), f"cifar{number}")
+        reader = type(base.__name__, (base,), {"base_folder": ""})  # the files are in `folder` itself
+        images = reader(str(folder), train=split == "train")
+        pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()  # [N, 32, 32, 3] -> [N, 3, 32, 32]
+        return ArraySource(pixels, [int(label) for label in images.targets], list(images.classes), f"cifar{number}")
 
     return read
 
@@ -321,11 +335,11 @@ def download(dataset: str, data_path: str) -> None:
             datasets.INaturalist(data_path, version=part, download=True) for part in ("2021_train_mini", "2021_valid")
         ],
     }
-    about = DATASETS[dataset]
+    title, home = DATASETS[dataset].title, DATASETS[dataset].home
     if dataset not in fetch:
-        raise UserError(f"--download: torchvision cannot fetch {about.title}, get it from {about.home} and unpack it")
+        raise UserError(f"--download: torchvision cannot fetch {title}, get it from {home} and unpack it")
     try:
         fetch[dataset]()
     except Exception as error:  # no network, no space, a changed file, ...
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--download: {about.title} cannot be fetched into {data_path} ({said})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--download: {title} cannot be fetched into {data_path} ({reason})") from error

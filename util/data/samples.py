@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from util.data.decode import MAY_BE_SKIPPED, MOST_BAD_IN_A_ROW, decode, load_image
 from util.data.device_views import crop_rows, photometry_row
+from util.data.formats import Exif
 from util.data.sources import BadImage, ImageSource
 from util.data.views import TwoViews, ViewParams, sample_generator
 from util.runtime.errors import UserError
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class DrawnBatch(NamedTuple):
-    """A batch of images that lie on the device: only what was drawn for them."""
+    """A batch of images that lie on the device: the numbers that were drawn for them, no pixels."""
 
     crops: Tensor  # [B, num_views, CROP_LENGTH] int64
     noise: Tensor  # the rest as in `Batch`
@@ -50,10 +51,11 @@ class PretrainDataset(Dataset):
     seed: int
     skip_bad: bool
     photometry_later: bool = False  # on the device (--augment_on device)
+    exif: Exif = "ignore"
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
-        image, read_index = load_image(self.source, index, self.in_chans, self.skip_bad)
+        image, read_index = load_image(self.source, index, self.in_chans, self.skip_bad, exif=self.exif)
         rng = sample_generator(self.seed, epoch, index)
         return make_sample(image, self.views, self.num_patches, rng, self.photometry_later, index, read_index)
 
@@ -67,18 +69,18 @@ def make_sample(
     index: int,
     read_index: int,
 ) -> Batch:
-    """Masking noise and views of an image [C, h, w], as one sample without the first dimension."""
+    """Return masking noise and views of an image [C, h, w], as one sample without the first dimension."""
     noise = torch.from_numpy(rng.random(num_patches, dtype=np.float32))
     numbers = (torch.tensor(index), torch.tensor(read_index))
     if not photometry_later:
         return Batch(views(image, rng), noise, *numbers, torch.empty(0))
-    plan = views.draw(tuple(image.shape[-2:]), rng)
-    return Batch(views.cut(image, plan), noise, *numbers, torch.tensor(photometry_of(plan)))
+    params = views.draw(tuple(image.shape[-2:]), rng)
+    return Batch(views.cut(image, params), noise, *numbers, torch.tensor(photometry_of(params)))
 
 
-def photometry_of(plan: ViewParams) -> list[float]:
-    """The row of util/data/device_views.py, empty where there is no photometry."""
-    return [] if plan.photometry is None else photometry_row(plan.photometry)
+def photometry_of(params: ViewParams) -> list[float]:
+    """Return the row for util/data/device_views.py, empty where there is no photometry."""
+    return [] if params.photometry is None else photometry_row(params.photometry)
 
 
 @dataclass
@@ -98,13 +100,13 @@ class DrawnDataset(Dataset):
         noise = np.empty((len(keys), self.num_patches), dtype=np.float32)
         index = np.array([index for _, index in keys])
         read_index = self.readable[index]
-        plans = []
+        params = []
         for place, (epoch, sample) in enumerate(keys):
             rng = sample_generator(self.seed, epoch, sample)
             rng.random(out=noise[place], dtype=np.float32)
-            plans.append(self.views.draw(tuple(self.sizes[read_index[place]].tolist()), rng))
-        crops = torch.from_numpy(np.stack([crop_rows(plan) for plan in plans]))
-        photometry = torch.tensor([photometry_of(plan) for plan in plans])
+            params.append(self.views.draw(tuple(self.sizes[read_index[place]].tolist()), rng))
+        crops = torch.from_numpy(np.stack([crop_rows(each) for each in params]))
+        photometry = torch.tensor([photometry_of(each) for each in params])
         return DrawnBatch(
             crops, torch.from_numpy(noise), torch.from_numpy(index), torch.from_numpy(read_index), photometry
         )
@@ -112,7 +114,7 @@ class DrawnDataset(Dataset):
 
 @dataclass
 class PretrainStream(IterableDataset):
-    """The same from a stream: samples have no index, their number in the worker's stream takes its place.
+    """Samples as of `PretrainDataset`, from a stream: their number in the worker's stream takes the place of an index.
 
     `read_index` is larger than `index` by the unreadable samples that were left out just before it. Which samples come
     in which order is up to the stream's reader: timm's shuffle wds/ by the seeds that PyTorch gives loader processes,
@@ -132,6 +134,7 @@ class PretrainStream(IterableDataset):
     epoch: int = 0
     batch_size: int = 1
     start_batch: int = 0  # batches of this epoch that this rank had before a resume
+    exif: Exif = "ignore"
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -150,7 +153,7 @@ class PretrainStream(IterableDataset):
                     number += 1
                     continue
                 try:
-                    image = decode(raw, self.in_chans)
+                    image = decode(raw, self.in_chans, self.exif)
                 except BadImage as error:
                     bad_in_a_row += 1
                     if not self.skip_bad or bad_in_a_row == MOST_BAD_IN_A_ROW:
@@ -189,7 +192,7 @@ class BatchOrder(Sampler):
 
     @property
     def updates_per_epoch(self) -> int:
-        """Optimiser steps in an epoch."""
+        """Return the number of optimiser steps in an epoch."""
         return self.num_samples // (self.batch_size * self.accum_iter * self.world_size)
 
     def __len__(self) -> int:

@@ -2,21 +2,88 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import stat
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+MOST_BYTES = 2**30  # of an encoded image: the largest that is decoded has 0.7 GB without compression
+MOST_OPEN_TARS = 64  # in a process; `ulimit -n` is often 256
+_KINDS = {
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFSOCK: "a socket",
+}
+
 
 class BadImage(Exception):
     """An image that cannot be read or decoded; the message says why, not which."""
+
+
+# --------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------
+
+
+def check_descriptors(error: OSError) -> None:
+    """Raise the error again if no descriptor is left in the process or on the machine: that is no image's fault."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open an image file, once it is known to be a file and not too large.
+
+    Raises:
+        BadImage: it cannot be opened, is a pipe, a device or a folder, or has more than MOST_BYTES.
+        OSError: there is no descriptor left.
+    """
+    try:
+        # a pipe without a writer would be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        if isinstance(error, OSError):
+            check_descriptors(error)
+        raise BadImage(str(error)) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise BadImage(f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'of an unknown kind')}, no file")
+    if status.st_size > MOST_BYTES:
+        os.close(descriptor)
+        raise too_large(status.st_size)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: str) -> bytes:
+    """Return the bytes of an image file; errors as `open_file`, and BadImage where the disk fails."""
+    with open_file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise BadImage(str(error)) from error
+
+
+def too_large(size: int) -> BadImage:
+    """Return the error for a file of so many bytes."""
+    return BadImage(f"has {size} bytes, at most {MOST_BYTES} are read")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Sources
+# --------------------------------------------------------------------------------------------------------
 
 
 class ImageSource(Protocol):
@@ -28,17 +95,17 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes | Image.Image | Tensor:
-        """Encoded bytes, a PIL image, or pixels [C, h, w]."""
+        """Return encoded bytes, a PIL image, or pixels [C, h, w]; BadImage if they cannot be read."""
 
     def name(self, index: int) -> str:
-        """What to call the image in a message."""
+        """Return what to call the image in a message."""
 
 
 class Names(Sequence[str]):
     """Strings in two arrays.
 
-    Of a list each loader process would soon have a copy of its own: what is read counts its readers, and so the memory
-    that a fork shares is written. 140 bytes for each of ImageNet's names, in each of 80 processes, are 14 GB.
+    Reading a list changes reference counts, so every forked worker would copy it; arrays stay shared. 140 bytes for
+    each of ImageNet's names, in each of 80 processes, are 14 GB.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -89,12 +156,11 @@ class FileSource:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        """The file's bytes."""
-        with open(self.paths[index], "rb") as file:
-            return file.read()
+        """Return the file's bytes; errors as `read_file`."""
+        return read_file(self.paths[index])
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Return its path."""
         return self.paths[index]
 
 
@@ -103,13 +169,13 @@ class TarSource:
     """Image files inside uncompressed .tar files.
 
     Members are read by their offset (`pread`), not through `tarfile`: an open `tarfile` has one position, which
-    forked loader processes would share.
+    forked workers would share. The files read last stay open, MOST_OPEN_TARS of them in each process.
     """
 
     members: Sequence[Member]
     labels: list[int] | None
     class_names: list[str] | None
-    _files: dict[tuple[int, str], int] = field(default_factory=dict)  # (process, tar file) -> descriptor
+    _files: OrderedDict[str, int] = field(default_factory=OrderedDict, repr=False)  # descriptors, the last used last
 
     def __post_init__(self) -> None:
         self.members = Members(self.members)
@@ -117,16 +183,35 @@ class TarSource:
     def __len__(self) -> int:
         return len(self.members)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}  # another process has other descriptors
+
     def read(self, index: int) -> bytes:
-        """The member's bytes."""
+        """Return the member's bytes.
+
+        Raises:
+            BadImage: the .tar cannot be read any more, or the member has more than MOST_BYTES.
+            OSError: there is no descriptor left.
+        """
         tar, _, offset, size = self.members[index]
-        key = (os.getpid(), tar)
-        if key not in self._files:
-            self._files[key] = os.open(tar, os.O_RDONLY)
-        return os.pread(self._files[key], size, offset)
+        if size > MOST_BYTES:
+            raise too_large(size)
+        try:
+            return os.pread(self._descriptor(tar), size, offset)
+        except OSError as error:
+            check_descriptors(error)
+            raise BadImage(str(error)) from error
+
+    def _descriptor(self, tar: str) -> int:
+        if tar not in self._files:
+            if len(self._files) >= MOST_OPEN_TARS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[tar] = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+        self._files.move_to_end(tar)
+        return self._files[tar]
 
     def name(self, index: int) -> str:
-        """tar file and member."""
+        """Return tar file and member."""
         tar, name, _, _ = self.members[index]
         return f"{tar}:{name}"
 
@@ -144,17 +229,17 @@ class ArraySource:
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        """Pixels [C, h, w]."""
+        """Return pixels [C, h, w]."""
         return self.images[index]
 
     def name(self, index: int) -> str:
-        """Number in the data set."""
+        """Return its number in the data set."""
         return f"{self.title}[{index}]"
 
 
 @dataclass
 class ReaderSource:
-    """A reader of timm's that yields (file, label), or a data set of torchvision's: (PIL image, label)."""
+    """A reader of timm that yields (file, label), or a data set of torchvision: (PIL image or bytes, label)."""
 
     dataset: Any
     title: str
@@ -165,18 +250,20 @@ class ReaderSource:
         return len(self.dataset)
 
     def read(self, index: int) -> bytes | Image.Image:
-        """The image, decoded or not."""
+        """Return the image, decoded or not."""
         try:
             image = self.dataset[index][0]
-            if isinstance(image, Image.Image):
+            if isinstance(image, Image.Image | bytes):
                 return image
             with image as file:
                 return file.read()
         except Exception as error:  # each reader raises its own
+            if isinstance(error, OSError):
+                check_descriptors(error)
             raise BadImage(f"{type(error).__name__}: {error}") from error
 
     def name(self, index: int) -> str:
-        """Number in the data set."""
+        """Return its number in the data set."""
         return f"{self.title}[{index}]"
 
 
@@ -194,34 +281,34 @@ class SubsetSource:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Of the whole source."""
+        """Return those of the whole source."""
         return self.source.class_names
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, index: int) -> bytes | Image.Image | Tensor:
-        """As the source."""
+        """Read from the whole source."""
         return self.source.read(self.indices[index])
 
     def name(self, index: int) -> str:
-        """As the source."""
+        """Return what the whole source calls it."""
         return self.source.name(self.indices[index])
 
 
 def hold_out(source: ImageSource, share: float) -> tuple[SubsetSource, SubsetSource]:
-    """A labelled source in two: what stays, and `share` of each class, one image at least; of one image none.
+    """Divide a labelled source: the images to train on, and `share` of each class to hold out.
 
-    Which images these are follows from the source and the share alone: all runs hold out the same.
+    One image of a class at least is held out, and none of a class of one image. Which images these are follows from
+    the source and the share alone: all runs hold out the same.
     """
     labels = np.array(source.labels)
     order = np.random.default_rng(0).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
-    held = np.zeros(len(labels), dtype=bool)
+    held_out = np.zeros(len(labels), dtype=bool)
     for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):  # one class after the other
-        held[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
-    stays, goes = (np.flatnonzero(chosen) for chosen in (~held, held))
-    return SubsetSource(source, stays), SubsetSource(source, goes)
+        held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return SubsetSource(source, np.flatnonzero(~held_out)), SubsetSource(source, np.flatnonzero(held_out))
 
 
 @dataclass
@@ -236,12 +323,12 @@ class JoinedSource:
         return sum(map(len, self.parts))
 
     def read(self, index: int) -> bytes | Image.Image | Tensor:
-        """As the part that holds it."""
+        """Read from the part that holds it."""
         part, index = self._find(index)
         return part.read(index)
 
     def name(self, index: int) -> str:
-        """As the part that holds it."""
+        """Return what the part that holds it calls it."""
         part, index = self._find(index)
         return part.name(index)
 
@@ -254,21 +341,24 @@ class JoinedSource:
 
 
 def fingerprint(source: ImageSource | IterableDataset) -> str:
-    """Of the names of classes and of the first and last thousand images, wherever they lie; empty for a stream."""
+    """Return a hash of the names of classes and of the first and last thousand images; empty for a stream.
+
+    Folders and .tar files may move: the names are those without a path.
+    """
     if isinstance(source, IterableDataset):
         return ""
     number = len(source)
-    looked_at = range(number) if number <= 2000 else [*range(1000), *range(number - 1000, number)]
-    names = [re.split("[/:]", source.name(index))[-1] for index in looked_at]  # folders and .tar files may move
-    said = "\0".join([*(getattr(source, "class_names", None) or ()), "", *names])
-    return hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()
+    sampled = range(number) if number <= 2000 else [*range(1000), *range(number - 1000, number)]
+    names = [re.split("[/:]", source.name(index))[-1] for index in sampled]
+    text = "\0".join([*(getattr(source, "class_names", None) or ()), "", *names])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def labelled_or_none(source: ImageSource | IterableDataset) -> ImageSource | None:
-    """The source, unless it is a stream or has no labels of at least two classes."""
+    """Return the source, or None if it is a stream or has no labels of at least two classes."""
     return source if getattr(source, "labels", None) and len(set(source.labels)) > 1 else None
 
 
 def same_classes(train: ImageSource, val: ImageSource | None) -> bool:
-    """Whether both are labelled, with the same class names (or numbers where there are no names)."""
+    """Return True if both are labelled, with the same class names (or numbers where there are no names)."""
     return val is not None and train.labels is not None and train.class_names == val.class_names

@@ -11,7 +11,6 @@ import torch
 
 from util.analysis.images import Images, find_images
 from util.analysis.studies import attention_of_queries, known_heads
-from util.data.folders import SPLIT_NAMES
 from util.data.sources import BadImage
 from util.figures.figure import heat_over
 from util.report.films import webp
@@ -142,4 +141,4 @@ def image_places(run: RunFolder) -> list[tuple[str, str, str]]:
         return [(val or path, dataset, "val"), (path, dataset, "train")]
     if val_images:
         return [(val_images, "", "val")]
-    return [(str(Path(path) / "images" / name), "", "val") for name in SPLIT_NAMES["val"]] if path else []
+    return [(str(Path(path) / "images"), "", "val")] if path else []

@@ -93,7 +93,7 @@ def print_plan(classifier: NamedClassifier, plan: Plan) -> None:
     """Print the model, and which columns will be evaluated, are finished, and are missing."""
     titles = column_titles()
     mean, std = classifier.normalise.mean, classifier.normalise.std
-    print(f"{classifier.label}: {classifier.said}; {classifier.size[0]} x {classifier.size[1]} pixels")
+    print(f"{classifier.label}: {classifier.origin}; {classifier.size[0]} x {classifier.size[1]} pixels")
     print(f"pixels normalised by mean {' '.join(map(str, mean))} and std {' '.join(map(str, std))}")
     for tasks in plan.passes:
         lacking = f" ({tasks[0].lacking})" if tasks[0].lacking else ""

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from util.config.groups import DataConfig
 from util.data.decode import load_image
 from util.data.device_views import Normalise
+from util.data.formats import Exif
 from util.data.loader import Loader
 from util.data.sources import ImageSource
 from util.figures.pictures import colours, drawable
@@ -49,6 +50,7 @@ class PassImages(Dataset):
     in_chans: int
     skip_unreadable: bool
     size: tuple[int, int]
+    exif: Exif = "ignore"
 
     def __len__(self) -> int:
         return len(self.share)
@@ -57,7 +59,7 @@ class PassImages(Dataset):
         position = self.share[number]
         index = self.indices[position]
         try:
-            image, _ = load_image(self.source, index, self.in_chans, skip_bad=False)
+            image, _ = load_image(self.source, index, self.in_chans, skip_bad=False, exif=self.exif)
             return self.view_of(image, index), position
         except UserError:
             if not self.skip_unreadable:
@@ -168,7 +170,8 @@ def pass_images(
     """Return the images of the task's source at `indices`; `share`: positions that this rank evaluates."""
     view = partial(without_border, view=classifier.view, border=task.border) if task.border else classifier.view
     skip_unreadable = settings.loading.on_bad_image == "skip"
-    return PassImages(task.source, indices, share, view, classifier.in_chans, skip_unreadable, classifier.size)
+    chans, size, exif = classifier.in_chans, classifier.size, settings.loading.exif
+    return PassImages(task.source, indices, share, view, chans, skip_unreadable, size, exif)
 
 
 def input_transform(classifier: NamedClassifier, task: Task, settings: PassSettings) -> Callable[[Tensor], Tensor]:

@@ -32,7 +32,7 @@ from util.robustness.imagenet import (
     validation_labels,
 )
 from util.runtime.errors import UserError
-from util.weights.interop import shortened
+from util.weights.reader import shortened
 
 OBJECTNET_BORDER = 2  # red pixels around each image, by which one could recognise the set
 

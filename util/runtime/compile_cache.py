@@ -10,6 +10,7 @@ import atexit
 import fcntl
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TextIO
 
@@ -23,17 +24,18 @@ def use_compile_cache(output_dir: str | Path, rank: int) -> None:
     """Let torch.compile cache in `output_dir`/.compile-cache, unless the user's environment names other folders.
 
     Each rank has a folder of its own. If the process that used it was killed, its files are deleted first. Call this
-    once the run holds the lock on its folder, and before the first compiled call.
+    before anything is compiled. A folder that cannot be written, or that another run uses, is left alone: this run is
+    refused when it locks --output_dir.
     """
-    if any(variable in os.environ for variable in VARIABLES):
+    if any(named_by_user(variable) for variable in VARIABLES):
         return
     folder = Path(output_dir).resolve() / FOLDER / f"rank-{rank}"
-    folder.mkdir(parents=True, exist_ok=True)
-    was_killed = (folder / OPEN).exists()
-    marker = open(folder / OPEN, "a")  # noqa: SIM115 (it stays open, and so locked, until this process ends)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        was_killed = (folder / OPEN).exists()
+        marker = open(folder / OPEN, "a")  # noqa: SIM115 (it stays open, and so locked, until this process ends)
         fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another run is at work here, and this one is about to be refused
+    except OSError:
         return
     if was_killed:
         for part in (INDUCTOR, TRITON):
@@ -41,6 +43,12 @@ def use_compile_cache(output_dir: str | Path, rank: int) -> None:
     atexit.register(end_of_use, marker)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / INDUCTOR)
     os.environ["TRITON_CACHE_DIR"] = str(folder / TRITON)
+
+
+def named_by_user(variable: str) -> bool:
+    """True if the variable names a folder other than torch's default, which torch itself sets while it is imported."""
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    return not os.environ.get(variable, default).startswith(default)
 
 
 def end_of_use(marker: TextIO) -> None:

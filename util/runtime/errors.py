@@ -80,7 +80,7 @@ def exit_with_error(program: str, message: str, status: int) -> NoReturn:
 # --------------------------------------------------------------------------------------------------------
 
 # Text of an error -> cause and cure. The text decides, as errors of loader workers arrive without their errno.
-EXHAUSTED = {
+CAUSES = {
     r"Too many open files": "too many files are open: raise the limit (ulimit -n 65536), or use fewer --num_workers",
     r"(?i)CUDA out of memory|CUDA error: out of memory": "the GPU is out of memory: use a smaller --batch_size with a"
     " larger --accum_iter, or --checkpoint_activations",
@@ -90,6 +90,9 @@ EXHAUSTED = {
     " use --num_workers 0",
     r"No space left on device|Disk quota exceeded": "the disk is full: free some space and run the same command again;"
     " checkpoints that were written before are intact",
+    r"(?i)address already in use": "MASTER_PORT is taken by another program: give torchrun another --master_port",
+    r"(?i)\bgloo\b|NCCL error|Connection (closed|reset) by peer|Dist(Network|Store|Backend)Error": "another process of"
+    " the run has ended or hangs, and its own message says why; if it hangs, see --loader_timeout",
 }
 CURES = {
     errno.EPIPE: "the program that reads our output has ended; write to a file to keep all of it",
@@ -125,7 +128,7 @@ def explain(error: BaseException) -> str | None:
         return None
     text = f"{type(error).__name__}: {error}" if death is None else str(death)
     detail = text.strip().splitlines()[-1]  # an error of a loader worker ends with its own message
-    for pattern, cure in EXHAUSTED.items():
+    for pattern, cure in CAUSES.items():
         if re.search(pattern, text):
             return f"{cure} ({detail})"
     if death is not None:

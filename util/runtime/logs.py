@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import yaml
 
-from util.runtime.distributed import world_size
+from util.runtime.distributed import is_main, world_size
 from util.runtime.errors import one_line, printable
 from util.runtime.files import ROOT, set_aside, write_durably
 from util.runtime.reading import Unreadable, as_count, as_number, parse_json
@@ -37,6 +38,13 @@ TAG_GROUPS = {  # of TensorBoard; all other numbers are those of evaluations
     "update": ("lr", "grad_norm", "skipped_updates"),
     "speed": ("images_per_second", "data_wait", "memory_bytes", "bad_images"),
 }
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Print `WARNING: message` as one line on stderr of rank 0; the same message comes once in a process."""
+    if is_main():
+        print(f"WARNING: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 class RunLog:

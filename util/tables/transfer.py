@@ -25,7 +25,7 @@ from util.config.classifier import FinetuneConfig
 from util.config.command_line import as_flags, last_value
 from util.config.groups import check
 from util.data.datasets import published_names
-from util.data.folders import SPLIT_NAMES
+from util.data.splits import split_kind
 from util.runtime.errors import UserError
 from util.tables.outcomes import check_outcomes, outcome_in
 from util.tables.plan import Run, batch_changes, parse_flags
@@ -111,7 +111,7 @@ def check_unique(flag: str, given: Sequence[str], values: Sequence[str | float])
 
 def name_of(path: Path) -> str:
     """Return the name of a folder or .tar, or that of the folder around it if it is train/ or train.tar."""
-    named = path.parent if path.name.removesuffix(".tar") in SPLIT_NAMES["train"] else path
+    named = path.parent if split_kind(path.name.removesuffix(".tar")) == "train" else path
     return named.name.removesuffix(".tar")
 
 

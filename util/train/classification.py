@@ -18,9 +18,9 @@ from util.config.classifier import ClassifierConfig, LinprobeConfig
 from util.config.groups import check
 from util.data.cache import CachedImages, cache_images
 from util.data.clamped_crop import ClampedResizedCrop
-from util.data.datasets import find_validation, open_images
+from util.data.datasets import find_validation, hold_out_labelled, open_images
 from util.data.labelled import ClassifierDataset
-from util.data.sources import ImageSource, hold_out
+from util.data.sources import ImageSource
 from util.runtime.distributed import Processes
 from util.runtime.errors import UserError
 
@@ -32,6 +32,11 @@ class LabelledImages:
     train: ImageSource | None
     val: ImageSource
     num_classes: int  # K
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of their numbers; None if the data has none."""
+        return self.val.class_names
 
 
 def open_labelled(config: ClassifierConfig, processes: Processes | None = None) -> LabelledImages:
@@ -52,9 +57,7 @@ def open_labelled(config: ClassifierConfig, processes: Processes | None = None) 
             fix += f"; a file's class is the folder that it lies in, and all lie in {train.class_names[0]!r}"
         raise UserError(f"{where}: has no labels of two classes, {fix}")
     if config.holdout:
-        train, val = hold_out(train, config.holdout)
-        if len(val) == 0:
-            raise UserError(f"--holdout {config.holdout}: no class of {where} has two images, leave it out")
+        train, val = hold_out_labelled(train, config.holdout, where)
         train = None if config.eval else train
     else:
         val = find_validation(config.data_path, config.dataset, config.val_path)
@@ -87,7 +90,7 @@ def cached(config: ClassifierConfig, source: ImageSource) -> ImageSource | Cache
     if config.cache == "none":
         return source
     workers, skip_bad = config.resolved_num_workers, config.on_bad_image == "skip"
-    return cache_images(source, config.in_chans, workers, config.loader_timeout, skip_bad)
+    return cache_images(source, config.in_chans, workers, config.loader_timeout, skip_bad, exif=config.exif)
 
 
 def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDataset:
@@ -104,7 +107,8 @@ def train_dataset(config: ClassifierConfig, source: ImageSource) -> ClassifierDa
         raise UserError(f"--aa {policy}: timm does not know this policy ({error!r})") from error
     if isinstance(config, LinprobeConfig):
         transform.transforms[0] = ClampedResizedCrop(config.resolved_input_size, config.crop_scale)
-    return ClassifierDataset(source, transform, config.in_chans, config.seed, config.on_bad_image == "skip")
+    skip_bad = config.on_bad_image == "skip"
+    return ClassifierDataset(source, transform, config.in_chans, config.seed, skip_bad, config.exif)
 
 
 @contextmanager

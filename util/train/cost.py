@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from models_encoder import Encoder
 from models_lut import LUT, MomentumEncoder, Student
-from util.weights.interop import part_of
+from util.weights.layouts import part_of
 
 _BATCH = 2  # BatchNorm needs two images; everything else is proportional
 
@@ -38,11 +40,15 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def pretrain_cost(model_arguments: dict, symmetric: bool, student_type: type[Student] = LUT) -> Cost:
+def pretrain_cost(
+    model_arguments: dict, symmetric: bool, student_type: type[Student] = LUT, checkpoint_activations: bool = False
+) -> Cost:
     """Count one step on the meta device, where tensors have shapes and no memory."""
     with torch.device("meta"):
         student = student_type(**model_arguments)
         momentum_encoder = MomentumEncoder(student) if model_arguments["heads"] is not None else None
+        for block in [*student.blocks, *getattr(student, "decoder_blocks", ())] if checkpoint_activations else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         num_views = 2 if symmetric else 1
         views = torch.empty(num_views, _BATCH, student.in_chans, *student.shape["img_size"])
         noise = torch.empty(_BATCH, student.num_patches)

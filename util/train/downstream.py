@@ -15,14 +15,18 @@ from util.config.same_run import KIND, kind_of
 from util.runtime.errors import UserError
 from util.train.resume import resumes
 from util.weights.checkpoint import load_checkpoint
-from util.weights.interop import load_weights
+from util.weights.classes import class_permutation, mapping_remark, reorder_classes
+from util.weights.interop import load_weights, read_weights, resampling_note, weights_in
+from util.weights.layouts import check_shapes
+from util.weights.run_state import run_settings
 
 Config = TypeVar("Config")
 
 # what --eval takes over from the run that it evaluates, where neither flags nor a recipe say otherwise
 SETTINGS_OF_THE_MODEL = (
-    *("model", "patch_size", "input_size", "in_chans", "mean", "std"),
-    *("global_pool", "cls_token", "head_width", "auxiliary_width", "rel_pos_bias", "layer_scale"),
+    *("model", "patch_size", "input_size", "in_chans", "mean", "std", "exif"),
+    *("pool", "attentive_queries", "attentive_projections"),
+    *("global_pool", "cls_token", "head_width", "num_heads", "auxiliary_width", "rel_pos_bias", "layer_scale"),
 )
 
 
@@ -50,8 +54,10 @@ def settings_of_checkpoint(config_type: type, path: str, flag: str) -> list[str]
     if stage not in (None, own_stage):
         fix = "train one from it first" if stage == "pretrain" else f"evaluate it by main_{stage}.py"
         raise UserError(f"--{flag} {path}: is of {stage}, and --eval here wants a model of {own_stage}; {fix}")
-    saved = checkpoint.get("config")
-    if not isinstance(saved, dict):
+    where = f"--{flag} {path}"
+    check_shapes(weights_in(checkpoint, None, where).state, where)  # before a model is built
+    saved = run_settings(checkpoint)
+    if saved is None:
         return []
     fields = {field.name for field in dataclasses.fields(config_type)}
     settings = {name: saved.get(name) for name in SETTINGS_OF_THE_MODEL if name in fields}
@@ -60,18 +66,32 @@ def settings_of_checkpoint(config_type: type, path: str, flag: str) -> list[str]
     return as_flags({name: value for name, value in settings.items() if value not in (None, [])})
 
 
-def load_initial_weights(model: nn.Module, config: DownstreamConfig) -> str:
-    """Load the encoder of --finetune, or with --eval the whole model; return a line that says what was loaded."""
+def load_initial_weights(model: nn.Module, config: DownstreamConfig, class_names: Sequence[str] | None = None) -> str:
+    """Load the encoder of --finetune, or with --eval the whole model; return a line that says what was loaded.
+
+    Args:
+        class_names: of the data; the logits of a model that is evaluated are put into their order.
+
+    Raises:
+        UserError: the file does not fit the model, or with --eval has other classes than the data.
+    """
     if config.eval:
         flag, path = ("--resume", config.resume) if config.resume else ("--finetune", config.finetune)
-        return f"{flag} {path}: {load_weights(model, Path(path), config.weights, flag, whole=True)}"
+        where = f"{flag} {path}"
+        file = read_weights(Path(path), config.weights, flag)
+        permutation = class_permutation(file.class_names, class_names, where)
+        report = load_weights(model, Path(path), flag=flag, whole=True, file=file, num_heads=config.num_heads)
+        reorder_classes(model, permutation)
+        return f"{where}: {report}{mapping_remark(permutation, file.class_names)}"
     if not config.finetune:
         check(config.weights == "student", "weights", config.weights, "is of --finetune, which is not given")
         return "no --finetune: from scratch"
     if resumes(config):
         return f"--finetune {config.finetune}: not read, a checkpoint of this run takes its place"
-    report = load_weights(model, Path(config.finetune), config.weights, "--finetune")
-    return f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}"
+    report = load_weights(model, Path(config.finetune), config.weights, "--finetune", num_heads=config.num_heads)
+    return (
+        f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}{resampling_note(report)}"
+    )
 
 
 def other_normalisation(run: Mapping[str, Any], config: PixelConfig) -> str:

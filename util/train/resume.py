@@ -14,6 +14,7 @@ from util.runtime.distributed import from_all_ranks, is_main, world_size
 from util.runtime.errors import UserError
 from util.runtime.files import writable_folder
 from util.weights.checkpoint import CheckpointStore, checkpoints_in, load_checkpoint
+from util.weights.run_state import check_resumable
 
 
 def store_of(config: Any) -> CheckpointStore:
@@ -67,8 +68,10 @@ def checkpoint_to_resume(config: Any, store: CheckpointStore) -> dict[str, Any] 
 
 def find_checkpoint(config: Any, store: CheckpointStore) -> dict[str, Any] | None:
     """Return the checkpoint that this rank sees; see `checkpoint_to_resume`."""
+    start_flag = "--finetune" if hasattr(config, "finetune") else "--init_from"
     if config.resume:
         checkpoint = load_checkpoint(Path(config.resume), flag="--resume")
+        check_resumable(checkpoint, f"--resume {config.resume}", start_flag)
         # later checkpoints of an abandoned branch would count as the newest of this run
         later = [path.name for path, m in store.list(with_best=True) if m.step > checkpoint.get("updates", 0)]
         if later:
@@ -86,6 +89,7 @@ def find_checkpoint(config: Any, store: CheckpointStore) -> dict[str, Any] | Non
             f"--output_dir {config.output_dir}: holds {path.name} of an earlier run;"
             " add --auto_resume to go on with it, or choose another folder"
         )
+    check_resumable(checkpoint, f"--auto_resume {path}", start_flag)
     return checkpoint
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from util.config.groups import as_dict
+from util.config.groups import as_dict, check
 from util.config.same_run import check_same_run, kind_of
 from util.data.loader import training_loader
 from util.data.samples import BatchOrder
@@ -33,7 +33,7 @@ from util.runtime.distributed import (
     stop_processes,
     world_size,
 )
-from util.runtime.errors import Requeue, UserError
+from util.runtime.errors import Requeue, UserError, one_line
 from util.runtime.logs import RunLog, format_duration, write_run_info
 from util.runtime.sharding import check_sharding
 from util.runtime.stop import how_to_continue
@@ -42,6 +42,7 @@ from util.train.evaluation import Evaluation
 from util.train.resume import checkpoint_to_resume, lock_output, settings_to_share, share_saved_batch, store_of
 from util.train.trainer import NonFiniteError, Trainer, train_one_epoch
 from util.weights.checkpoint import CheckpointStore
+from util.weights.run_state import CLASS_NAMES, check_moments
 
 
 @dataclass
@@ -113,6 +114,8 @@ def start_run(config: Any, open_data: Callable[[Any, Processes], Any]) -> Run:
         run.checkpoint = checkpoint_to_resume(config, run.store)
         if run.checkpoint is not None:
             check_same_run(run.shared_settings, run.checkpoint, config.elastic)
+        if config.compile != "none":
+            use_compile_cache(config.output_dir, processes.rank)
     return run
 
 
@@ -120,7 +123,7 @@ def batch_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
     """Return which samples make up which batch.
 
     Raises:
-        UserError: an epoch would not hold a single update.
+        UserError: an epoch would not hold a single update, or the run would start after its end.
     """
     images = len(data.val if data.train is None else data.train)
     rank, ranks = processes.rank, processes.world_size
@@ -129,6 +132,12 @@ def batch_order(config: Any, data: Any, processes: Processes) -> BatchOrder:
         raise UserError(
             f"--batch_size {config.batch_size}: x --accum_iter {config.accum_iter} x {ranks} processes ="
             f" {config.effective_batch} images per update, but the data set has {images}; make it smaller"
+        )
+    first = config.start_epoch * order.updates_per_epoch
+    for flag in ("max_steps", "max_updates"):
+        end = getattr(config, flag, None)
+        check(
+            end is None or first < end, "start_epoch", config.start_epoch, f"is update {first}, --{flag} ends at {end}"
         )
     return order
 
@@ -158,7 +167,7 @@ def train_and_evaluate(
     state.updates = config.start_epoch * run.order.updates_per_epoch
     fresh = run.checkpoint is None
     if not fresh:
-        state.load_state_dict(run.checkpoint)
+        restore_state(state, run.checkpoint)
         run.checkpoint = None  # as large as the state, and nobody needs it any more
     loader = training_loader(dataset, **run.loader_arguments)
     log = open_log(run, trainer)
@@ -169,6 +178,16 @@ def train_and_evaluate(
         metrics, hardware = evaluation.result(), hardware_info(run.device, run.dtype)
         append_result(config.output_dir, run.stage, as_dict(config), metrics, log.seconds, hardware)
     log.close()
+
+
+def restore_state(state: Any, checkpoint: dict[str, Any]) -> None:
+    """Load a checkpoint into the state of the run; UserError if it does not fit the model or the optimiser."""
+    try:
+        state.load_state_dict(checkpoint)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = one_line(str(error))[:300]
+        raise UserError(f"--resume: the checkpoint does not fit this run's model and optimiser ({reason})") from error
+    check_moments(state.optimizer, "--resume")
 
 
 def open_log(run: Run, trainer: Trainer) -> RunLog:
@@ -190,6 +209,9 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
         f" {count_parameters(state.model) / 1e6:.1f} M parameters on {run.processes.world_size} x"
         f" {run.device.type}, {name_of(run.dtype)}; peak lr {config.peak_lr:.3g}"
     )
+    if getattr(config, "warmup_epochs", 0.0) is None and config.resolved_warmup_epochs != config.default_warmup:
+        warmup, default = config.resolved_warmup_epochs, config.default_warmup
+        log.text(f"--warmup_epochs: {warmup:g}, since the default of {default:g} does not fit --epochs {config.epochs}")
     if state.updates:
         log.text(f"resumed after update {state.updates}")
     return log
@@ -198,8 +220,6 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
 def train(run: Run, trainer: Trainer, loader: DataLoader, evaluation: Evaluation, log: RunLog) -> None:
     """Train all epochs from the state's update on, with an evaluation and a checkpoint between them."""
     state, order, store = trainer.state, run.order, run.store
-    if run.config.compile != "none":
-        use_compile_cache(run.config.output_dir, run.processes.rank)
     if state.updates == 0 and evaluation.at_start:
         evaluation.evaluate_epoch(
             0, log
@@ -271,6 +291,8 @@ def save(run: Run, trainer: Trainer, metric: float | None) -> None:
     if is_main():
         epoch, rest = divmod(state.updates, trainer.updates_per_epoch)
         settings = {"epoch": epoch - 1, "config": as_dict(run.config), "binding_settings": run.shared_settings}
+        class_names = None if run.stage == "pretrain" else run.data.class_names
+        settings |= {} if class_names is None else {CLASS_NAMES: list(class_names)}
         epoch_in_name = epoch if rest else epoch - 1  # the epoch under way, or the last one finished
         write = store.save_in_background if run.config.save_in_background else store.save
         write(tensors | settings, epoch=epoch_in_name, step=state.updates, metric=metric, mid_epoch=rest > 0)

@@ -14,9 +14,10 @@ from util.data.decode import MAY_BE_SKIPPED, MUST_BE_READ
 from util.data.joint_views import JointView
 from util.data.loader import Loader
 from util.data.masked_samples import MaskedDataset, PixelCount
-from util.data.masks import IGNORED, MaskedSource, find_classes, find_layout, pair_up
+from util.data.masks import IGNORED, ORIENTED, MaskedSource, find_classes, find_layout, pair_up
 from util.runtime.distributed import Processes, is_main, sum_over_ranks
 from util.runtime.errors import UserError
+from util.runtime.logs import warn_once
 from util.runtime.progress import progress
 from util.train.evaluation import share_of_images
 from util.train.resume import resumes
@@ -38,7 +39,7 @@ def check_masks(source: MaskedSource, split: str, config: SegmentConfig, process
         UserError: something is wrong with a mask, or all pixels are ignored.
     """
     counts = count_pixels(source, config, split, share_of_images(len(source), processes, dist_eval=True))
-    counts = sum_over_ranks(torch.from_numpy(counts).to(processes.device)).tolist()
+    *counts, oriented = sum_over_ranks(torch.from_numpy(counts).to(processes.device)).tolist()
     names, total = source.classes.names, sum(counts)
     if counts[IGNORED] == total:
         raise UserError(f"{source.masks[0]}, ...: all pixels of the {split} masks are ignored, see --ignore_index")
@@ -49,6 +50,12 @@ def check_masks(source: MaskedSource, split: str, config: SegmentConfig, process
         print(
             f"{split}: {len(source)} masks, {have}{missing}; {100 * counts[IGNORED] / total:.1f} % ignored", flush=True
         )
+    if oriented:
+        done = {
+            "ignore": "they and their masks are read as stored; if masks are of upright images, add --exif apply",
+            "apply": "they are turned upright, and their masks must be of the upright images",
+        }
+        warn_once(f"{split}: {oriented} of {len(source)} images have an EXIF orientation: {done[config.exif]}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,11 @@ class MaskedImages:
     def num_classes(self) -> int:
         """Number of classes, K."""
         return len(self.val.classes.names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their numbers."""
+        return list(self.val.classes.names)
 
 
 def open_masked(config: SegmentConfig) -> MaskedImages:
@@ -94,11 +106,11 @@ def train_dataset(config: SegmentConfig, source: MaskedSource) -> MaskedDataset:
         photometric=config.photometric,
         fill=tuple(round(255 * mean) for mean in config.resolved_mean),
     )
-    return MaskedDataset(source, view, config.in_chans, config.seed, config.on_bad_image == "skip")
+    return MaskedDataset(source, view, config.in_chans, config.seed, config.on_bad_image == "skip", config.exif)
 
 
 def count_pixels(source: MaskedSource, config: SegmentConfig, split: str, indices: Sequence[int]) -> np.ndarray:
-    """Count the pixels of each class, [256] int64, in some samples of a split.
+    """Count the pixels of each class, and images with an EXIF orientation, [257] int64, in some samples of a split.
 
     Raises:
         UserError: a mask cannot be read, has another size than its image, or holds a number that is no class.
@@ -106,9 +118,9 @@ def count_pixels(source: MaskedSource, config: SegmentConfig, split: str, indice
     training = split == "training"
     skip_bad = config.on_bad_image == "skip" and training
     fix = MAY_BE_SKIPPED if training else MUST_BE_READ
-    dataset = PixelCount(source, indices, skip_bad, fix)
+    dataset = PixelCount(source, indices, skip_bad, fix, config.exif)
     loader = Loader(
         dataset, batch_size=None, num_workers=config.resolved_num_workers, loader_timeout=config.loader_timeout
     )
     counts = progress(loader, len(indices), f"checking {split} masks", "masks") if is_main() else loader
-    return sum((np.asarray(count) for count in counts), start=np.zeros(256, dtype=np.int64))
+    return sum((np.asarray(count) for count in counts), start=np.zeros(ORIENTED + 1, dtype=np.int64))

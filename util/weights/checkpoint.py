@@ -1,49 +1,47 @@
-"""Checkpoints that survive: written whole or not at all, hashed, verified on load, kept by a policy.
+"""The checkpoints of a run: written completely or not at all, hashed, verified on load, deleted by a policy.
 
 A checkpoint is a file `checkpoint-N.pth` and beside it a manifest `checkpoint-N.pth.json` with its SHA-256. The file
-is durable before the manifest is written, and the manifest goes before the file when one is deleted: a manifest
-never speaks of a file that is not there in full.
+is durable before the manifest is written, and the manifest is deleted before the file: a manifest never describes a
+file that is not complete.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 import sys
 import time
 import weakref
 from concurrent import futures
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from util.runtime.errors import RunError, UserError, explain, loaders_death
 from util.runtime.files import TEMPORARY, manifest_path, sha256_of, write_durably
 from util.runtime.reading import Unreadable, as_count, read_mapping
+from util.weights.reader import read_checkpoint
+from util.weights.run_state import check_run_state
 
 BEST = "checkpoint-best.pth"
 LOCK = ".lock"
-
-# paths, which the `args` of other programs' files may hold, under their names in Python before 3.13 and in it
-PATHS = [type("PosixPath", (PurePosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")]
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a checkpoint without opening it."""
+    """What a run knows about a checkpoint without opening it."""
 
     sha256: str
     bytes: int
-    epoch: int  # finished, counted from 0
+    epoch: int  # the last finished one, counted from 0
     step: int  # updates of the whole run
     metric: float | None  # the monitored value, higher is better
     time: float  # seconds since 1970
@@ -53,32 +51,32 @@ class CheckpointStore:
     """The checkpoints of one run, in its output folder.
 
     Args:
-        keep_last: how many of the newest stay.
-        keep_every: those after each so many epochs stay for ever; None: none do.
+        keep_last: number of the newest checkpoints to keep.
+        keep_every: keep the checkpoint after every so many epochs for ever; None: keep none for ever.
         keep_best: keep the one with the highest metric as `checkpoint-best.pth`.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int | None, keep_best: bool):
         self.folder, self.keep_last, self.keep_every, self.keep_best = folder, keep_last, keep_every, keep_best
         self._lock: TextIO | None = None
-        self._writer = futures.ThreadPoolExecutor(max_workers=1)  # one at a time: the newest must end last
+        self._writer = futures.ThreadPoolExecutor(max_workers=1)  # one at a time: the newest must be written last
         self._writing: futures.Future | None = None
-        self._copy: dict[str, Any] = {}  # what is written in the background; its memory serves the next save too
+        self._copy: dict[str, Any] = {}  # the state that is written in the background; the next save reuses its memory
 
     def lock(self) -> None:
-        """Keep other runs out of the folder until this process ends, however it ends; see `lock_folder`."""
+        """Keep other runs out of the folder until this process ends, for whatever reason; see `lock_folder`."""
         self._lock = lock_folder(self.folder)
 
     def unlock(self) -> None:
-        """Let other runs in, once nothing is written here any more."""
+        """Wait for a save in the background, then let other runs into the folder."""
         if self._writing is not None:
             futures.wait([self._writing])
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def save_in_background(self, state: dict[str, Any], **about: Any) -> None:
-        """`save` beside the training: from a copy of the state in memory, made before this returns.
+    def save_in_background(self, state: dict[str, Any], **save_arguments: Any) -> None:
+        """Copy the state to memory, return, and `save` the copy beside the training.
 
         Raises:
             RunError: the save before this one failed.
@@ -86,14 +84,14 @@ class CheckpointStore:
         self.wait()
         self._copy = copy_to_cpu(state, self._copy)
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies into page-locked memory are only queued
-        self._writing = self._writer.submit(self.save, self._copy, **about)
+            torch.cuda.synchronize()  # copies into page-locked memory have only been queued
+        self._writing = self._writer.submit(self.save, self._copy, **save_arguments)
 
     def wait(self) -> None:
         """Wait for a save in the background.
 
         Raises:
-            RunError: it failed.
+            RunError: the save failed.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -101,11 +99,11 @@ class CheckpointStore:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a save in the background is still under way."""
+        """True while a save in the background is under way."""
         return self._writing is not None and not self._writing.done()
 
     def raise_failure(self) -> None:
-        """RunError if a save in the background has failed meanwhile; does not wait."""
+        """Raise the RunError of a save in the background that has failed; do not wait for one under way."""
         if not self.is_writing:
             self.wait()
 
@@ -115,13 +113,13 @@ class CheckpointStore:
         """Write `checkpoint-{epoch}.pth` durably, then delete what the policy no longer keeps.
 
         Args:
-            epoch: the last finished one, counted from 0 (with `mid_epoch`: the one that is under way).
+            epoch: the last finished one, counted from 0; with `mid_epoch` the one under way.
 
         Raises:
-            RunError: it could not be written, as on a full disk; older checkpoints are untouched.
+            RunError: the file could not be written, for example because the disk is full; older ones are untouched.
         """
-        for litter in self.folder.glob(f"{TEMPORARY}*"):  # of a run that was killed
-            litter.unlink(missing_ok=True)
+        for partial in self.folder.glob(f"{TEMPORARY}*"):  # left by a run that was killed
+            partial.unlink(missing_ok=True)
         name = f"checkpoint-{epoch}-step{step}.pth" if mid_epoch else f"checkpoint-{epoch}.pth"
         path = self.folder / name
         try:
@@ -140,59 +138,59 @@ class CheckpointStore:
 
     @property
     def best_metric(self) -> float | None:
-        """The metric of `checkpoint-best.pth`, None where there is none."""
+        """Metric of `checkpoint-best.pth`, None if there is no such file."""
         best = read_manifest(self.folder / BEST)
         return None if best is None else best.metric
 
     def would_be_best(self, metric: float | None) -> bool:
-        """Whether the best is kept and no checkpoint so far had as high a metric."""
+        """True if the best checkpoint is kept and no checkpoint so far had as high a metric."""
         return self.keep_best and metric is not None and (self.best_metric is None or metric > self.best_metric)
 
     def holds(self, step: int) -> bool:
-        """Whether there is a complete checkpoint after so many updates."""
+        """True if there is a complete checkpoint after `step` updates."""
         return any(manifest.step == step for _, manifest in self.list())
 
     def link_best(self, path: Path, manifest: Manifest) -> None:
-        """Give the checkpoint its second name, without a second copy where the file system can."""
+        """Name the checkpoint `checkpoint-best.pth` too, by a hard link if the file system has them, else by a copy."""
         temporary = self.folder / f"{TEMPORARY}{BEST}"
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
         except OSError:
             shutil.copyfile(path, temporary)
-        manifest_path(self.folder / BEST).unlink(missing_ok=True)  # it speaks of the old best
+        manifest_path(self.folder / BEST).unlink(missing_ok=True)  # it describes the old best
         os.replace(temporary, self.folder / BEST)
         write_manifest(self.folder / BEST, manifest)
 
     def list(self, with_best: bool = False) -> list[tuple[Path, Manifest]]:
-        """Complete checkpoints, oldest first; the best one's second name if asked for, or if it alone is left."""
+        """Return the complete checkpoints, oldest first; `checkpoint-best.pth` if asked for, or if it alone is left."""
         return complete_checkpoints(self.folder, with_best)
 
     def delete_old(self, newest: Path) -> None:
-        """Apply the policy; the newest, which has just been written, always stays."""
+        """Delete the checkpoints that the policy does not keep; the newest, which has just been written, is kept."""
         checkpoints = self.list()
-        kept = {path for path, _ in checkpoints[-self.keep_last :]} | {newest}
+        keep = {path for path, _ in checkpoints[-self.keep_last :]} | {newest}
         if self.keep_every is not None:
-            kept |= {p for p, m in checkpoints if (m.epoch + 1) % self.keep_every == 0 and "-step" not in p.name}
+            keep |= {p for p, m in checkpoints if (m.epoch + 1) % self.keep_every == 0 and "-step" not in p.name}
         for path, _ in checkpoints:
-            if path not in kept:
+            if path not in keep:
                 manifest_path(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
 
     def load_latest(self) -> tuple[dict[str, Any], Path] | None:
-        """The newest checkpoint that is intact, or None where there is none at all.
+        """Return the newest intact checkpoint and its path, or None if the folder has no checkpoint at all.
 
         A damaged one is named on stderr and the one before is taken. Files without a manifest, which is written last,
-        come last; one whose name says that it is newer is named too.
+        are tried last; one whose name says that it is newer is named too.
 
         Raises:
             UserError: there are checkpoints, and every one is damaged.
         """
         complete = [path for path, _ in reversed(self.list())]
         others = [path for path in reversed(checkpoints_in(self.folder)) if path not in complete]
-        if complete and others and place_by_name(others[0]) > place_by_name(complete[0]):
+        if complete and others and order_by_name(others[0]) > order_by_name(complete[0]):
             print(
-                f"WARNING: {others[0]} has no manifest, so that it may be incomplete: going on from {complete[0].name};"
+                f"WARNING: {others[0]} has no manifest, it may be incomplete: going on from {complete[0].name};"
                 f" --resume {others[0]} would take it",
                 file=sys.stderr,
             )
@@ -218,10 +216,10 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in _held_locks
 
 
 def lock_folder(folder: Path) -> TextIO:
-    """Keep other runs out of --output_dir as long as the returned file is open.
+    """Keep other runs out of --output_dir while the returned file is open.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     path = folder / LOCK
     file = path.open("a+", encoding="utf-8")
@@ -242,10 +240,10 @@ def lock_folder(folder: Path) -> TextIO:
 
 
 def copy_to_cpu(state: Any, memory: Any = None) -> Any:
-    """A copy in memory of all tensors in nested dicts and lists, which later updates do not change.
+    """Copy all tensors in nested dicts and lists to the CPU, so that later updates do not change them.
 
     Args:
-        memory: an earlier copy of such a state, which is overwritten: fresh memory takes several times as long.
+        memory: an earlier copy of such a state, which is overwritten: to allocate takes several times as long.
     """
     if isinstance(state, torch.Tensor):
         if not (isinstance(memory, torch.Tensor) and (memory.shape, memory.dtype) == (state.shape, state.dtype)):
@@ -260,12 +258,12 @@ def copy_to_cpu(state: Any, memory: Any = None) -> Any:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """From now on the checkpoint counts."""
+    """Write the manifest of a checkpoint, which makes it count as complete."""
     write_durably(manifest_path(path), lambda file: file.write(json.dumps(asdict(manifest), indent=1).encode()))
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest beside a checkpoint, None where there is none or it cannot be read."""
+    """Read the manifest beside a checkpoint; None if there is none or it cannot be read."""
     try:
         manifest = Manifest(**read_mapping(manifest_path(path)))
     except (OSError, Unreadable, TypeError):
@@ -277,64 +275,70 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
-    """Read a checkpoint of any program onto the CPU: .pth (no code in it is run) or .safetensors.
+    """Read a checkpoint of any program onto the CPU, .pth or .safetensors; no code in it is run.
+
+    The tensors of a .safetensors file are returned under `state_dict`.
 
     Raises:
-        UserError: no such file, damaged (by its manifest's hash where there is one), or not a checkpoint.
+        UserError: there is no such file; it is damaged, by its manifest's hash if it has one; it is no checkpoint, or
+            holds something else than it announces.
     """
     check_file(path, flag)
     verify_hash(path, flag)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace, *PATHS]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise UserError(f"{flag} {path}: is no intact safetensors file ({error})") from error
-    except Exception as error:  # torch and pickle raise nearly anything for a file that is none of theirs
-        reason = "it holds code, and none of it was run" if "Unsupported global" in str(error) else type(error).__name__
-        raise UserError(f"{flag} {path}: cannot be read as a checkpoint ({reason}); is it another file?") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{flag} {path}: holds a {type(state).__name__}, not a checkpoint")
+    state = read_checkpoint(path, f"{flag} {path}")
+    check_run_state(state, f"{flag} {path}")
     return state
 
 
 def check_file(path: Path, flag: str) -> None:
-    """UserError where there is no such file, with the newest checkpoint of a folder that is given in its place."""
-    if path.is_dir():
-        found = checkpoints_in(path)
-        raise UserError(f"{flag} {path}: is a folder, give a checkpoint" + (f": {found[-1]}" if found else " in it"))
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
+    """UserError if there is no such file; for a folder the message names its newest checkpoint."""
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{flag} {path}: there is no such file ({error.strerror})") from error
+    if stat.S_ISDIR(kind):
+        names = checkpoints_in(path)
+        raise UserError(f"{flag} {path}: is a folder, give a checkpoint" + (f": {names[-1]}" if names else " in it"))
+    if not stat.S_ISREG(kind):
+        raise UserError(f"{flag} {path}: is no regular file but a pipe or device, give a checkpoint")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete or not, the oldest by name first; the best one, a second name of one of them, where it is left alone."""
+    """Return all checkpoints, complete or not, in the order of their names; the best one only if it alone is left."""
     named = [path for path in folder.glob("checkpoint-*.pth") if path.name != BEST]
-    alone = [folder / BEST] if not named and (folder / BEST).exists() else []
-    return sorted(named, key=place_by_name) or alone
+    best = [folder / BEST] if (folder / BEST).exists() else []
+    return sorted(named, key=order_by_name) or best
+
+
+def run_folder_of(path: Path) -> Path | None:
+    """Return the folder of a run that `path`, behind its symbolic links, lies in or is; None if it lies in none."""
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        if (folder / RUN_FILE).is_file() or next(folder.glob("checkpoint-*.pth.json"), None):
+            return folder
+    return None
 
 
 def complete_checkpoints(folder: Path, with_best: bool = False) -> list[tuple[Path, Manifest]]:
-    """See `CheckpointStore.list`."""
+    """Return the checkpoints that have a manifest, oldest first; see `CheckpointStore.list`."""
     paths = checkpoints_in(folder)
     if with_best and (folder / BEST).exists() and folder / BEST not in paths:
         paths.append(folder / BEST)
-    found = [(path, read_manifest(path)) for path in paths]
-    return sorted(((p, m) for p, m in found if m is not None), key=lambda item: (item[1].step, item[1].time))
+    manifests = [(path, read_manifest(path)) for path in paths]
+    return sorted(((p, m) for p, m in manifests if m is not None), key=lambda item: (item[1].step, item[1].time))
 
 
-def place_by_name(path: Path) -> tuple[int, int, int]:
-    """For sorting: checkpoint-N.pth, after epoch N, is newer than checkpoint-N-stepM.pth, in epoch N."""
-    found = re.fullmatch(r"checkpoint-(\d+)(?:-step(\d+))?\.pth", path.name)
-    if found is None:
+def order_by_name(path: Path) -> tuple[int, int, int]:
+    """Return a key for sorting: checkpoint-N.pth, after epoch N, is newer than checkpoint-N-stepM.pth, within it."""
+    match = re.fullmatch(r"checkpoint-(\d{1,12})(?:-step(\d{1,15}))?\.pth", path.name)
+    if match is None:
         return (-1, 0, 0)
-    epoch, step = found.groups()
+    epoch, step = match.groups()
     return (int(epoch), 0 if step else 1, int(step or 0))
 
 
 def verify_hash(path: Path, flag: str) -> None:
-    """UserError where the manifest beside the file speaks of other bytes."""
+    """UserError if the manifest beside the file gives another size or hash."""
     manifest = read_manifest(path)
     if manifest is None:
         return
@@ -342,6 +346,6 @@ def verify_hash(path: Path, flag: str) -> None:
     if size != manifest.bytes:
         raise UserError(f"{flag} {path}: is damaged, {size} bytes where {manifest.bytes} were written")
     with open(path, "rb") as file:
-        found = sha256_of(file)
-    if found != manifest.sha256:
+        digest = sha256_of(file)
+    if digest != manifest.sha256:
         raise UserError(f"{flag} {path}: is damaged, its SHA-256 is not the one that was written")

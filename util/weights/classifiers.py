@@ -17,16 +17,17 @@ from torchvision.transforms.v2.functional import to_pil_image
 from util.data.device_views import Normalise
 from util.data.views import Size, centre_view
 from util.runtime.errors import UserError
-from util.weights.export import overlay_beside
-from util.weights.interop import Weights, read_weights
+from util.weights.export import LABEL_NAMES, overlay_beside
+from util.weights.interop import read_weights
+from util.weights.layouts import Weights
 from util.weights.vit import TIMM, default_label, image_size, is_classifier, open_vit, random_timm, timm_name
 
-View = Callable[[Tensor], Tensor]  # uint8 image [C, h, w] to what the model sees of it, [C, H, W]
+View = Callable[[Tensor], Tensor]  # uint8 image [C, h, w] to the uint8 input of the model, [C, H, W]
 
 
 @dataclass(frozen=True)
 class NamedClassifier:
-    """A model in eval mode and without gradients on its device, and how to feed it."""
+    """A model in eval mode and without gradients on its device, and how its images are made."""
 
     label: str
     model: nn.Module  # normalised images [B, C, H, W] to logits [B, K]
@@ -34,8 +35,9 @@ class NamedClassifier:
     in_chans: int
     view: View
     normalise: Normalise
-    said: str  # where the weights came from and what became of each tensor
+    origin: str  # where the weights come from and what became of each tensor, one line
     weights: Weights = "student"
+    class_names: list[str] | None = None  # in the order of the logits
 
 
 def open_classifier(
@@ -48,19 +50,20 @@ def open_classifier(
     num_classes: int,
     flag: str,
 ) -> NamedClassifier:
-    """A fine-tuned checkpoint or linear probe of ours, MAE's fine-tuned, `timm:NAME` (random) or `timm:NAME=FILE`.
+    """Open a fine-tuned model or linear probe of ours, MAE's fine-tuned, `timm:NAME` (random) or `timm:NAME=FILE`.
 
     Ours see images as fine-tuning evaluates them, timm's as timm does. Nothing is downloaded, no code in a file is run.
 
     Args:
         weights: the trained ones, or their moving average (main_finetune.py --model_ema); None: see `read_weights`.
-        label: what to call it; empty: made from the name.
+        label: name of the model in tables; empty: made from the file's.
         size: of the images in pixels, one number or height and width; empty: the model's own.
-        num_heads: of a ViT whose file does not say; None: of the known model of that width.
-        num_classes: that it must have.
+        num_heads: attention heads of a ViT; None: as the file or its layout tells.
+        num_classes: the number of classes that the model must have.
+        flag: of the command line, which begins every message.
 
     Raises:
-        UserError: unknown, unreadable, no classifier, or one of another number of classes.
+        UserError: the name is unknown, the file unreadable, no classifier, or has another number of classes.
     """
     if name.startswith(TIMM):
         if weights == "momentum":
@@ -74,29 +77,33 @@ def open_classifier(
         )
     check_classes(vit.model.num_classes, num_classes, f"{flag} {name}")
     view = partial(centre_view, size=vit.size)
-    return NamedClassifier(vit.label, vit.model, vit.size, vit.in_chans, view, vit.normalise, vit.said, vit.weights)
+    return NamedClassifier(
+        vit.label, vit.model, vit.size, vit.in_chans, view, vit.normalise, vit.origin, vit.weights, vit.class_names
+    )
 
 
-def check_classes(found: int, wanted: int, where: str) -> None:
-    """UserError where they differ."""
-    if found != wanted:
-        raise UserError(f"{where}: has {found} classes, give a classifier of ImageNet-1k's {wanted}")
+def check_classes(number: int, wanted: int, where: str) -> None:
+    """UserError if a classifier has another number of classes than it must have."""
+    if number != wanted:
+        raise UserError(f"{where}: has {number} classes, give a classifier of ImageNet-1k's {wanted}")
 
 
 def open_timm_classifier(
     name: str, label: str, size: Sequence[int], device: torch.device, num_classes: int, flag: str
 ) -> NamedClassifier:
-    """timm's model of that name, with the weights of a file or the first ones of seed 0."""
+    """Open timm's model of that name, with the weights of a file or the initial ones of seed 0."""
     architecture, path = timm_name(name, flag)
     model = random_timm(architecture)
     check_classes(getattr(model, "num_classes", 0), num_classes, f"{flag} {name}")
-    said = f"{name}: random weights"
+    origin, class_names = f"{name}: random weights", None
     if path:
         model = fill_timm(model, architecture, read_weights(Path(path), flag=flag).state, f"{flag} {name}")
-        model.pretrained_cfg.update(overlay_beside(Path(path)))
-        said = f"{path} as timm's {architecture}"
+        overlay = overlay_beside(Path(path))
+        model.pretrained_cfg.update(overlay)
+        class_names = overlay.get(LABEL_NAMES)
+        origin = f"{path} as timm's {architecture}"
     config = resolve_data_config(model=model, use_test_size=not size)
-    config["input_size"] = (config["input_size"][0], *fit_to_size(model, size or config["input_size"][1:]))
+    config["input_size"] = (config["input_size"][0], *set_image_size(model, size or config["input_size"][1:]))
     transform = create_transform(**config, is_training=False, normalize=False)  # leaves pixels as uint8
     return NamedClassifier(
         label=label or default_label(name, "student"),
@@ -105,15 +112,16 @@ def open_timm_classifier(
         in_chans=config["input_size"][0],
         view=partial(pil_view, transform=transform),
         normalise=Normalise(tuple(config["mean"]), tuple(config["std"]), device),
-        said=said,
+        origin=origin,
+        class_names=list(class_names) if class_names else None,
     )
 
 
 def fill_timm(model: nn.Module, architecture: str, state: dict[str, Tensor], where: str) -> nn.Module:
-    """The same model with the tensors of a file, under timm's names or those that timm knows how to read.
+    """Return the same model with the tensors of a file, under timm's names or those that timm converts.
 
     Raises:
-        UserError: they are not those of the model, all of them.
+        UserError: the tensors are not exactly those of the model.
     """
     heads = model.pretrained_cfg.get("classifier") or "head"
     for head in (heads,) if isinstance(heads, str) else heads:
@@ -123,16 +131,19 @@ def fill_timm(model: nn.Module, architecture: str, state: dict[str, Tensor], whe
     try:
         return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, ValueError, AttributeError) as error:  # each model reads files in its own way
-        said = " ".join(str(error).split())
-        said = said if len(said) < 300 else f"{said[:300]} ..."
-        raise UserError(f"{where}: does not fit timm's {architecture} ({type(error).__name__}: {said})") from error
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 300 else f"{reason[:300]} ..."
+        raise UserError(f"{where}: does not fit timm's {architecture} ({type(error).__name__}: {reason})") from error
 
 
-def fit_to_size(model: nn.Module, size: Sequence[int]) -> Size:
-    """Let a model that knows its input's size (a ViT) take images of `size`, one number or two; height and width.
+def set_image_size(model: nn.Module, size: Sequence[int]) -> Size:
+    """Let a model whose input has a fixed size (a ViT) take images of `size`; return height and width.
+
+    Args:
+        size: in pixels, one number or two.
 
     Raises:
-        UserError: its patches do not divide it, or it cannot change.
+        UserError: the patches do not divide the size, or the model cannot take another one.
     """
     stem = getattr(model, "patch_embed", None)
     own = getattr(stem, "img_size", None)
@@ -143,23 +154,23 @@ def fit_to_size(model: nn.Module, size: Sequence[int]) -> Size:
         try:
             model.set_input_size(img_size=(height, width))
         except (AttributeError, AssertionError, ValueError, TypeError, RuntimeError) as error:
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"--input_size {height} {width}: this model takes {own[0]} {own[1]} alone ({said})"
+                f"--input_size {height} {width}: this model takes {own[0]} {own[1]} alone ({reason})"
             ) from error
     return height, width
 
 
 def pil_view(image: Tensor, transform: Callable[..., Tensor]) -> Tensor:
-    """A transform of PIL images for pixels: uint8 [C, h, w] to uint8 [C, H, W]."""
+    """Apply a transform of PIL images to pixels: uint8 [C, h, w] to uint8 [C, H, W]."""
     return transform(to_pil_image(image))
 
 
 def without_border(image: Tensor, view: View, border: int) -> Tensor:
-    """What `view` makes of an image [C, h, w] whose `border` pixels on each side are cut off.
+    """Apply `view` to an image [C, h, w] after cutting off `border` pixels on each side.
 
     Raises:
-        ValueError: nothing would be left.
+        ValueError: the image has no pixels inside its border.
     """
     if min(image.shape[-2:]) <= 2 * border:
         raise ValueError(f"{image.shape[-1]} x {image.shape[-2]} pixels are all border")

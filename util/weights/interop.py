@@ -1,52 +1,51 @@
-"""Weights from other programs: MAE, LUT's release, timm, our own runs. Strict, with a report of what matched."""
+"""Weights of other programs and of our own runs, loaded into models: strictly, with a report of what became of each."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from models_encoder import fixed_positions
 from models_lut import Student
-from models_position_bias import SHARED, TABLE, resampled_tables, transfer_part
+from models_position_bias import SHARED, TABLE, transfer_part
 from util.runtime.errors import UserError
 from util.weights.checkpoint import load_checkpoint
-
-Weights = Literal["student", "momentum"]
-CLASSIFIER = "ViT classifier"
-Grid = tuple[int, int]  # rows and columns of patches
-# left in names by DistributedDataParallel, torch.compile, DINO and iBOT, MoCo v3
-WRAPPERS = ("module.", "_orig_mod.", "backbone.", "base_encoder.")
-STATES = ("model", "state_dict", "teacher")  # where programs put their weights; of DINO's and iBOT's two the teacher
-# projector or classifier, the other heads of pre-training, a classifier's norm, UperNet, MoCo v3's second encoder
-OTHER_PARTS = (
-    *("head", "predictor", "mask_head", "mask_predictor", "fc_norm"),
-    *("neck", "decode_head", "auxiliary_head", "momentum_encoder"),
+from util.weights.layouts import (
+    CLASSIFIER,
+    DINOV2,
+    ENCODER_NAME,
+    Weights,
+    check_shapes,
+    choose_network,
+    dinov2_description,
+    heads_of,
+    layout_of,
+    part_of,
 )
-# what an encoder's tokens pass through: its features are others where the file has more of it than the model
+from util.weights.reader import short_name, shortened
+from util.weights.resampling import resample_to_model
+from util.weights.run_state import check_finite, class_names_in, run_settings
+
+# tokens pass through these: features differ if the file has more of them than the model
 PASSED_THROUGH = ("blocks", "patch_embed", "norm_pre", "reg_token", "dist_token", SHARED)
-PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_embed", "decoder_pos_embed"
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What became of each tensor; names as in our models."""
 
-    layout: str  # which program's file it is
+    layout: str  # which program wrote the file, and which of its networks was taken
     loaded: tuple[str, ...]
-    resampled: tuple[str, ...]  # among the loaded, changed to fit: `name: how`
+    resampled: tuple[str, ...]  # among the loaded, changed to the model's shape: `name: change`
     missing: tuple[str, ...]  # of the model, left as initialised: not in the file, or their part is incomplete there
-    mismatched: tuple[str, ...]  # among the missing, there with another shape: `name: shape instead of shape`
+    mismatched: tuple[str, ...]  # among the missing, in the file with another shape: `name: shape instead of shape`
     unexpected: tuple[str, ...]  # in the file, not used
-    settings: Mapping[str, Any]  # of the run that wrote it; empty where it is none of ours
+    settings: Mapping[str, Any]  # of the run that wrote it; empty for another program's file
+    remarks: tuple[str, ...] = ()  # what the file does not say, and what was taken for it
 
     def __str__(self) -> str:
         """One line; a part that is wholly missing or unused is named as one."""
@@ -56,15 +55,23 @@ class LoadReport:
             "not used": by_part(self.unexpected),
             "resampled": ", ".join(self.resampled),
         }
-        said = [f"{title}: {names}" for title, names in lists.items() if names]
-        return "; ".join([f"{self.layout}, {len(self.loaded)} tensors loaded", *said])
+        shown = [f"{title}: {names}" for title, names in lists.items() if names]
+        return "; ".join([f"{self.layout}, {len(self.loaded)} tensors loaded", *shown, *self.remarks])
+
+
+def resampling_note(report: LoadReport) -> str:
+    """Return a further line that says which sizes of the checkpoint differ from the model's; empty if none do."""
+    if not report.resampled:
+        return ""
+    return f"\nNOTE: the checkpoint has another patch, image size or number of channels: {', '.join(report.resampled)}"
 
 
 def by_part(names: tuple[str, ...]) -> str:
-    """Names of the encoder in full, those of other parts counted."""
+    """Names of the encoder's tensors, and the number of tensors of each other part."""
     count = Counter(part_of(name) for name in names)
     encoder = [name for name in names if part_of(name) == "encoder"]
-    return ", ".join(encoder + [f"{part} ({n} tensors)" for part, n in count.items() if part != "encoder"])
+    others = [f"{part} ({n} tensors)" for part, n in count.items() if part != "encoder"]
+    return ", ".join([shortened(encoder, most=12)] * bool(encoder) + others)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -76,92 +83,66 @@ class WeightsFile(NamedTuple):
     """What a checkpoint holds."""
 
     state: dict[str, Tensor]  # under MAE's names, which are ours
-    layout: str  # which program's file it is
-    config: dict[str, Any] | None  # the settings of the run, where it is one of ours
+    layout: str  # which program wrote it, and which of its networks was taken
+    config: dict[str, Any] | None  # the settings of the run, if a run of ours wrote it
     weights: Weights  # which of the file's
+    num_heads: int | None  # None: neither the file nor its layout tells
+    class_names: list[str] | None  # of a classifier, in the order of its logits
 
 
 def read_weights(path: Path, weights: Weights | None = "student", flag: str = "--init_from") -> WeightsFile:
-    """The weights in a checkpoint of ours, of MAE, LUT's release, timm, DINO, iBOT or MoCo v3; code in it is refused.
+    """Read the weights in a checkpoint of ours, MAE, LUT's release, timm, DINO, iBOT or MoCo v3; code is refused.
 
     Args:
-        weights: None: those by which the run was judged, of a classifier with --model_ema its moving average.
+        weights: None: those by which the run was judged, which for a classifier with --model_ema is its moving average.
 
     Raises:
-        UserError: unreadable, no state dict in it, or no momentum encoder where that is asked for.
+        UserError: the file is unreadable, holds no weights or unusable ones, or no momentum encoder if that is asked
+            for.
     """
     return weights_in(load_checkpoint(path, flag), weights, f"{flag} {path}")
 
 
 def weights_in(checkpoint: dict[str, Any], weights: Weights | None, where: str) -> WeightsFile:
-    """`read_weights` of a file that is loaded already."""
-    config = checkpoint.get("config")
-    config = config if isinstance(config, dict) else None
-    state = tensors_of(next((checkpoint[key] for key in STATES if key in checkpoint), checkpoint))
-    layout = layout_of(state, "model" in checkpoint)
+    """Return the weights in a checkpoint that is loaded already; see `read_weights`.
+
+    Args:
+        where: flag and path, which begin every message.
+    """
+    config = run_settings(checkpoint)
     if weights is None:
-        averaged = layout == CLASSIFIER and config is not None and config.get("model_ema") is True
+        trained, _, _ = choose_network(checkpoint, "student", where)
+        is_classifier = "head.weight" in trained or "fc_norm.weight" in trained
+        averaged = is_classifier and config is not None and config.get("model_ema") is True
         weights = "momentum" if averaged else "student"
-    if weights == "momentum":
-        if not isinstance(checkpoint.get("model_ema"), dict):
-            raise UserError(f"{where}: holds no momentum encoder (model_ema), ask for the student's weights")
-        followed = tensors_of(checkpoint["model_ema"])
-        state = {name.removeprefix("ema."): tensor for name, tensor in followed.items()}
-        moving_average = "head.weight" in state or "fc_norm.weight" in state
-        layout = "ViT, moving average" if moving_average else "LUT, momentum encoder"
-    elif not state:
+    state, key, others = choose_network(checkpoint, weights, where)
+    if not state:
         raise UserError(f"{where}: holds no tensors, is it a checkpoint?")
-    return WeightsFile(state, layout, config, weights)
+    raw_names = checkpoint[key] if isinstance(checkpoint.get(key), dict) else checkpoint
+    layout = layout_of(state, key, list(raw_names))
+    num_heads = heads_of(checkpoint, state, layout, config)
+    check_parameters(state, where)
+    if key == "model_ema":
+        layout = "ViT, moving average" if layout == CLASSIFIER else "LUT, momentum encoder"
+    elif key in ("teacher", "momentum_encoder", "state_dict_ema") or "state_dict_ema" in others:
+        unused = [other for other in others if other in ("student", "state_dict", "state_dict_ema", "teacher")]
+        layout += f" ({key}" + (f"; {', '.join(unused)} not used" if unused else "") + ")"
+    return WeightsFile(state, layout, config, weights, num_heads, class_names_in(checkpoint, where))
 
 
-def layout_of(state: dict[str, Tensor], wrapped: bool) -> str:
-    """Which program writes such names; `wrapped`: under the key `model`, as MAE does."""
-    if "head.weight" in state or "fc_norm.weight" in state:
-        return CLASSIFIER
-    if "decode_head.bottleneck.0.weight" in state:
-        return "UperNet"
-    if "momentum_encoder.cls_token" in state:
-        return "MoCo v3"
-    if "decoder.weight" in state:
-        return "SimMIM, student"
-    if "predictor.0.weight" in state:
-        return "LUT, student"
-    if "mask_token" in state:
-        return "MAE with decoder"
-    return "MAE encoder" if wrapped else "timm ViT"
-
-
-def is_linear_probe(state: dict[str, Tensor]) -> bool:
-    """Whether the head is a BatchNorm without parameters and a layer; a projector has its first layer at 0."""
-    return "head.1.weight" in state and "head.0.weight" not in state
-
-
-def tensors_of(state: object) -> dict[str, Tensor]:
-    """The tensors in a state dict, without the prefixes of wrappers; empty where it is none."""
-    if not isinstance(state, dict):
-        return {}
-    found = {}
-    for name, tensor in state.items():
-        if isinstance(name, str) and isinstance(tensor, Tensor):
-            for prefix in WRAPPERS:
-                name = name.replace(prefix, "", 1) if name.startswith(prefix) else name
-            found[name] = tensor
-    return found
+def check_parameters(state: dict[str, Tensor], where: str) -> None:
+    """UserError with the names of weights that are not floating-point numbers, or not finite."""
+    kinds = {name: str(x.dtype).removeprefix("torch.") for name, x in state.items()}
+    usable = ("float16", "bfloat16", "float32", "float64")
+    wrong = [f"{n} ({kind})" for n, kind in kinds.items() if kind not in usable and ENCODER_NAME.match(n)]
+    if wrong:
+        raise UserError(f"{where}: weights that are no floating-point numbers: {shortened(wrong)}; take another file")
+    check_finite({name: x for name, x in state.items() if kinds[name] in usable}, where)
 
 
 # --------------------------------------------------------------------------------------------------------
 # Loading into a model
 # --------------------------------------------------------------------------------------------------------
-
-
-def part_of(name: str) -> str:
-    """`encoder`, `decoder` (MAE's), a `transfer_part` or one of `OTHER_PARTS`: loaded as a whole or not at all."""
-    if name.startswith("decoder") or name == "mask_token":
-        return "decoder"
-    if added := transfer_part(name):
-        return added
-    part = name.split(".")[0]
-    return part if part in OTHER_PARTS else "encoder"
 
 
 def load_weights(
@@ -171,156 +152,111 @@ def load_weights(
     flag: str = "--init_from",
     whole: bool = False,
     file: WeightsFile | None = None,
+    num_heads: int | None = None,
 ) -> LoadReport:
     """Load a file into LUT, MomentumEncoder, Classifier, LinearProbe or UperNet.
 
     The encoder must match tensor by tensor, and the file's may have no layer that the model lacks. Decoder, heads and
-    `fc_norm` are loaded where the file holds the whole of them, and else stay as they are. Positions of another grid,
-    patches of another size and other channel counts are resampled.
+    `fc_norm` are loaded if the file holds the whole of them, and stay as they are otherwise. Positions of another grid,
+    patches of another size and other numbers of channels are resampled.
 
     Args:
-        whole: every tensor of the model must match, not those of the encoder alone.
-        file: what `read_weights` made of the path, so that it is not read again.
+        whole: every tensor of the model must match, not only those of the encoder.
+        file: what `read_weights` returned for the path, so that it is not read again.
+        num_heads: the value of --num_heads, which overrides what the file tells.
 
     Raises:
-        UserError: a tensor that must match is missing, has a shape that cannot be resampled, or has no counterpart.
+        UserError: a tensor that must match is missing, has a shape that cannot be resampled, or has no counterpart; or
+            the file's attention heads are of another number.
     """
-    state, layout, config, _ = file or read_weights(path, weights, flag)
-    own = model.state_dict()
-    state, resampled = fit(state, own, model.patch_embed.grid_size, config, sines=isinstance(model, Student))
+    file = file or read_weights(path, weights, flag)
+    own, where = model.state_dict(), f"{flag} {path}"
+    if file.layout.startswith(DINOV2):
+        raise UserError(f"{where}: {dinov2_description(file.state)}")
+    check_shapes(file.state, where)
+    positions_are_fixed = isinstance(model, Student)
+    state, resampled = resample_to_model(
+        file.state, own, model.patch_embed.grid_size, file.config, computes_positions=positions_are_fixed
+    )
     wrong = {
         name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in own.items()
         if name not in state or state[name].shape != tensor.shape
     }
-    refused = [f"{name} ({how})" for name, how in wrong.items() if whole or part_of(name) == "encoder"]
-    if refused:
-        raise UserError(
-            f"{flag} {path}: {len(refused)} tensors of the {'model' if whole else 'encoder'} do not fit:"
-            f" {shortened(refused)};"
-            f" the file ({layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
-            + "; fine-tuned on the mean of the tokens it has no last norm: take the pre-training's file"
-            * ("norm.weight" in wrong and "fc_norm.weight" in state and "fc_norm.weight" not in own)
-            + "; it has none of the layers that --rel_pos_bias and --layer_scale add: set them to none and 0"
-            * any(transfer_part(name) for name in wrong if name not in state)
-            + (f"; the run that wrote it had --model {config['model']}" if config and config.get("model") else "")
-        )
-    surplus = [name for name in state if name not in own and name.split(".")[0] in PASSED_THROUGH]
-    if surplus:
-        raise UserError(
-            f"{flag} {path}: another encoder ({layout}), {len(surplus)} of its tensors have no place in the model's:"
-            f" {shortened(surplus)}; take a model of that depth, if there is one with such layers"
-            + "; fine-tuning and segmentation have --rel_pos_bias"
-            * any(name.endswith(TABLE) for name in surplus)
-        )
+    check_match(file, state, own, wrong, whole, where)
+    remark = check_heads(model, file, num_heads, where)
     incomplete = {part_of(name) for name in wrong}
     loaded = {name: state[name] for name in own if part_of(name) not in incomplete}
     model.load_state_dict(loaded, strict=False)
     return LoadReport(
-        layout=layout,
+        layout=file.layout,
         loaded=tuple(loaded),
-        resampled=tuple(f"{name}: {how}" for name, how in resampled.items() if name in loaded),
+        resampled=tuple(f"{name}: {change}" for name, change in resampled.items() if name in loaded),
         missing=tuple(name for name in own if name not in loaded),
-        mismatched=tuple(f"{name}: {how}" for name, how in wrong.items() if name in state),
+        mismatched=tuple(f"{name}: {shapes}" for name, shapes in wrong.items() if name in state),
         unexpected=tuple(name for name in state if name not in loaded),
-        settings=config or {},
+        settings=file.config or {},
+        remarks=(remark,) if remark else (),
     )
 
 
-def fit(
-    state: dict[str, Tensor], own: dict[str, Tensor], grid_size: Grid, config: dict[str, Any] | None, sines: bool
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Resample what depends on image size, patch size and channels; the rest as it is. Also: name -> how.
+def check_heads(model: nn.Module, file: WeightsFile, num_heads: int | None, where: str) -> str:
+    """Compare the model's attention heads with the file's; what to say if the file does not tell.
+
+    Raises:
+        UserError: they differ, and --num_heads does not ask for it.
+    """
+    own = model.blocks[0].attn.num_heads
+    if file.num_heads is None:
+        return "" if num_heads else f"the file does not tell its attention heads, {own} taken as the model has them"
+    if file.num_heads == own:
+        return ""
+    if num_heads:
+        return f"{own} attention heads, as --num_heads says; those of {file.layout} have {file.num_heads}"
+    raise UserError(
+        f"{where}: was trained with {file.num_heads} attention heads ({file.layout}), and the model has {own}:"
+        f" add --num_heads {file.num_heads}"
+    )
+
+
+def check_match(
+    file: WeightsFile,
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    wrong: Mapping[str, str],
+    whole: bool,
+    where: str,
+) -> None:
+    """UserError if the encoder (or with `whole` the model) lacks tensors, or passes tokens through fewer layers.
 
     Args:
-        config: settings of the run that wrote the state, if known.
-        sines: see `resample_positions`.
+        state: the file's, resampled to the model.
+        own: the model's state.
+        wrong: name of each tensor of the model that is not in `state` with its shape -> the reason.
     """
-    state, resampled = dict(state), {}
-    kernel, wanted = state.get(PATCH_KERNEL), own[PATCH_KERNEL]
-    patch = 1 if kernel is None else kernel.shape[-1]
-    if kernel is not None and kernel.ndim == 4 and kernel.shape[0] == wanted.shape[0]:
-        changes = []
-        if kernel.shape[1] != wanted.shape[1]:
-            changes.append(f"{kernel.shape[1]} to {wanted.shape[1]} channels")
-            kernel = adapt_channels(kernel, wanted.shape[1])
-        if kernel.shape[2:] != wanted.shape[2:]:
-            changes.append(f"patch {list(kernel.shape[2:])} to {list(wanted.shape[2:])}")
-            kernel = resample_patch_embed(kernel, list(wanted.shape[2:]))
-        if changes:
-            resampled[PATCH_KERNEL] = " and ".join(changes)
-        state[PATCH_KERNEL] = kernel
-    for name in (POSITIONS, DECODER_POSITIONS):
-        positions = state.get(name)
-        if positions is None or name not in own or positions.ndim != 3 or positions.shape[2] != own[name].shape[2]:
-            continue
-        grid = grid_of(positions, patch, (config or {}).get("input_size"), positions.shape == own[name].shape)
-        if grid is not None and grid != tuple(grid_size):
-            state[name], how = resample_positions(positions, grid, grid_size, sines)
-            if name == POSITIONS:
-                state |= (tables := resampled_tables(state, grid, grid_size))
-                resampled |= dict.fromkeys(tables, "interpolated")
-            resampled[name] = f"{' x '.join(map(str, grid))} to {' x '.join(map(str, grid_size))} patches, {how}"
-    return state, resampled
-
-
-def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
-    """A patch kernel [D, C, p, p] for another number of channels that gives grey images the same tokens.
-
-    One channel sees the sum of the old ones; more channels repeat them in turn, with the same sum.
-    """
-    total = kernel.sum(dim=1, keepdim=True)
-    if in_chans == 1:
-        return total
-    repeated = kernel[:, torch.arange(in_chans) % kernel.shape[1]]
-    surplus = repeated.sum(dim=1, keepdim=True) - total  # what repeating adds, taken from all channels alike
-    return repeated - surplus / in_chans
-
-
-def is_square(number: int) -> bool:
-    """Whether a grid of so many patches is square."""
-    return number > 0 and round(number**0.5) ** 2 == number
-
-
-def grid_of(positions: Tensor, patch: int, image_size: object, fits: bool) -> Grid | None:
-    """Rows and columns of the patches that positions [1, 1 + L, D] are of, None where nothing tells.
-
-    Sines tell it themselves. Of others the size of the run's images does, if known: a list of one number or height and
-    width in pixels. Else L does where it is a square, unless the positions are as many as the model's (`fits`).
-    """
-    number = positions.shape[1] - 1
-    grids = [(rows, number // rows) for rows in range(1, number + 1) if number % rows == 0]
-    for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
-        if are_sines(positions, grid):
-            return grid
-    if isinstance(image_size, list | tuple) and image_size:
-        grid = (image_size[0] // patch, image_size[-1] // patch)
-        if grid in grids:
-            return grid
-    return (math.isqrt(number), math.isqrt(number)) if is_square(number) and not fits else None
-
-
-def are_sines(positions: Tensor, grid: Grid) -> bool:
-    """Whether positions [1, 1 + L, D] are MAE's fixed ones for the grid."""
-    return torch.allclose(positions.float(), fixed_positions(positions.shape[2], grid), atol=1e-4)
-
-
-def resample_positions(positions: Tensor, grid: Grid, wanted: Grid, sines: bool) -> tuple[Tensor, str]:
-    """Positions [1, 1 + L', D] of a grid for another one [1, 1 + L, D], and how they were made.
-
-    They are interpolated, as timm does: on a larger image the encoder then meets none beyond those that it was
-    trained with. (timm's own would take two grids of as many patches for one.)
-
-    Args:
-        sines: of a model that is pre-trained, whose positions are MAE's fixed ones: compute them for the new grid.
-    """
-    if sines and are_sines(positions, grid):
-        return fixed_positions(positions.shape[2], wanted), "sines computed for the new grid"
-    of_patches = positions[:, 1:].float().unflatten(1, grid).permute(0, 3, 1, 2)
-    resized = F.interpolate(of_patches, tuple(wanted), mode="bicubic", antialias=True)
-    return torch.cat([positions[:, :1].float(), resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1), "interpolated"
-
-
-def shortened(names: list[str], most: int = 6) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    refused = [f"{name} ({reason})" for name, reason in wrong.items() if whole or part_of(name) == "encoder"]
+    if refused:
+        plain = any(transfer_part(name) for name in wrong if name not in state)
+        pooled = "norm.weight" in wrong and "fc_norm.weight" in state and "fc_norm.weight" not in own
+        run_model = (file.config or {}).get("model")
+        raise UserError(
+            f"{where}: {len(refused)} tensors of the {'model' if whole else 'encoder'} do not fit:"
+            f" {shortened(refused)};"
+            f" the file ({file.layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
+            + "; fine-tuned on the mean of the tokens it has no last norm: take the pre-training's file" * pooled
+            + "; it has none of the layers that --rel_pos_bias and --layer_scale add: set them to none and 0" * plain
+            + (f"; the run that wrote it had --model {short_name(run_model)}" if run_model else "")
+        )
+    surplus = [name for name in state if name not in own and name.split(".")[0] in PASSED_THROUGH]
+    if surplus:
+        raise UserError(
+            f"{where}: another encoder ({file.layout}), {len(surplus)} of its tensors have no place in the model's:"
+            f" {shortened(surplus)}; take a model of that depth, if there is one with such layers"
+            + "; fine-tuning and segmentation have --rel_pos_bias"
+            * any(name.endswith(TABLE) for name in surplus)
+        )
+    integers = [
+        name for name, x in own.items() if name in state and x.is_floating_point() != state[name].is_floating_point()
+    ]
+    if integers:
+        raise UserError(f"{where}: tensors of integers for weights, or the reverse: {shortened(integers)}")

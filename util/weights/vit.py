@@ -22,56 +22,58 @@ from util.config.groups import DataConfig
 from util.data.device_views import Normalise
 from util.data.views import Size
 from util.runtime.errors import UserError, nearest
-from util.weights.export import ViTShape, overlay_beside, shape_of
-from util.weights.interop import Weights, WeightsFile, is_linear_probe, load_weights, read_weights, shortened
+from util.weights.export import LABEL_NAMES, ViTShape, depth_remark, overlay_beside, shape_of
+from util.weights.interop import WeightsFile, load_weights, read_weights
+from util.weights.layouts import Weights, is_linear_probe
+from util.weights.reader import shortened
 
 TIMM = "timm:"  # timm:NAME or timm:NAME=FILE
 AnyViT = Encoder | VisionTransformer
 
 # --------------------------------------------------------------------------------------------------------
-# What analysis asks of a model
+# Tokens, logits and shape of a model
 # --------------------------------------------------------------------------------------------------------
 
 
 def tokens_of(model: AnyViT, images: Tensor) -> Tensor:
-    """Normalised images [B, C, H, W] to tokens [B, N, D] after the encoder's last norm, if any, prefix tokens first."""
+    """Return tokens [B, N, D] of normalised images [B, C, H, W] after the last norm, if any, prefix tokens first."""
     if isinstance(model, Encoder):
         return model.encode(patchify(images, model.patch_size))
     return model.forward_features(images)
 
 
 def logits_of(model: VisionTransformer, images: Tensor) -> Tensor:
-    """Normalised images to logits [B, K], with a graph through the encoder even for a linear probe."""
+    """Return logits [B, K] of normalised images, with a graph through the encoder even for a linear probe."""
     return model.forward_head(model.forward_features(images))
 
 
 def is_classifier(model: AnyViT) -> bool:
-    """Whether it has logits."""
+    """True if the model has logits."""
     return isinstance(model, VisionTransformer) and model.num_classes > 0
 
 
 def num_prefix_tokens(model: AnyViT) -> int:
-    """Tokens before the patches: cls and registers."""
+    """Number of tokens before the patches: cls and registers."""
     return 1 if isinstance(model, Encoder) else model.num_prefix_tokens
 
 
 def grid_of(model: AnyViT) -> tuple[int, int]:
-    """Rows and columns of patches."""
+    """Return rows and columns of patches."""
     return model.patch_embed.grid_size
 
 
 def num_heads_of(model: AnyViT) -> int:
-    """Attention heads of a block, the same in all."""
+    """Number of attention heads of a block, the same in all."""
     return model.blocks[0].attn.num_heads
 
 
 def pooled(model: AnyViT, tokens: Tensor, pool: Pool) -> Tensor:
-    """Tokens [B, N, D] to the mean of the patch tokens, or to the cls token: [B, D]."""
+    """Return the mean of the patch tokens, or the cls token, of tokens [B, N, D]: [B, D]."""
     return tokens[:, 0] if pool == "token" else tokens[:, num_prefix_tokens(model) :].mean(dim=1)
 
 
 def block_number(model: AnyViT, layer: int, label: str) -> int:
-    """`layer` counted from 0; a negative one counts from the end, as in Python.
+    """Return the number of a block, counted from 0; a negative `layer` counts from the end, as in Python.
 
     Raises:
         UserError: the model, called `label`, has no such block.
@@ -89,18 +91,19 @@ def block_number(model: AnyViT, layer: int, label: str) -> int:
 
 @dataclass(frozen=True)
 class NamedViT:
-    """A model in eval mode and without gradients on its device, and how to feed it."""
+    """A model in eval mode and without gradients on its device, and how its images are made."""
 
     label: str
     model: AnyViT
     size: Size  # height and width in pixels
     in_chans: int
     normalise: Normalise
-    said: str  # where the weights came from and what became of each tensor
+    origin: str  # where the weights come from and what became of each tensor, one line
     weights: Weights = "student"
+    class_names: list[str] | None = None  # of a classifier, in the order of its logits
 
     def images(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [B, C, H, W] to what the model takes, on its device."""
+        """Normalise uint8 pixels [B, C, H, W] as the model takes them, on its device."""
         return self.normalise(pixels.to(self.normalise.shift.device))
 
 
@@ -113,26 +116,28 @@ def open_vit(
     device: torch.device,
     flag: str = "--checkpoint",
 ) -> NamedViT:
-    """A checkpoint of ours, MAE's, LUT's release or timm's, or `timm:NAME` (random weights), or `timm:NAME=FILE`.
+    """Open a checkpoint of any program that docs/MODELS.md lists, `timm:NAME` (random weights) or `timm:NAME=FILE`.
 
     Nothing is downloaded, and no code in a file is run.
 
     Args:
-        weights: which of the two encoders of a checkpoint of ours or the release's; None: see `read_weights`.
-        label: what to call it; empty: made from the name.
+        weights: which of the file's two networks; None: see `read_weights`.
+        label: name of the model in tables and pictures; empty: made from the file's.
         size: of the images in pixels, one number or height and width; empty: the model's own. Positions are resampled.
-        num_heads: None: of the run's settings, or of the known model of that width.
+        num_heads: attention heads; None: as the file or its layout tells.
+        flag: of the command line, which begins every message.
 
     Raises:
-        UserError: unknown, unreadable, no ViT with plain softmax attention, or a size that the patches do not divide.
+        UserError: the name is unknown, the file unreadable, the model no ViT with plain softmax attention, its heads
+            are unknown, or the patches do not divide the size.
     """
     if name.startswith(TIMM):
-        model, mean, std, said = open_timm(name, size, flag)
-        weights = "student"
+        model, mean, std, origin = open_timm(name, size, flag)
+        weights, class_names = "student", model.pretrained_cfg.get(LABEL_NAMES)
     else:
         file = read_weights(Path(name), weights, flag)
-        model, mean, std, said = open_file(file, Path(name), size, num_heads, flag)
-        weights = file.weights
+        model, mean, std, origin = open_file(file, Path(name), size, num_heads, flag)
+        weights, class_names = file.weights, file.class_names
     pixels = DataConfig(in_chans=model.patch_embed.proj.in_channels, mean=mean, std=std)
     return NamedViT(
         label=label or default_label(name, weights),
@@ -140,13 +145,14 @@ def open_vit(
         size=tuple(model.patch_embed.img_size),
         in_chans=pixels.in_chans,
         normalise=Normalise(pixels.resolved_mean, pixels.resolved_std, device),
-        said=said,
+        origin=origin,
         weights=weights,
+        class_names=list(class_names) if class_names else None,
     )
 
 
 def default_label(name: str, weights: Weights) -> str:
-    """Short, and telling: the timm name, or the run's folder and the file."""
+    """Return a short label: timm's name, or the run's folder and the file."""
     if name.startswith(TIMM):
         return name.removeprefix(TIMM).partition("=")[0]
     path = Path(name).resolve()
@@ -154,21 +160,24 @@ def default_label(name: str, weights: Weights) -> str:
     return f"{run}, momentum" if weights == "momentum" else run
 
 
-Opened = tuple[AnyViT, tuple[float, ...], tuple[float, ...], str]  # model, mean, std, what to say
+Opened = tuple[AnyViT, tuple[float, ...], tuple[float, ...], str]  # model, mean, std, origin
 
 
 def open_file(file: WeightsFile, path: Path, size: Sequence[int], num_heads: int | None, flag: str) -> Opened:
-    """A checkpoint whose tensors say what it is."""
+    """Open a checkpoint as the model that its tensors tell."""
     shape = shape_of(file, num_heads, (), f"{flag} {path}")
     model = empty_model(file, shape, image_size(size, shape.img_size, shape.patch_size))
-    report = load_weights(model, path, flag=flag, whole=isinstance(model, Classifier), file=file)
+    report = load_weights(
+        model, path, flag=flag, whole=isinstance(model, Classifier), file=file, num_heads=shape.num_heads
+    )
     run = file.config or {}
-    unsaid = "" if run else "; pixels normalised as ImageNet's are, of which the file says nothing"
-    return model, tuple(run.get("mean") or ()), tuple(run.get("std") or ()), f"{path}: {report}{unsaid}"
+    taken = "" if run else "; the file does not tell how pixels are normalised, ImageNet's mean and std taken"
+    origin = f"{path}: {report}; {shape.num_heads} attention heads{depth_remark(shape)}{taken}"
+    return model, tuple(run.get("mean") or ()), tuple(run.get("std") or ()), origin
 
 
 def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
-    """Our classifier, linear probe or encoder (a segmenter's too), as the file has it, for images of `size`."""
+    """Build the classifier, linear probe or encoder (a segmenter's too) that the file holds, for images of `size`."""
     common = dict(img_size=size, patch_size=shape.patch_size, in_chans=shape.in_chans)
     architecture = dict(embed_dim=shape.embed_dim, depth=shape.depth, num_heads=shape.num_heads)
     state, run = file.state, file.config or {}
@@ -186,27 +195,27 @@ def empty_model(file: WeightsFile, shape: ViTShape, size: Size) -> AnyViT:
 
 
 def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
-    """timm's model of that name, with the weights of a file or the first ones of seed 0."""
+    """Open timm's model of that name, with the weights of a file or the initial ones of seed 0."""
     architecture, path = timm_name(name, flag)
     model = random_timm(architecture)
     if not is_plain_vit(model):
         raise UserError(
             f"{flag} {name}: is no plain ViT with softmax attention in every block, as timm:vit_base_patch16_224 is"
         )
-    said = f"{name}: random weights"
+    origin = f"{name}: random weights"
     if path:
-        said = load_timm(model, Path(path), architecture, flag)
+        origin = load_timm(model, Path(path), architecture, flag)
         model.pretrained_cfg.update(overlay_beside(Path(path)))
     patch = model.patch_embed.patch_size[0]
     own = tuple(model.patch_embed.img_size)
     if image_size(size, own, patch) != own:
         model.set_input_size(img_size=image_size(size, own, patch))
     mean, std = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
-    return model, mean, std, f"{said}; pixels normalised as timm has it, by mean {mean} and std {std}"
+    return model, mean, std, f"{origin}; pixels normalised as timm has it, by mean {mean} and std {std}"
 
 
 def timm_name(name: str, flag: str) -> tuple[str, str]:
-    """Architecture and file (or nothing) of `timm:NAME=FILE`; UserError where timm knows no such model."""
+    """Split `timm:NAME=FILE` into architecture and file (empty if none); UserError if timm knows no such model."""
     architecture, _, path = name.removeprefix(TIMM).partition("=")
     if not timm.is_model(architecture):
         known = timm.list_models()
@@ -215,18 +224,23 @@ def timm_name(name: str, flag: str) -> tuple[str, str]:
 
 
 def random_timm(architecture: str) -> nn.Module:
-    """timm's model of that name with the first weights of seed 0, without touching the global generator."""
+    """Build timm's model of that name with the initial weights of seed 0; the global generator stays as it is."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return timm.create_model(architecture, pretrained=False)
 
 
 def load_timm(model: VisionTransformer, path: Path, architecture: str, flag: str) -> str:
-    """Fill timm's model from a file of its own or of a program whose names timm or we know; what to say of it.
+    """Load a file of timm's, or of a program whose names timm or we know, into timm's model; return its origin.
 
     A head for other classes is left out, and the model then has none.
     """
-    state, own = checkpoint_filter_fn(read_weights(path, flag=flag).state, model), model.state_dict()
+    file, own = read_weights(path, flag=flag), model.state_dict()
+    try:
+        state = checkpoint_filter_fn(file.state, model)
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flag} {path}: does not fit timm's {architecture} ({reason})") from error
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
     missing = [name for name in own if name not in fitting and not name.startswith(("head.", "fc_norm."))]
     if missing:
@@ -239,7 +253,7 @@ def load_timm(model: VisionTransformer, path: Path, architecture: str, flag: str
 
 
 def is_plain_vit(model: nn.Module) -> bool:
-    """Whether it cuts images into patches, and each block has one attention layer, whose weights are a softmax."""
+    """True if the model cuts images into patches, and each block has one attention layer with a softmax."""
     return (
         isinstance(model, VisionTransformer)
         and isinstance(model.patch_embed, PatchEmbed)
@@ -248,11 +262,11 @@ def is_plain_vit(model: nn.Module) -> bool:
 
 
 def image_size(given: Sequence[int], own: Size, patch_size: int) -> Size:
-    """--input_size, or the model's own; UserError where patches do not divide it."""
+    """Return --input_size as height and width, or the model's own; UserError if the patches do not divide it."""
     size = (given[0], given[-1]) if given else own
     if any(side % patch_size for side in size):
-        fit = " ".join(str(max(1, round(side / patch_size)) * patch_size) for side in given)
+        multiples = " ".join(str(max(1, round(side / patch_size)) * patch_size) for side in given)
         raise UserError(
-            f"--input_size {' '.join(map(str, given))}: no multiple of the patch, {patch_size} pixels, try {fit}"
+            f"--input_size {' '.join(map(str, given))}: no multiple of the patch, {patch_size} pixels, try {multiples}"
         )
     return size
