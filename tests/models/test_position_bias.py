@@ -80,6 +80,23 @@ def test_attention_with_a_bias_against_the_formula(kind, fused):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_bias_in_bf16_and_its_gradient_in_fp32(kind, fused):
+    model, images = trained(classifier(kind)), torch.randn(4, 3, 16, 24)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(images)
+        model.zero_grad()
+        logits.float().square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if n.endswith(TABLE)]))
+    assert gradients[1].dtype == torch.float32
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zero_bias_is_no_bias_and_a_trained_one_is_not(kind):
     images = torch.randn(2, 3, 32, 48)
     plain, biased = upernet(), upernet(kind, layer_scale=1.0)
