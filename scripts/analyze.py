@@ -130,7 +130,7 @@ class AttentionConfig(AnalyzeConfig):
 
     @property
     def queries(self) -> list[tuple[int, int]]:
-        """--query as numbers."""
+        """The values of --query as numbers."""
         return [(int(row), int(column)) for row, column in (query.split(",") for query in self.query)]
 
     def study(self, vits: list[NamedViT], images: Images) -> Study:

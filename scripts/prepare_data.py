@@ -104,7 +104,7 @@ class PrepareConfig:
 
 
 def main() -> None:
-    """Check, or write."""
+    """Check the prepared data, or write it."""
     config = parse_config(PrepareConfig, sys.argv[1:], Path(__file__).name)
     splits = open_splits(config)
     for split in splits:

@@ -211,7 +211,7 @@ def cells_of(search: Search, targets: Sequence[Target]) -> dict[Target, list[Run
 
 
 def chosen_cells(search: Search, targets: Sequence[Target]) -> dict[Target, list[Run]]:
-    """With --holdout, return the runs of each best cell on all training images, where the best is known."""
+    """Return, with --holdout, the runs of each best cell on all training images, where the best is known."""
     chosen = {}
     for target in targets if search.holdout else ():
         best = read_grid(grid_folder(search.folder, target.name, search.holdout)).best

@@ -113,7 +113,7 @@ class VisualizeConfig:
 
     @property
     def path(self) -> Path:
-        """--output, or its default."""
+        """The value of --output, or its default."""
         return Path(self.output or f"output/reconstruction{self.required_suffix}")
 
 

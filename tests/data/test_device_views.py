@@ -90,7 +90,7 @@ def stored(images: list[torch.Tensor]) -> StoredImages:
 
 def windows(make: TwoViews, sides: list[tuple[int, int]], channels: int, seed: int):
     """Images, the crops drawn for them, and their views by the loader's way."""
-    images = [make.fit(pil_to_tensor(colours(h, w, seed + i))[:channels]) for i, (h, w) in enumerate(sides)]
+    images = [make.shrink(pil_to_tensor(colours(h, w, seed + i))[:channels]) for i, (h, w) in enumerate(sides)]
     rngs = [np.random.default_rng([seed, i]) for i in range(len(images))]
     plans = [make.draw(tuple(x.shape[-2:]), rng) for x, rng in zip(images, rngs, strict=True)]
     views = torch.stack([make.cut(x, plan) for x, plan in zip(images, plans, strict=True)])

@@ -92,7 +92,7 @@ def test_checkpoints_are_read_by_all_that_read_checkpoints(flags, tmp_path):
     config, path = pico_config(flags), tmp_path / "checkpoint.pth"
     state, _ = build_state(config, None, CPU)
     torch.save(state.state_dict(), path)
-    same = load_weights(config.student_type(**config.model_arguments), path, whole=True)
+    same = load_weights(config.student_type(**config.model_arguments), path, strict=True)
     assert not same.missing
     assert not same.unexpected
     assert read_weights(path).layout == ("SimMIM, student" if "decoder.weight" in same.loaded else "LUT, student")

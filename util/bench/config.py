@@ -122,7 +122,7 @@ class StepConfig(BenchConfig):
 
     @property
     def sweep_axis(self) -> str:
-        """--sweep as flag=value,value, short names and default values filled in."""
+        """The value of --sweep as flag=value,value, with short names and default values filled in."""
         name, equals, values = self.sweep.partition("=")
         flag, default = SWEEPS.get(name, (name, ""))
         check_choice("sweep", name, [*SWEEPS, *(measured_settings() if equals else [])])

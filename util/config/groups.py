@@ -111,12 +111,12 @@ class ModelConfig:
 
     @property
     def resolved_patch_size(self) -> int:
-        """Side of a patch in pixels."""
+        """The side of a patch in pixels."""
         return self.patch_size or self.architecture["patch_size"]
 
     @property
     def resolved_input_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """The height and width in pixels."""
         size = self.input_size or (self.architecture["img_size"],)
         return (size[0], size[-1])
 
@@ -158,17 +158,17 @@ class PixelConfig:
 
     @property
     def resolved_mean(self) -> tuple[float, ...]:
-        """Mean per channel, the default filled in."""
+        """The mean per channel, with the default filled in."""
         return self.mean or ((0.485, 0.456, 0.406) if self.in_chans == 3 else (0.5,) * self.in_chans)
 
     @property
     def resolved_std(self) -> tuple[float, ...]:
-        """Standard deviation per channel, the default filled in."""
+        """The standard deviation per channel, with the default filled in."""
         return self.std or ((0.229, 0.224, 0.225) if self.in_chans == 3 else (0.25,) * self.in_chans)
 
     @property
     def resolved_num_workers(self) -> int:
-        """Loader processes of this rank, the default filled in."""
+        """The number of this rank's data loader workers, with the default filled in."""
         return min(10, processors()) if self.num_workers is None else self.num_workers
 
     def pins(self, device: torch.device) -> bool:
@@ -224,7 +224,7 @@ class UpdateConfig:
 
     @property
     def effective_batch(self) -> int:
-        """Images per update, over all processes."""
+        """The number of images per update, over all processes."""
         return self.batch_size * self.accum_iter * world_size()
 
 
@@ -251,7 +251,7 @@ class OptimConfig(UpdateConfig):
 
     @property
     def peak_lr(self) -> float:
-        """--lr, or the linear rule lr = blr x batch / 256."""
+        """The value of --lr, or the linear rule lr = blr x batch / 256."""
         return self.blr * self.effective_batch / 256 if self.lr is None else self.lr
 
 
@@ -352,7 +352,7 @@ class RunConfig:
 
     @property
     def keep_every(self) -> int | None:
-        """N of every_N_epochs, None if it is not given."""
+        """The number N of every_N_epochs, None if it is not given."""
         every = [p for p in self.save_periods if p.startswith("every_")]
         return int(every[0].split("_")[1]) if every else None
 

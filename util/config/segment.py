@@ -157,7 +157,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate at the end of the warm-up."""
+        """The learning rate at the end of the warm-up."""
         return self.lr
 
     @property
@@ -167,7 +167,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
 
     @property
     def window_stride(self) -> tuple[int, int]:
-        """Pixels between two windows down and across, the default filled in."""
+        """The pixels between two windows down and across, with the default filled in."""
         if self.eval_stride:
             return (self.eval_stride[0], self.eval_stride[-1])
         height, width = self.resolved_input_size

@@ -116,7 +116,7 @@ def changes_to_base(recipe: str, scale: Scale) -> tuple[str | None, dict[str, An
 
 @dataclass(frozen=True)
 class Options:
-    """What all runs of a plan share."""
+    """The settings that all runs of a plan share."""
 
     scale: Scale
     folder: Path  # of all scales

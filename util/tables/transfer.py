@@ -62,7 +62,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Search:
-    """A grid search: what the runs on all data sets share."""
+    """A grid search: the settings that the runs on all data sets share."""
 
     folder: Path  # OUTPUT/LABEL
     finetune: str  # pre-trained weights; empty: from scratch
@@ -295,7 +295,7 @@ def accuracies(cell: Path) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class GridResult:
-    """A grid, and what a table shows of it."""
+    """A grid, and the results that a table shows."""
 
     grid: Grid  # the cells among which the best is chosen
     score: Score | None  # best cell's accuracy on the test images, and the spread of the grid; None: not evaluated yet

@@ -35,7 +35,7 @@ class LabelledImages:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes in the order of their numbers; None if the data has none."""
+        """The names of the classes in the order of their numbers; None if the data has none."""
         return self.val.class_names
 
 

@@ -57,7 +57,7 @@ class Monitor(Evaluation):
 
     @cached_property
     def val(self) -> ImageSource | None:
-        """Labelled validation images of the training images' classes; None where there are none, said once."""
+        """The labelled validation images of the training images' classes; None, logged once, if there are none."""
         config = self.config
         val = find_validation(config.data_path, config.dataset, config.val_path)
         if val is None and config.val_path:

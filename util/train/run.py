@@ -70,7 +70,7 @@ class Run:
 
     @property
     def loader_arguments(self) -> dict[str, Any]:
-        """Arguments of `training_loader` beside its dataset."""
+        """The arguments of `training_loader` beside its dataset."""
         config = self.config
         return dict(
             order=self.order,

@@ -40,7 +40,7 @@ class NonFiniteError(RunError):
 
 @dataclass
 class Trainer:
-    """What an update needs beside its batches. `config` holds the settings of UpdateConfig and RunConfig."""
+    """Makes updates from batches that are handed to it; `config` holds the settings of UpdateConfig and RunConfig."""
 
     config: Any
     state: TrainState
@@ -83,7 +83,7 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """Passes over the data that these updates take; the last one may be cut short."""
+        """The number of passes over the data that these updates take; the last one may be cut short."""
         return -(-self.total_updates // self.updates_per_epoch)
 
     @property
