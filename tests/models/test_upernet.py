@@ -138,10 +138,10 @@ def test_published_encoders_load_whole_and_positions_are_resampled(name, weights
     torch.testing.assert_close(model.pos_embed, torch.cat([sines[:, :1], larger], dim=1))
     assert report.resampled == ("pos_embed: 4 x 4 to 8 x 12 patches, interpolated",)
     assert set(report.missing) == set(before) - encoder
-    said = str(report)
-    assert "neck (" in said
-    assert "decode_head (" in said
-    assert "auxiliary_head (" in said
+    message = str(report)
+    assert "neck (" in message
+    assert "decode_head (" in message
+    assert "auxiliary_head (" in message
 
 
 @pytest.mark.usefixtures("four_depths_of_two_blocks")

@@ -66,11 +66,11 @@ def test_stochastic_depth_leaves_out_samples_and_keeps_the_mean(dtype):
     x = torch.randn(4000, 3, 2).to(dtype)
     layer = DropPath(0.3)
     y = layer(x)
-    kept = (y != 0).any(dim=(1, 2))
+    is_kept = (y != 0).any(dim=(1, 2))
     assert y.dtype == dtype
-    assert float(kept.float().mean()) == pytest.approx(0.7, abs=4 * math.sqrt(0.3 * 0.7 / 4000))
-    torch.testing.assert_close(y[kept], (x[kept].float() / 0.7).to(dtype))
-    assert not y[~kept].any()
+    assert float(is_kept.float().mean()) == pytest.approx(0.7, abs=4 * math.sqrt(0.3 * 0.7 / 4000))
+    torch.testing.assert_close(y[is_kept], (x[is_kept].float() / 0.7).to(dtype))
+    assert not y[~is_kept].any()
     assert torch.equal(layer.eval()(x), x)
 
 
