@@ -130,7 +130,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss/loss")] == [(1, 1), (2, 2), (3, 30)]
-    assert events.Tags()["scalars"] == ["loss"]
+    assert events.Tags()["scalars"] == ["loss/loss"]
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
 
