@@ -134,7 +134,7 @@ def run_classifier(run: Run, trainer: ClassifierTrainer, origin: str) -> None:
     if config.dry_run:
         dataset = None if data.train is None else train_dataset(config, data.train)
         images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
-        cost = model_cost(trainer.state.model, run)
+        cost = model_cost(trainer.state.model, run) | {"weights": origin}
         show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, cost, dataset)
         return
     dataset = None if data.train is None else train_dataset(config, cached(config, data.train))

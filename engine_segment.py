@@ -247,7 +247,7 @@ def run_segmenter(run: Run, trainer: SegmenterTrainer, origin: str) -> None:
     dataset = None if data.train is None else train_dataset(config, data.train)
     if config.dry_run:
         images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
-        cost = model_cost(trainer.state.model, run)
+        cost = model_cost(trainer.state.model, run) | {"weights": origin}
         show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, cost, dataset)
         return
     train_and_evaluate(run, trainer, dataset, SegmentEvaluation(trainer, data, run.processes), origin)

@@ -1,12 +1,14 @@
-"""Train a linear layer on a frozen encoder, by MAE's protocol: LARS, BatchNorm without affine, crop and flip only.
+"""Train a linear layer, or an attentive head, on a frozen encoder.
+
+The linear layer follows MAE's protocol: LARS, BatchNorm without affine parameters, crop and flip only.
 
     python main_linprobe.py --recipe digits_linprobe --finetune output/quickstart/checkpoint-79.pth
     torchrun --nproc_per_node=8 main_linprobe.py --recipe linprobe_vit_base --finetune RUN/checkpoint-1599.pth \
         --data_path IMAGENET --output_dir PROBED
 
-The cls token is probed, or with --global_pool the mean of the patch tokens. scripts/probe.py is the quick way: it
-computes the features once. `--help` lists all flags; to go on after an interruption, run the same command with
---auto_resume.
+The cls token is probed, with --pool avg the mean of the patch tokens, or with --pool attentive all patch tokens by
+learned queries. scripts/probe.py is the quick way: it computes the features once. `--help` lists all flags; to go on
+after an interruption, run the same command with --auto_resume.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 
 from engine_finetune import ClassifierTrainer, run_classifier
 from models_vit import LinearProbe
+from util.analysis.attentive import AttentiveProbe
 from util.config.classifier import LinprobeConfig
 from util.optim.optimizer import build_lars
 from util.runtime.distributed import stop_processes, synchronise_batch_norm
@@ -27,7 +30,7 @@ from util.runtime.errors import run_main
 from util.train.classification import open_labelled
 from util.train.downstream import load_initial_weights, parse_downstream
 from util.train.run import start_run
-from util.train.state import data_parallel, initial_state
+from util.train.state import adamw, data_parallel, initial_state
 
 
 def main() -> None:
@@ -37,10 +40,11 @@ def main() -> None:
 
     # ---- model: images -> frozen features -> logits ----------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every rank
-    model = LinearProbe(**config.model_arguments(run.data.num_classes))
+    probe = AttentiveProbe if config.attentive else LinearProbe
+    model = probe(**config.model_arguments(run.data.num_classes))
     origin = load_initial_weights(model, config, run.data.class_names)
     model = synchronise_batch_norm(model, device).to(device)
-    state = initial_state(model, None, config, run.dtype, device, make_optimizer=lars)
+    state = initial_state(model, None, config, run.dtype, device, make_optimizer=adamw if config.attentive else lars)
 
     # ---- the run ---------------------------------------------------------------------------------------
     parallel_model = data_parallel(model, config, device)

@@ -22,7 +22,14 @@ from util.runtime.distributed import stop_processes
 from util.runtime.errors import run_main
 from util.train.monitor import Monitor
 from util.train.plan import show_plan
-from util.train.pretraining import build_state, cached, open_training_images, planned_cost, pretrain_dataset
+from util.train.pretraining import (
+    build_state,
+    cached,
+    check_inputs,
+    open_training_images,
+    planned_cost,
+    pretrain_dataset,
+)
 from util.train.run import start_run, train_and_evaluate
 
 
@@ -33,7 +40,8 @@ def main() -> None:
     if config.dry_run:
         updates = config.epochs * order.updates_per_epoch
         dataset = pretrain_dataset(replace(config, cache="none"), source, order.rank)
-        show_plan(run, str(len(source)), updates, planned_cost(config, updates, run.dtype), dataset)
+        facts = planned_cost(config, updates, run.dtype) | check_inputs(config, run.data)
+        show_plan(run, str(len(source)), updates, facts, dataset)
         stop_processes()
         return
 
@@ -48,7 +56,7 @@ def main() -> None:
     trainer = build_trainer(config, state, run.dtype, run.device, order.updates_per_epoch, device_images)
 
     # ---- the run ---------------------------------------------------------------------------------------
-    evaluation = Monitor(trainer, source, trainer.normalise)
+    evaluation = Monitor(trainer, run.data, trainer.normalise)
     train_and_evaluate(run, trainer, dataset, evaluation, origin)
     stop_processes()
 

@@ -87,11 +87,16 @@ def pair_index(grid: Grid, device: torch.device | None = None) -> Tensor:
 
 
 def bias_of_table(table: Tensor, index: Tensor, own: Grid, grid: Grid) -> Tensor:
-    """Return the bias [1, M, N, N] of `grid` patches from a table for `own` patches with its `pair_index`."""
+    """Return the bias [1, M, N, N] of `grid` patches from a table for `own` patches with its `pair_index`.
+
+    Its type is autocast's, as that of the logits which it is added to.
+    """
     if tuple(grid) != own:
         table, index = resample_table(table, own, grid), pair_index(grid, table.device)
     number = 1 + grid[0] * grid[1]
-    return table.T.contiguous().index_select(1, index).view(1, -1, number, number)
+    bias = table.T.contiguous().index_select(1, index).view(1, -1, number, number)
+    kind = table.device.type  # after the selection, whose gradient is a sum of many numbers
+    return bias.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else bias
 
 
 def resample_table(table: Tensor, grid: Grid, wanted: Grid) -> Tensor:

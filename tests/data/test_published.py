@@ -29,7 +29,7 @@ from shared.published import (
 from util.data.datasets import find_validation, open_images
 from util.data.decode import decode
 from util.data.published import DATASETS, download, find
-from util.data.sources import hold_out
+from util.data.sources import BadImage, hold_out
 from util.runtime.errors import UserError
 
 LAYOUTS = {
@@ -91,6 +91,13 @@ def test_each_set_as_published(tmp_path, own_md5, name):
         assert other.class_names == names
         assert pixel_and_class(other) == val
         assert pixel_and_class(find_validation(str(root), dataset, "")) == val
+
+
+def test_an_image_that_is_all_banner_is_bad(tmp_path):
+    make_aircraft(tmp_path)  # images of fewer rows than the banner has
+    source = open_images(str(tmp_path), "aircraft_cropped", "train")
+    with pytest.raises(BadImage, match="rows of pixels, its banner alone has 20"):
+        source.read(0)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

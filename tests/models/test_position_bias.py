@@ -80,6 +80,23 @@ def test_attention_with_a_bias_against_the_formula(kind, fused):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_bias_in_bf16_and_its_gradient_in_fp32(kind, fused):
+    model, images = trained(classifier(kind)), torch.randn(4, 3, 16, 24)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(images)
+        model.zero_grad()
+        logits.float().square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if n.endswith(TABLE)]))
+    assert gradients[1].dtype == torch.float32
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zero_bias_is_no_bias_and_a_trained_one_is_not(kind):
     images = torch.randn(2, 3, 32, 48)
     plain, biased = upernet(), upernet(kind, layer_scale=1.0)
@@ -159,6 +176,9 @@ def test_checkpoints_with_and_without_a_bias(kind, tmp_path):
     report = load_weights(upernet(kind, layer_scale=1.0), tmp_path / "plain.pth")
     assert "relative position bias (" in str(report)
     assert "layer scale (8 tensors)" in str(report)
+
+    with pytest.raises(UserError, match=r"\(missing\).*--rel_pos_bias and --layer_scale add: set them to none and 0"):
+        load_weights(classifier(kind), tmp_path / "plain.pth", whole=True)
 
     model = upernet(kind)
     report = load_weights(model, tmp_path / "biased.pth")  # from 2 x 3 patches to 4 x 6

@@ -304,5 +304,5 @@ def test_recipes_are_table_e(size, monkeypatch):
     assert (config.resolved_input_size, config.window_stride) == ((512, 512), (341, 341))
     with torch.device("meta"):
         model = UperNet(**config.model_arguments(150))
-    assert model.decode_head.classifier[1].weight.shape == (150, 512, 1, 1)
+    assert model.decode_head.classifier[1].weight.shape == (150, 768, 1, 1)
     assert model.auxiliary_head.classifier[1].weight.shape == (150, 256, 1, 1)

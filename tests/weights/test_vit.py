@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -170,6 +171,31 @@ def test_lars_against_a_slow_version(weight_decay):
         optimizer.step()
         for name, p in layer.named_parameters():
             torch.testing.assert_close(p.detach(), weights[name], rtol=1e-6, atol=1e-9)
+
+
+def test_lars_goes_on_from_a_state_of_timm_s():
+    """Which earlier versions of this code saved; the two agree without weight decay."""
+    layers = [nn.Linear(5, 3).double() for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    groups = [
+        dict(params=[layers[0].weight], weight_decay=0.0, always_adapt=True, lr_scale=1.0),
+        dict(params=[layers[0].bias], weight_decay=0.0, always_adapt=False, lr_scale=1.0),
+    ]
+    optimizers = [timm.optim.Lars(groups, lr=0.3, momentum=0.9, trust_coeff=0.001), build_lars(layers[1], 0.3, 0.0)]
+
+    def step(which: int, x: torch.Tensor) -> None:
+        optimizers[which].zero_grad()
+        layers[which](x).square().mean().backward()
+        optimizers[which].step()
+
+    first, second = torch.randn(2, 7, 5, dtype=torch.double)
+    step(0, first)
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for which in range(2):
+        step(which, second)
+    for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 # ---- weights of other programs -----------------------------------------------------------------------------

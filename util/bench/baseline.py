@@ -129,7 +129,7 @@ class PlainTrainer:
             mark: called at the end of each part of the step, with the name of the part.
         """
         config = self.config
-        warmup = config.warmup_epochs * self.total_updates / config.epochs
+        warmup = config.resolved_warmup_epochs * self.total_updates / config.epochs
         lr = learning_rate(self.updates, self.total_updates, warmup, config.peak_lr, config.min_lr)
         set_learning_rate(self.optimizer, lr)
         sums = dict(loss=0.0, mim=0.0, bc=0.0)

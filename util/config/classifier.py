@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from models_architectures import ARCHITECTURES
 from models_position_bias import RelativeBias
@@ -44,9 +44,6 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
     """share of an image's area that a random resized crop takes"""
 
     # evaluation
-    holdout: float = 0.0
-    """share of the training images, of each class alike, that is not trained on but evaluated instead of the validation
-    images: to choose settings by"""
     per_class: bool = False
     """also write the accuracy per class (per_class.json) and the confusion matrix (confusion.png, .npy)"""
 
@@ -60,12 +57,9 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "crop_scale", self.crop_scale, "give two shares, as 0.08 1")
         check(self.cache != "device", "cache", "device", "is for pre-training, use ram")
-        check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
-        fix = "evaluates training images, leave out --val_path"
-        check(not (self.holdout and self.val_path), "holdout", self.holdout, fix)
 
     @property
-    def pool(self) -> Pool:
+    def resolved_pool(self) -> Pool:
         """The feature that is classified."""
         return "avg" if self.global_pool and not self.cls_token else "token"
 
@@ -90,13 +84,13 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
             patch_size=self.resolved_patch_size,
             in_chans=self.in_chans,
             num_classes=num_classes,
-            pool=self.pool,
+            pool=self.resolved_pool,
         )
 
     def resume_settings(self, num_images: int) -> dict[str, Any]:
         """Return the settings that a resumed run must share with its checkpoint, defaults filled in."""
         free = DOWNSTREAM_MAY_CHANGE | {"nb_classes", "global_pool", "cls_token"}
-        resolved = {"model": self.architecture_name, "patch_size": self.resolved_patch_size, "pool": self.pool}
+        resolved = {"model": self.architecture_name, "patch_size": self.resolved_patch_size, "pool": self.resolved_pool}
         return resume_settings(self, num_images, self.resolved_input_size, may_change=free) | resolved
 
 
@@ -104,9 +98,12 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
 class FinetuneConfig(ClassifierConfig):
     """Fine-tune an encoder, or train it from scratch, as a classifier (Table D)."""
 
+    default_warmup: ClassVar[float] = 5.0
+    warmup_share: ClassVar[float] = 0.05
+
     epochs: int = 100
-    warmup_epochs: float = 5.0
-    """epochs of linear warm-up from 0"""
+    warmup_epochs: float | None = None
+    """epochs of linear warm-up from 0; default: 5, or a twentieth of --epochs where 5 do not fit"""
     blr: float = 5e-4
     """base learning rate, per 256 images"""
     min_lr: float = 1e-6
@@ -217,21 +214,62 @@ class LinprobeConfig(ClassifierConfig):
 
     batch_size: int = 512
     """images per process and forward pass"""
+    default_warmup: ClassVar[float] = 10.0
+    warmup_share: ClassVar[float] = 0.1
+
     epochs: int = 90
-    warmup_epochs: float = 10.0
-    """epochs of linear warm-up from 0"""
-    blr: float = 0.1
-    """base learning rate, per 256 images"""
+    warmup_epochs: float | None = None
+    """epochs of linear warm-up from 0; default: 10, or a tenth of --epochs where 10 do not fit"""
+    blr: float | None = None
+    """base learning rate, per 256 images; default: 0.1, with --pool attentive 1e-3"""
     weight_decay: float = 0.0
+    pool: Literal["token", "avg", "attentive"] | None = None
+    """the feature that is probed: the cls token (the default), the mean of the patch tokens, or the patch tokens by the
+    cross-attention of learned queries (trained by AdamW in place of LARS)"""
     global_pool: bool = False
-    """probe the mean of the patch tokens instead of the cls token"""
+    """the same as --pool avg"""
+    attentive_queries: int = 1
+    """learned queries of --pool attentive"""
+    attentive_projections: bool = True
+    """key and value projections in --pool attentive; without: "efficient probing\""""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.parallel == "ddp", "parallel", self.parallel, "one layer is trained, use ddp")
         check_batch_norm(self)
-        for flag in ("betas", "layer_decay"):
+        check(
+            self.pool is None or not (self.global_pool or self.cls_token), "pool", self.pool, "leave out --global_pool"
+        )
+        queries, used = self.attentive_queries, self.attentive or self.attentive_queries == 1
+        check(queries >= 1, "attentive_queries", queries, "must be 1 or more")
+        check(used, "attentive_queries", queries, "add --pool attentive")
+        check(self.attentive or self.attentive_projections, "no_attentive_projections", "", "add --pool attentive")
+        for flag in () if self.attentive else ("betas", "layer_decay"):
             check(getattr(self, flag) == getattr(OptimConfig, flag), flag, getattr(self, flag), "LARS has none")
+        check(self.layer_decay == 1, "layer_decay", self.layer_decay, "the encoder is frozen")
+
+    @property
+    def attentive(self) -> bool:
+        """True for an attentive head in place of a linear layer."""
+        return self.pool == "attentive"
+
+    @property
+    def resolved_pool(self) -> str:
+        """--pool, the default filled in."""
+        return self.pool or super().resolved_pool
+
+    @property
+    def resolved_blr(self) -> float:
+        """--blr, the default of LARS or AdamW filled in."""
+        return self.blr if self.blr is not None else 1e-3 if self.attentive else 0.1
+
+    def model_arguments(self, num_classes: int) -> dict[str, Any]:
+        """Return the keyword arguments of LinearProbe, or with --pool attentive of AttentiveProbe."""
+        arguments = super().model_arguments(num_classes)
+        if not self.attentive:
+            return arguments
+        own = dict(pool="avg", num_queries=self.attentive_queries, projections=self.attentive_projections)
+        return arguments | own
 
     @property
     def augmentation(self) -> dict[str, Any]:

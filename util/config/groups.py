@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from models_architectures import ARCHITECTURES
 from util.runtime.distributed import world_size
@@ -189,9 +189,18 @@ class DataConfig(PixelConfig):
     val_path: str = ""
     """labelled images for the evaluation (pre-training: by kNN); default: val/ or val.tar beside the training images,
     if it exists"""
+    holdout: float = 0.0
+    """share of the training images, of each class alike, that is not trained on but evaluated instead of the validation
+    images: to choose settings by"""
     cache: Literal["none", "ram", "device"] = "none"
     """decode the training images once and keep them as uint8, in memory shared by a machine's processes or (for
     pre-training) on the device"""
+
+    def __post_init__(self) -> None:
+        PixelConfig.__post_init__(self)
+        check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
+        fix = "evaluates training images, leave out --val_path"
+        check(not (self.holdout and self.val_path), "holdout", self.holdout, fix)
 
 
 @dataclass(frozen=True)
@@ -232,9 +241,12 @@ class UpdateConfig:
 class OptimConfig(UpdateConfig):
     """Batch, schedule in epochs, and AdamW."""
 
+    default_warmup: ClassVar[float] = 40.0  # epochs
+    warmup_share: ClassVar[float] = 0.1  # of the epochs, where the default does not fit
+
     epochs: int = 400
-    warmup_epochs: float = 40.0
-    """epochs of linear warm-up from 0"""
+    warmup_epochs: float | None = None
+    """epochs of linear warm-up from 0; default: 40, or a tenth of --epochs where 40 do not fit"""
     lr: float | None = None
     """peak learning rate; default: blr x effective batch / 256"""
     blr: float = 1.5e-4
@@ -244,15 +256,28 @@ class OptimConfig(UpdateConfig):
         UpdateConfig.__post_init__(self)
         check(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
         warmup = self.warmup_epochs
-        check(0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"must lie in 0..--epochs {self.epochs}")
+        fits = warmup is None or 0 <= warmup <= self.epochs
+        check(fits, "warmup_epochs", warmup, f"must lie in 0..--epochs {self.epochs}")
         for flag in ("blr", "lr"):
             value = getattr(self, flag)
             check(value is None or 0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
 
     @property
+    def resolved_warmup_epochs(self) -> float:
+        """The value of --warmup_epochs, or its default, which shrinks with the epochs if it does not fit."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return self.default_warmup if self.default_warmup <= self.epochs else self.warmup_share * self.epochs
+
+    @property
+    def resolved_blr(self) -> float:
+        """The value of --blr, or its default."""
+        return self.blr
+
+    @property
     def peak_lr(self) -> float:
         """The value of --lr, or the linear rule lr = blr x batch / 256."""
-        return self.blr * self.effective_batch / 256 if self.lr is None else self.lr
+        return self.resolved_blr * self.effective_batch / 256 if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)

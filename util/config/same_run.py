@@ -18,7 +18,7 @@ MAY_CHANGE = {
     *("max_steps", "save_periods", "save_freq", "keep_last", "print_freq", "dist_backend", "dry_run", "print_config"),
     *("num_workers", "pin_mem", "cache", "max_minutes", "on_nonfinite", "elastic", "save_in_background"),
     *("parallel", "checkpoint_activations", "data_path", "val_path", "loader_timeout", "dataset", "batch_size"),
-    *("accum_iter", "lr", "blr", "input_size", "mean", "std", "on_bad_image"),
+    *("accum_iter", "lr", "blr", "warmup_epochs", "input_size", "mean", "std", "on_bad_image"),
 }
 
 
@@ -42,6 +42,7 @@ def resume_settings(
         "accum_iter": config.accum_iter,
         "peak lr": config.peak_lr,
         "input_size": list(image_size),
+        **({"warmup_epochs": config.resolved_warmup_epochs} if hasattr(config, "warmup_epochs") else {}),
         "mean": list(config.resolved_mean),
         "std": list(config.resolved_std),
     }
@@ -55,7 +56,10 @@ def kind_of(config_type: type) -> str:
 
 
 # what runs did before a setting existed, which their checkpoints do not name
-BEFORE = {"rel_pos_bias": "none", "layer_scale": 0.0, "exif": "ignore"}
+BEFORE = {
+    **{"rel_pos_bias": "none", "layer_scale": 0.0, "exif": "ignore", "holdout": 0.0},
+    **{"attentive_queries": 1, "attentive_projections": True},
+}
 KIND = "kind of training"
 NAMES = "names of the images"  # from util.data.sources.fingerprint, added by the mains
 ELASTIC = ("processes", "batch_size", "accum_iter")

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from util.data.decode import warn_of_unused_bits
 from util.data.folders import find_split, list_folder, open_folder, split_path, tar_files
-from util.data.sources import ArraySource, ImageSource, ReaderSource, labelled_or_none, read_file
+from util.data.sources import ArraySource, ImageSource, ReaderSource, hold_out, labelled_or_none, read_file
 from util.data.splits import split_kind
 from util.data.tars import holds_validation, open_tars
 from util.runtime.errors import UserError
@@ -146,3 +146,22 @@ def open_reader(dataset: str, data_path: str, split: str) -> ReaderSource | Iter
     labels = [int(label) for label in getattr(images, "targets", ())] or None
     reader = getattr(images, "reader", images)  # timm's class around its reader skips bad images unasked
     return ReaderSource(reader, dataset, labels, getattr(images, "classes", None))
+
+
+def hold_out_labelled(
+    source: ImageSource | IterableDataset, share: float, where: str
+) -> tuple[ImageSource, ImageSource]:
+    """Divide labelled training images into those to train on and a share of each class to evaluate on (--holdout).
+
+    Args:
+        where: the flag and value that name the images, for messages.
+
+    Raises:
+        UserError: the images have no labels, or no class has two images.
+    """
+    if isinstance(source, IterableDataset) or source.labels is None:
+        raise UserError(f"--holdout {share}: {where} has no labels, leave it out")
+    train, val = hold_out(source, share)
+    if len(val) == 0:
+        raise UserError(f"--holdout {share}: no class of {where} has two images, leave it out")
+    return train, val

@@ -18,9 +18,9 @@ from util.config.classifier import ClassifierConfig, LinprobeConfig
 from util.config.groups import check
 from util.data.cache import CachedImages, cache_images
 from util.data.clamped_crop import ClampedResizedCrop
-from util.data.datasets import find_validation, open_images
+from util.data.datasets import find_validation, hold_out_labelled, open_images
 from util.data.labelled import ClassifierDataset
-from util.data.sources import ImageSource, hold_out
+from util.data.sources import ImageSource
 from util.runtime.distributed import Processes
 from util.runtime.errors import UserError
 
@@ -57,9 +57,7 @@ def open_labelled(config: ClassifierConfig, processes: Processes | None = None) 
             fix += f"; a file's class is the folder that it lies in, and all lie in {train.class_names[0]!r}"
         raise UserError(f"{where}: has no labels of two classes, {fix}")
     if config.holdout:
-        train, val = hold_out(train, config.holdout)
-        if len(val) == 0:
-            raise UserError(f"--holdout {config.holdout}: no class of {where} has two images, leave it out")
+        train, val = hold_out_labelled(train, config.holdout, where)
         train = None if config.eval else train
     else:
         val = find_validation(config.data_path, config.dataset, config.val_path)

@@ -16,7 +16,7 @@ from util.runtime.errors import UserError
 from util.train.resume import resumes
 from util.weights.checkpoint import load_checkpoint
 from util.weights.classes import class_permutation, mapping_remark, reorder_classes
-from util.weights.interop import load_weights, read_weights, weights_in
+from util.weights.interop import load_weights, read_weights, resampling_note, weights_in
 from util.weights.layouts import check_shapes
 from util.weights.run_state import run_settings
 
@@ -25,6 +25,7 @@ Config = TypeVar("Config")
 # what --eval takes over from the run that it evaluates, where neither flags nor a recipe say otherwise
 SETTINGS_OF_THE_MODEL = (
     *("model", "patch_size", "input_size", "in_chans", "mean", "std", "exif"),
+    *("pool", "attentive_queries", "attentive_projections"),
     *("global_pool", "cls_token", "head_width", "num_heads", "auxiliary_width", "rel_pos_bias", "layer_scale"),
 )
 
@@ -88,7 +89,9 @@ def load_initial_weights(model: nn.Module, config: DownstreamConfig, class_names
     if resumes(config):
         return f"--finetune {config.finetune}: not read, a checkpoint of this run takes its place"
     report = load_weights(model, Path(config.finetune), config.weights, "--finetune", num_heads=config.num_heads)
-    return f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}"
+    return (
+        f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}{resampling_note(report)}"
+    )
 
 
 def other_normalisation(run: Mapping[str, Any], config: PixelConfig) -> str:

@@ -21,6 +21,7 @@ from util.figures.pictures import RECONSTRUCTION_COLUMNS, as_grid, reconstructio
 from util.runtime.distributed import is_main
 from util.runtime.logs import RunLog
 from util.train.evaluation import Evaluation
+from util.train.pretraining import TrainingImages
 from util.train.trainer import Trainer
 
 ROWS = 8  # of the picture
@@ -40,18 +41,19 @@ class Monitor(Evaluation):
 
     Args:
         trainer: whose state holds the student.
-        train: the training images.
+        data: the training images, and with --holdout those that are held out.
         normalise: makes the student's input of uint8 pixels on the device.
     """
 
     metric = "knn"
 
-    def __init__(self, trainer: Trainer, train: ImageSource | IterableDataset, normalise: Normalise):
+    def __init__(self, trainer: Trainer, data: TrainingImages, normalise: Normalise):
         super().__init__(trainer)
         self.config: PretrainConfig = trainer.config
         self.every = self.config.monitor_freq
         self.at_start = self.every > 0
-        self.train = None if isinstance(train, IterableDataset) else train
+        self.train = None if isinstance(data.train, IterableDataset) else data.train
+        self.held_out = data.held_out
         self.normalise = normalise
         self.picture: np.ndarray | None = None  # uint8 [height, width, 3], of the latest evaluation
 
@@ -59,6 +61,8 @@ class Monitor(Evaluation):
     def val(self) -> ImageSource | None:
         """The labelled validation images of the training images' classes; None, logged once, if there are none."""
         config = self.config
+        if self.held_out is not None:
+            return self.held_out
         val = find_validation(config.data_path, config.dataset, config.val_path)
         if val is None and config.val_path:
             print(f"no kNN accuracy: --val_path {config.val_path} has no labels of two classes", flush=True)

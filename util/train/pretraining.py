@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from models_lut import MomentumEncoder
 from util.config.pretrain import PretrainConfig
 from util.data.cache import CachedImages, cache_images, readable
-from util.data.datasets import open_images
+from util.data.datasets import find_validation, hold_out_labelled, open_images
 from util.data.loader import training_loader
 from util.data.samples import BatchOrder, DrawnDataset, PretrainDataset, PretrainStream
 from util.data.sources import ImageSource
@@ -22,7 +23,7 @@ from util.runtime.errors import UserError
 from util.train.cost import pretrain_cost
 from util.train.resume import resumes
 from util.train.state import TrainState, initial_state
-from util.weights.interop import load_weights
+from util.weights.interop import load_weights, resampling_note
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,20 @@ class TrainingImages:
     """The images of a pre-training, labelled or not, or a stream of them."""
 
     train: ImageSource | IterableDataset
+    held_out: ImageSource | None = None  # with --holdout: labelled images for the monitor
 
 
 def open_training_images(config: PretrainConfig, processes: Processes) -> TrainingImages:
-    """Open the images that the settings name."""
-    return TrainingImages(open_images(config.data_path, config.dataset, "train"))
+    """Open the images that the settings name.
+
+    Raises:
+        UserError: there are none, or --holdout asks for labels that they do not have.
+    """
+    source = open_images(config.data_path, config.dataset, "train")
+    if not config.holdout:
+        return TrainingImages(source)
+    where = f"--dataset {config.dataset}" if config.dataset else f"--data_path {config.data_path}"
+    return TrainingImages(*hold_out_labelled(source, config.holdout, where))
 
 
 def two_views(config: PretrainConfig) -> TwoViews:
@@ -96,12 +106,34 @@ def build_state(config: PretrainConfig, dtype: torch.dtype | None, device: torch
     origin = ""
     if config.init_from and not resumes(config):
         report = load_weights(student, Path(config.init_from), config.init_weights, num_heads=config.num_heads)
-        origin = f"--init_from {config.init_from}: {report}"
+        origin = f"--init_from {config.init_from}: {report}{resampling_note(report)}"
     momentum_encoder = MomentumEncoder(student) if config.has_momentum_encoder else None
     student = synchronise_batch_norm(student, device).to(device)
     if momentum_encoder is not None:
         broadcast_module(momentum_encoder)
     return initial_state(student, momentum_encoder, config, dtype, device), origin
+
+
+def check_inputs(config: PretrainConfig, data: TrainingImages) -> dict[str, str]:
+    """Read what a run would read beside its training images, for --dry_run; return facts for `show_plan`.
+
+    Raises:
+        UserError: the weights do not fit the model, or the validation images cannot be read.
+    """
+    facts = {}
+    if config.init_from:
+        with torch.device("meta"):
+            student = config.student_type(**config.model_arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # copies into tensors without memory do nothing, as is meant here
+            report = load_weights(student, Path(config.init_from), config.init_weights, num_heads=config.num_heads)
+        facts["weights"] = f"{report}{resampling_note(report)}"
+    if config.monitor_freq and data.held_out is None:
+        val = find_validation(config.data_path, config.dataset, config.val_path)
+        facts["validation"] = "none with labels: no kNN accuracy" if val is None else f"{len(val)} images"
+    elif data.held_out is not None:
+        facts["validation"] = f"{len(data.held_out)} training images that are held out"
+    return facts
 
 
 def planned_cost(config: PretrainConfig, updates: int, dtype: torch.dtype | None) -> dict[str, str]:

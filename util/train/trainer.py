@@ -98,7 +98,7 @@ class Trainer:
 
     def lr(self, updates: int) -> float:
         """Return the learning rate of the update that follows `updates` others."""
-        config, warmup = self.config, self.config.warmup_epochs * self.updates_per_epoch
+        config, warmup = self.config, self.config.resolved_warmup_epochs * self.updates_per_epoch
         return learning_rate(updates, self.total_updates, warmup, config.peak_lr, config.min_lr)
 
     # ---- the parts of an update ----------------------------------------------------------------------------

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from models_upernet import UperNet
@@ -45,9 +43,8 @@ def check_inputs(stage: str, settings: Any, may_be_missing: bool) -> list[str]:
     return lines
 
 
-def model_without_numbers(stage: str, settings: Any) -> nn.Module:
-    """Return the model of a stage on the meta device, where tensors have shapes only; a classifier has two classes."""
-    with torch.device("meta"):
-        if stage == "pretrain":
-            return settings.student_type(**settings.model_arguments)
-        return DOWNSTREAM[stage](**settings.model_arguments(num_classes=2))
+def build_model(stage: str, settings: Any) -> nn.Module:
+    """Return the model of a stage; a classifier or segmenter has two classes."""
+    if stage == "pretrain":
+        return settings.student_type(**settings.model_arguments)
+    return DOWNSTREAM[stage](**settings.model_arguments(num_classes=2))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models_lut import Student
-from models_position_bias import SHARED, TABLE
+from models_position_bias import SHARED, TABLE, transfer_part
 from util.runtime.errors import UserError
 from util.weights.checkpoint import load_checkpoint
 from util.weights.layouts import (
@@ -57,6 +57,13 @@ class LoadReport:
         }
         shown = [f"{title}: {names}" for title, names in lists.items() if names]
         return "; ".join([f"{self.layout}, {len(self.loaded)} tensors loaded", *shown, *self.remarks])
+
+
+def resampling_note(report: LoadReport) -> str:
+    """Return a further line that says which sizes of the checkpoint differ from the model's; empty if none do."""
+    if not report.resampled:
+        return ""
+    return f"\nNOTE: the checkpoint has another patch, image size or number of channels: {', '.join(report.resampled)}"
 
 
 def by_part(names: tuple[str, ...]) -> str:
@@ -229,6 +236,7 @@ def check_match(
     """
     refused = [f"{name} ({reason})" for name, reason in wrong.items() if strict or part_of(name) == "encoder"]
     if refused:
+        plain = any(transfer_part(name) for name in wrong if name not in state)
         pooled = "norm.weight" in wrong and "fc_norm.weight" in state and "fc_norm.weight" not in own
         run_model = (file.config or {}).get("model")
         raise UserError(
@@ -236,6 +244,7 @@ def check_match(
             f" {shortened(refused)};"
             f" the file ({file.layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
             + "; fine-tuned on the mean of the tokens it has no last norm: take the pre-training's file" * pooled
+            + "; it has none of the layers that --rel_pos_bias and --layer_scale add: set them to none and 0" * plain
             + (f"; the run that wrote it had --model {short_name(run_model)}" if run_model else "")
         )
     surplus = [name for name in state if name not in own and name.split(".")[0] in PASSED_THROUGH]
