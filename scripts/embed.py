@@ -69,6 +69,8 @@ class EmbedConfig:
     """attention heads; default: of the run's settings, or of the known model of that width"""
     input_size: tuple[int, ...] = ()
     """pixels, one number or height and width; default: the model's own"""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """the EXIF orientation of images: ignored, as MAE does, or applied"""
     kinds: tuple[Kind, ...] = ("cls", "mean")
     """features to write: cls token, mean of the patch tokens, all patch tokens"""
     dtype: Literal["fp32", "fp16"] = "fp32"
@@ -126,6 +128,7 @@ def main() -> None:
         format=config.format,
         shard_size=config.shard_size,
         precision=name_of(dtype),
+        exif=config.exif,
     )
     if is_main():
         open_folder(folder, facts)
@@ -166,6 +169,7 @@ def write_shards(
         num_workers=config.num_workers,
         loader_timeout=config.loader_timeout,
         dtype=autocast_dtype(config.amp, vit.normalise.shift.device),
+        exif=config.exif,
     )
     images = sum(len(facts.shards[shard]) for shard in pending)
     for _ in progress(batches, images, "embedding", "images", size=int) if is_main() else batches:

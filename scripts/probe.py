@@ -43,7 +43,7 @@ from util.config.command_line import parse_config
 from util.config.groups import config_from_dict
 from util.config.pretrain import PretrainConfig
 from util.config.probe import ProbeConfig
-from util.data.datasets import find_validation, open_images
+from util.data.datasets import find_validation, hold_out_labelled, open_images
 from util.data.device_views import Normalise
 from util.data.labelled import drawn, labelled_loader
 from util.data.loader import Loader
@@ -127,6 +127,8 @@ def main() -> None:
 def open_splits(run: PretrainConfig) -> tuple[ImageSource, ImageSource]:
     """Open training and validation images; raise UserError unless both are labelled with the same classes."""
     train = open_images(run.data_path, run.dataset, "train")
+    if run.holdout:
+        return hold_out_labelled(train, run.holdout, f"--data_path {run.data_path or run.dataset}")
     val = find_validation(run.data_path, run.dataset, run.val_path)
     if not same_classes(train, val):
         data = f"--data_path {run.data_path}" if run.data_path else f"--dataset {run.dataset}"
@@ -184,7 +186,7 @@ def settings_of(checkpoint: dict[str, Any], config: ProbeConfig) -> PretrainConf
     """Return the run's settings, or for a file of another program those of the flags; it tells patches and channels."""
     file = weights_in(checkpoint, "student", f"checkpoint {config.checkpoint}")
     saved, kernel = file.config, file.state.get(PATCH_KERNEL)
-    flags = ("model", "num_heads", "data_path", "dataset", "val_path", "input_size", "mean", "std", "exif")
+    flags = ("model", "num_heads", "data_path", "dataset", "val_path", "holdout", "input_size", "mean", "std", "exif")
     given = {name: value for name in flags if (value := getattr(config, name))}
     other_data = "data_path" in given or config.dataset == "digits"
     if saved is not None and "mask_ratio" in saved:

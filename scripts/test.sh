@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements-test.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+# two processes, each with whole files; PYTEST_WORKERS=0 runs all tests in one, as `--pdb` needs it
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile "$@"

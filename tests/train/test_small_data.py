@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from shared.calls import one_line
+from scripts import probe as probe_script
+from shared.calls import one_line, script_caller
 from shared.checkpoints import save_lut
 from util.config.classifier import FinetuneConfig, LinprobeConfig
 from util.config.pretrain import PretrainConfig
@@ -97,3 +99,24 @@ def test_wrong_settings_of_a_probe_are_one_line(settings, message):
     with pytest.raises(UserError) as error:
         LinprobeConfig(**settings)
     assert message in one_line(error)
+
+
+def test_segmentation_evaluates_training_images_that_are_held_out(segment, scenes, tmp_path, capsys):
+    shutil.rmtree(scenes / "images" / "val")
+    shutil.rmtree(scenes / "masks" / "val")
+    segment("--data_path", scenes, "--holdout .2 --max_updates 2 --warmup_updates 1")
+    out = capsys.readouterr().out
+    assert "training: 8 masks" in out
+    assert "validation: 2 masks" in out
+    assert "miou" in metrics_of(tmp_path / "run")
+
+
+def test_a_probe_holds_out_a_share_of_each_class(class_folders, tmp_path, monkeypatch, capsys):
+    shutil.rmtree(class_folders / "val")
+    probe = script_caller(monkeypatch, capsys, tmp_path, probe_script)
+    checkpoint = save_lut(tmp_path / "checkpoint-1.pth")
+    status, out, error = probe(
+        f"{checkpoint} --data_path {class_folders} --holdout .25 --labels_per_class 0 --device cpu"
+    )
+    assert status == 0, error
+    assert "24 training and 8 validation images" in out

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from util.data.formats import Exif
 from util.data.labelled import LabelledDataset
 from util.data.loader import Loader
 from util.data.sources import ImageSource
@@ -53,6 +54,7 @@ class Embeddings:
     format: Literal["safetensors", "npy"]
     shard_size: int
     precision: str  # of the forward pass
+    exif: Exif = "ignore"  # what was done with the orientation of images
 
     @property
     def shards(self) -> list[range]:
@@ -155,6 +157,7 @@ def embed(
     num_workers: int,
     loader_timeout: float,
     dtype: torch.dtype | None,
+    exif: Exif = "ignore",
 ) -> Iterator[int]:
     """Write the pending shards one after the other, and yield the number of images of each batch that was encoded."""
     batches = [
@@ -162,7 +165,7 @@ def embed(
         for rows in (facts.shards[shard] for shard in pending)
         for start in range(0, len(rows), batch_size)
     ]
-    dataset = LabelledDataset(source, range(len(source)), vit.size, vit.in_chans)
+    dataset = LabelledDataset(source, range(len(source)), vit.size, vit.in_chans, exif=exif)
     loader = iter(
         Loader(dataset, batch_sampler=batches, num_workers=num_workers, loader_timeout=loader_timeout)
         if batches

@@ -28,6 +28,9 @@ class ProbeConfig:
     """a reader's name as for main_pretrain.py; default: that of the run"""
     val_path: str = ""
     """labelled validation images; default: beside the training images"""
+    holdout: float = 0.0
+    """share of the training images, of each class alike, that is evaluated in place of validation images; default: that
+    of the run"""
     input_size: tuple[int, ...] = ()
     """pixels, one number or height and width; default: that of the run, else the model's own"""
     mean: tuple[float, ...] = ()
@@ -124,6 +127,7 @@ class ProbeConfig:
         check_limits(self)
         check_loader_timeout(self.loader_timeout)
         check_image_size(self.input_size)
+        check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
         check(self.labels_per_class >= 0, "labels_per_class", self.labels_per_class, "must be 0 or more")
         check(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "must be above 0")
         check(self.attentive_batch_size >= 2, "attentive_batch_size", self.attentive_batch_size, "must be 2 or more")

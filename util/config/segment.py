@@ -56,6 +56,9 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
     """folder of validation images"""
     val_masks: str = ""
     """folder of their masks"""
+    holdout: float = 0.0
+    """share of the training images that is not trained on but evaluated instead of the validation images: to choose
+    settings by"""
     image_suffix: str = ""
     """ending of an image's name that its mask's does not have, without the extension: _leftImg8bit"""
     mask_suffix: str = ""
@@ -139,7 +142,10 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
             images, masks = getattr(self, f"{split}_images"), getattr(self, f"{split}_masks")
             check(not images or bool(masks), f"{split}_images", images, f"add --{split}_masks")
             check(not masks or bool(images), f"{split}_masks", masks, f"add --{split}_images")
-        given = bool(self.val_images and (self.train_images or self.eval))
+        check(0 <= self.holdout < 1, "holdout", self.holdout, "must lie in [0, 1)")
+        fix = "evaluates training images, leave out --val_images"
+        check(not (self.holdout and self.val_images), "holdout", self.holdout, fix)
+        given = bool((self.val_images or self.holdout) and (self.train_images or self.eval))
         fix = "give a folder with images/ and masks/, or --train_images, --train_masks, --val_images and --val_masks"
         check(bool(self.data_path) or given, "data_path", self.data_path, fix)
         first = self.first_label

@@ -6,6 +6,7 @@ Inside the program a mask is uint8 [h, w]: the number of a class, counted from 0
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -164,6 +165,10 @@ class MaskedSource(FileSource):
                 return turned(classes, image, orientation, exif)
         except BadImage as error:
             raise BadImage(f"{path}: {error}") from error
+
+    def subset(self, indices: Sequence[int]) -> MaskedSource:
+        """Return the source of some of the images with their masks."""
+        return dataclasses.replace(self, paths=[self.paths[i] for i in indices], masks=[self.masks[i] for i in indices])
 
     def check_mask_size(self, index: int, mask: tuple[int, int], image: tuple[int, int]) -> None:
         """Raise UserError unless both (width, height) are equal."""

@@ -93,7 +93,25 @@ def open_masked(config: SegmentConfig) -> MaskedImages:
             folders, flags = layout.folders(name), ("--data_path", "--data_path")
         return pair_up(*folders, classes, config.image_suffix, config.mask_suffix, flags)
 
-    return MaskedImages(None if config.eval else split("train"), split("val"))
+    if not config.holdout:
+        return MaskedImages(None if config.eval else split("train"), split("val"))
+    train, val = hold_out_masked(split("train"), config.holdout)
+    return MaskedImages(None if config.eval else train, val)
+
+
+def hold_out_masked(source: MaskedSource, share: float) -> tuple[MaskedSource, MaskedSource]:
+    """Divide training images into those to train on and a random share to evaluate on, the same in every run.
+
+    Raises:
+        UserError: there is a single image.
+    """
+    number = len(source)
+    if number < 2:
+        raise UserError(f"--holdout {share}: there is one training image alone, leave it out")
+    held_out = max(1, min(round(share * number), number - 1))
+    order = np.random.default_rng(0).permutation(number)
+    train, val = sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+    return source.subset(train), source.subset(val)
 
 
 def train_dataset(config: SegmentConfig, source: MaskedSource) -> MaskedDataset:

@@ -33,10 +33,8 @@ def check_inputs(stage: str, settings: Any, may_be_missing: bool) -> list[str]:
         lines.append(f"--{flag} {path}: not checked, it does not exist yet")
     elif path:
         weights = settings.init_weights if stage == "pretrain" else settings.weights
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that nothing is copied to the meta device
-            model = model_without_numbers(stage, settings)
-            report = load_weights(model, Path(path), weights, f"--{flag}", num_heads=settings.num_heads)
+        model = build_model(stage, settings)
+        report = load_weights(model, Path(path), weights, f"--{flag}", num_heads=settings.num_heads)
         lines.append(f"--{flag} {path}: {report}")
     if val_path:
         lines.append(f"--val_path {val_path}: {len(open_images(val_path, '', 'val', '--val_path'))} images")
