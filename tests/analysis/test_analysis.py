@@ -364,8 +364,8 @@ model = Encoder(embed_dim=24, depth=2, num_heads=3, img_size=(32, 32), patch_siz
 
 def peak(images):
     generator = torch.Generator().manual_seed(0)
-    for look in (lambda b: attention_distance(model, b, [0, 1]), lambda b: feature_spectra(model, b, "avg")):
-        look(torch.randn(50, 3, 32, 32, generator=generator) for _ in range(images // 50))
+    for study in (lambda b: attention_distance(model, b, [0, 1]), lambda b: feature_spectra(model, b, "avg")):
+        study(torch.randn(50, 3, 32, 32, generator=generator) for _ in range(images // 50))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 print(peak(500), peak(5000))

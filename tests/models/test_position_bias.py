@@ -178,7 +178,7 @@ def test_checkpoints_with_and_without_a_bias(kind, tmp_path):
     assert "layer scale (8 tensors)" in str(report)
 
     with pytest.raises(UserError, match=r"\(missing\).*--rel_pos_bias and --layer_scale add: set them to none and 0"):
-        load_weights(classifier(kind), tmp_path / "plain.pth", whole=True)
+        load_weights(classifier(kind), tmp_path / "plain.pth", strict=True)
 
     model = upernet(kind)
     report = load_weights(model, tmp_path / "biased.pth")  # from 2 x 3 patches to 4 x 6

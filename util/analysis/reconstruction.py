@@ -19,7 +19,8 @@ from models_lut import LUT, Student
 from models_masking import num_visible_patches
 from models_simmim import SimMIM
 from util.analysis.images import Images, wrap_name
-from util.config.groups import DataConfig, check, config_from_dict
+from util.config.checks import check
+from util.config.groups import DataConfig, config_from_dict
 from util.config.pretrain import PretrainConfig
 from util.data.device_views import Normalise
 from util.figures.figure import Cell, picture_grid

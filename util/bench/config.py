@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from models_lut import Steering
+from util.config.checks import check, check_choice
 from util.config.command_line import flag_values, parse_config
-from util.config.groups import check, check_choice
 from util.config.pretrain import PretrainConfig
 from util.runtime.distributed import world_size
 

@@ -13,7 +13,8 @@ from models_architectures import MODELS
 from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, Steering, Student
 from models_masking import num_visible_patches
 from models_simmim import METHODS
-from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig, check, check_choice
+from util.config.checks import check, check_choice
+from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig
 from util.config.same_run import resume_settings
 from util.runtime.distributed import world_size
 

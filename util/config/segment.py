@@ -8,16 +8,8 @@ from typing import Any, Literal
 
 from models_architectures import ARCHITECTURES
 from models_position_bias import RelativeBias
-from util.config.groups import (
-    DownstreamConfig,
-    ModelConfig,
-    PixelConfig,
-    RunConfig,
-    UpdateConfig,
-    check,
-    check_batch_norm,
-    check_choice,
-)
+from util.config.checks import check, check_batch_norm, check_choice
+from util.config.groups import DownstreamConfig, ModelConfig, PixelConfig, RunConfig, UpdateConfig
 from util.config.same_run import DOWNSTREAM_MAY_CHANGE, resume_settings
 
 

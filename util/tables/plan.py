@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from util.config.checks import check_choice
 from util.config.command_line import MAINS, as_flags, parse_config, recipe_chain
-from util.config.groups import check_choice
 from util.runtime.errors import UserError
 from util.tables.schema import Key, check_mapping, read_yaml
 from util.tables.tables import FOLDER, PRETRAIN, PROBE, STAGES, Column, Row, Table

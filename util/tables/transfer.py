@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from util.config.checks import check
 from util.config.classifier import FinetuneConfig
 from util.config.command_line import as_flags, last_value
-from util.config.groups import check
 from util.data.datasets import published_names
 from util.data.splits import split_kind
 from util.runtime.errors import UserError

@@ -14,8 +14,8 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from util.config.checks import check
 from util.config.classifier import ClassifierConfig, LinprobeConfig
-from util.config.groups import check
 from util.data.cache import CachedImages, cache_images
 from util.data.clamped_crop import ClampedResizedCrop
 from util.data.datasets import find_validation, hold_out_labelled, open_images

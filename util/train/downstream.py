@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from util.config.checks import check
 from util.config.command_line import as_flags, last_value, parse_config
-from util.config.groups import DownstreamConfig, PixelConfig, check
+from util.config.groups import DownstreamConfig, PixelConfig
 from util.config.same_run import KIND, kind_of
 from util.runtime.errors import UserError
 from util.train.resume import resumes

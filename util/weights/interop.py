@@ -178,11 +178,7 @@ def load_weights(
     state, resampled = resample_to_model(
         file.state, own, model.patch_embed.grid_size, file.config, computes_positions=positions_are_fixed
     )
-    wrong = {
-        name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name not in state or state[name].shape != tensor.shape
-    }
+    wrong = differences(state, own)
     check_match(file, state, own, wrong, strict, where)
     remark = check_heads(model, file, num_heads, where)
     incomplete = {part_of(name) for name in wrong}
@@ -198,6 +194,15 @@ def load_weights(
         settings=file.config or {},
         remarks=(remark,) if remark else (),
     )
+
+
+def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the reason for each tensor of `own` that `state` lacks or has in another shape."""
+    return {
+        name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name not in state or state[name].shape != tensor.shape
+    }
 
 
 def check_heads(model: nn.Module, file: WeightsFile, num_heads: int | None, where: str) -> str:
