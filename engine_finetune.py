@@ -85,7 +85,7 @@ class Scores(NamedTuple):
 
     @property
     def per_class(self) -> Tensor:
-        """Accuracy of each class in %, [K]; nan where the images have none of it."""
+        """The accuracy of each class in %, [K]; nan where the images have none of it."""
         return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
 
 

@@ -49,7 +49,7 @@ class SegmenterTrainer(Trainer):
 
     @property
     def total_updates(self) -> int:
-        """Optimiser steps of the whole run."""
+        """The optimiser steps of the whole run."""
         return self.config.max_updates
 
     def lr(self, updates: int) -> float:
@@ -168,13 +168,13 @@ class SegmentScores(NamedTuple):
 
     @property
     def iou(self) -> Tensor:
-        """Intersection over union of each class in %, [K]; nan where a class neither occurs nor is predicted."""
+        """The intersection over union of each class in %, [K]; nan if a class neither occurs nor is predicted."""
         both = self.confusion.diagonal().double()
         return 100 * both / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - both)
 
     @property
     def accuracy(self) -> Tensor:
-        """Accuracy of each class in %, [K]; nan where the images have none of it."""
+        """The accuracy of each class in %, [K]; nan where the images have none of it."""
         return 100 * self.confusion.diagonal().double() / self.confusion.sum(dim=1)
 
     @property
@@ -282,7 +282,7 @@ class SegmentEvaluation(Evaluation):
 
     @property
     def example_indices(self) -> list[int]:
-        """Indices of the validation images that are drawn, spread evenly over all of them."""
+        """Return the indices of the validation images that are drawn, spread evenly over all of them."""
         number = min(self.trainer.config.pictures, len(self.data.val))
         return np.linspace(0, len(self.data.val) - 1, number).round().astype(int).tolist()
 

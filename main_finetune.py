@@ -32,7 +32,7 @@ from util.train.state import data_parallel, initial_state
 
 
 def main() -> None:
-    """Settings, data, classifier, then the epochs."""
+    """Read the settings, open the data, build the classifier, and train."""
     run = start_run(parse_downstream(FinetuneConfig, sys.argv[1:], Path(__file__).name), open_labelled)
     config, device, num_classes = run.config, run.device, run.data.num_classes
 

@@ -34,7 +34,7 @@ from util.train.state import adamw, data_parallel, initial_state
 
 
 def main() -> None:
-    """Settings, data, probe, then the epochs."""
+    """Read the settings, open the data, build the probe, and train."""
     run = start_run(parse_downstream(LinprobeConfig, sys.argv[1:], Path(__file__).name), open_labelled)
     config, device = run.config, run.device
 

@@ -34,7 +34,7 @@ from util.train.run import start_run, train_and_evaluate
 
 
 def main() -> None:
-    """Settings, data, models, then the epochs."""
+    """Read the settings, open the data, build the models, and train."""
     run = start_run(parse_config(PretrainConfig, sys.argv[1:], Path(__file__).name), open_training_images)
     config, source, order = run.config, run.data.train, run.order
     if config.dry_run:

@@ -31,7 +31,7 @@ from util.train.state import data_parallel, initial_state
 
 
 def main() -> None:
-    """Settings, images with masks, segmenter, then the updates."""
+    """Read the settings, open images and masks, build the segmenter, and train."""
     run = start_run(parse_downstream(SegmentConfig, sys.argv[1:], Path(__file__).name), open_checked)
     config, device = run.config, run.device
 

@@ -56,7 +56,7 @@ def mlp_head(
 
 @dataclass(frozen=True)
 class Steering:
-    """The switches of Table 4: how the context encoder steers the student's tokens. Defaults are the paper's."""
+    """The switches of Table 4: the way in which the context encoder steers the student. Defaults are the paper's."""
 
     steered_tokens: Literal["visible", "all"] = "visible"  # 4a; all: also the mean of what the mask tokens become
     context_token: Literal["avg", "cls"] = "avg"  # 4b; of student and context encoder: mean of the patch tokens, or cls
@@ -144,7 +144,7 @@ class Student(Encoder):
 
     @property
     def num_visible(self) -> int:
-        """V, the number of patches that the student sees of each view."""
+        """The number V of patches that the student sees of each view."""
         squares = self.num_patches // self.mask_unit_patches**2
         return num_visible_patches(squares, self.mask_ratio) * self.mask_unit_patches**2
 
@@ -374,8 +374,8 @@ class MomentumEncoder(Encoder):
         It covers parameters and BatchNorm's running statistics, not fixed positions and counters. Call it once after
         each optimiser step that was taken.
         """
-        mine, theirs = moving_state(self), moving_state(student)
-        torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], 1 - decay)
+        averages, weights = moving_state(self), moving_state(student)
+        torch._foreach_lerp_(list(averages.values()), [weights[name] for name in averages], 1 - decay)
 
 
 def moving_state(module: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
 
 
 class Masking(NamedTuple):
-    """Which patches of each image are visible: the first V of a random order of all patches."""
+    """The visible patches of each image: the first V of a random order of all patches."""
 
     shuffle: Tensor  # [B, L] patch ids in the order of the noise: the first V are visible in view u
     num_visible: int  # V

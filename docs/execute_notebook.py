@@ -27,8 +27,8 @@ from PIL import Image
 from tyro.conf import Positional, arg
 
 from util.cluster.code import copy_code
+from util.config.checks import check
 from util.config.command_line import parse_config
-from util.config.groups import check
 from util.runtime.errors import RunError, UserError, run_main
 from util.runtime.files import ROOT
 

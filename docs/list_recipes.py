@@ -50,12 +50,12 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the header of a recipe says."""
+    """The statements in the header of a recipe."""
 
     name: str
     title: str
     command: str  # one line
-    about_command: str  # which data its words stand for; often empty
+    command_remark: str  # which data its words stand for; often empty
     hardware: str
     hours: str
     expected: str
@@ -84,7 +84,7 @@ def read_recipe(path: Path) -> Recipe:
         name=path.stem,
         title=" ".join(parts["title"]),
         command=" ".join(line.rstrip("\\ ") for line in command[: last + 1]),
-        about_command=" ".join(command[last + 1 :]),
+        command_remark=" ".join(command[last + 1 :]),
         hardware=" ".join(parts["Hardware"]),
         hours=" ".join(parts["Hours"]),
         expected=" ".join(parts["Expected"]),
@@ -93,7 +93,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def place_of(name: str) -> tuple[str, int]:
-    """The heading that a recipe stands under, and its place there; ValueError for a recipe that fits no group."""
+    """Return the heading that a recipe stands under, and its place there; ValueError if it fits no group."""
     for heading, _, beginnings in GROUPS:
         for i, beginning in enumerate(beginnings):
             if name.startswith(beginning):
@@ -102,12 +102,12 @@ def place_of(name: str) -> tuple[str, int]:
 
 
 def render(recipe: Recipe) -> str:
-    """The entry of a recipe."""
-    about = f"# {recipe.about_command.strip('()')}\n" if recipe.about_command else ""
+    """Return the entry of a recipe."""
+    remark = f"# {recipe.command_remark.strip('()')}\n" if recipe.command_remark else ""
     lines = [
         f"### [{recipe.name}]({recipe.name}.yaml)\n",
         f"{recipe.title} {recipe.remarks}".strip() + "\n",
-        f"```bash\n{about}{recipe.command}\n```\n",
+        f"```bash\n{remark}{recipe.command}\n```\n",
         f"- Hardware: {recipe.hardware}",
         f"- Hours: {recipe.hours}",
         f"- Expected: {recipe.expected}\n",
@@ -116,19 +116,19 @@ def render(recipe: Recipe) -> str:
 
 
 def anchor(heading: str) -> str:
-    """The name under which a link finds a heading."""
+    """Return the name under which a link finds a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     recipes = [read_recipe(path) for path in RECIPES.glob("*.yaml")]
     recipes.sort(key=lambda recipe: (place_of(recipe.name)[1], recipe.name))
     contents = "\n".join(f"- [{heading}](#{anchor(heading)})" for heading, _, _ in GROUPS)
     sections = []
-    for heading, about, _ in GROUPS:
+    for heading, description, _ in GROUPS:
         entries = [render(recipe) for recipe in recipes if place_of(recipe.name)[0] == heading]
-        sections.append("\n".join([f"## {heading}\n", f"{about}\n", *entries]))
+        sections.append("\n".join([f"## {heading}\n", f"{description}\n", *entries]))
     return "\n".join([INTRODUCTION, contents + "\n", *sections])
 
 

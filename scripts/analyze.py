@@ -36,8 +36,9 @@ from util.analysis.studies import (
     gradcam_study,
     spectrum_study,
 )
+from util.config.checks import check, check_image_size
 from util.config.command_line import parse_config
-from util.config.groups import as_dict, check, check_image_size
+from util.config.groups import as_dict
 from util.figures.figure import save_figure
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
@@ -130,7 +131,7 @@ class AttentionConfig(AnalyzeConfig):
 
     @property
     def queries(self) -> list[tuple[int, int]]:
-        """--query as numbers."""
+        """The values of --query as numbers."""
         return [(int(row), int(column)) for row, column in (query.split(",") for query in self.query)]
 
     def study(self, vits: list[NamedViT], images: Images) -> Study:

@@ -33,8 +33,9 @@ import torch
 
 from util.bench.config import EpochConfig, LimitsConfig, LoaderConfig, SavingConfig, StepConfig, titled, vary
 from util.bench.timing import Spread, in_turn, percent, ratios, short, spread, table, write_report
+from util.config.checks import check
 from util.config.command_line import parse_config
-from util.config.groups import as_dict, check
+from util.config.groups import as_dict
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, nearest, run_main
 from util.runtime.files import writable_folder

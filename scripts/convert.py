@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tyro.conf import Positional, arg
 
+from util.config.checks import check, check_image_size
 from util.config.command_line import parse_config
-from util.config.groups import DataConfig, check, check_image_size
+from util.config.groups import DataConfig
 from util.runtime.errors import RunError, run_main
 from util.weights.checkpoint import run_folder_of
 from util.weights.export import Export, depth_remark, shape_of, write_hub_folder, write_mae, write_onnx, write_timm

@@ -36,8 +36,8 @@ from util.analysis.embedding import (
     write_index,
 )
 from util.analysis.images import image_files
+from util.config.checks import check, check_image_size
 from util.config.command_line import parse_config
-from util.config.groups import check, check_image_size
 from util.data.datasets import open_images
 from util.data.labelled import LabelledDataset
 from util.data.sources import ImageSource

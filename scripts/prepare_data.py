@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch.utils.data import IterableDataset
 
+from util.config.checks import check
 from util.config.command_line import parse_config
-from util.config.groups import check, processors
+from util.config.groups import processors
 from util.data.datasets import find_validation, open_images, published_names
 from util.data.preparation import Preparation, write_json
 from util.data.prepared import Encoder, Split, name_images
@@ -104,7 +105,7 @@ class PrepareConfig:
 
 
 def main() -> None:
-    """Check, or write."""
+    """Check the prepared data, or write it."""
     config = parse_config(PrepareConfig, sys.argv[1:], Path(__file__).name)
     splits = open_splits(config)
     for split in splits:

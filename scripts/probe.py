@@ -77,7 +77,7 @@ Scores = dict[str, tuple[float, str]]  # accuracy in % of each metric, and how i
 
 @dataclass(frozen=True)
 class ProbeData:
-    """The labelled images of a probe, and how an encoder sees them."""
+    """The labelled images of a probe, and the views that an encoder gets of them."""
 
     train: ImageSource
     val: ImageSource

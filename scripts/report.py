@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tyro.conf import Positional, arg
 
+from util.config.checks import check
 from util.config.command_line import parse_config
-from util.config.groups import check
 from util.results.run_folder import open_runs
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, printable, run_main

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tyro.conf import Positional, arg
 
+from util.config.checks import check, check_choice, check_image_size
 from util.config.command_line import parse_config
-from util.config.groups import DataConfig, check, check_choice, check_image_size
+from util.config.groups import DataConfig
 from util.robustness.sets import COLUMNS, IMAGE_SETS, find_sets, plan_tasks
 from util.robustness.view import (
     column_titles,

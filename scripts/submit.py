@@ -30,8 +30,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from util.cluster.code import copy_code, unused_folder
 from util.cluster.launch import StageJob
+from util.config.checks import check
 from util.config.command_line import MAINS, flag_values, parse_config
-from util.config.groups import check
 from util.runtime.errors import UserError, nearest, run_main
 
 if TYPE_CHECKING:  # submitit is imported where it is used: --help and a wrong flag should not wait for it

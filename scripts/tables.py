@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tyro.conf import Positional, arg
 
+from util.config.checks import check
 from util.config.command_line import parse_command, split_like_shell
-from util.config.groups import check
 from util.runtime.errors import UserError, run_main
 from util.tables.formats import Style, as_note, print_table
 from util.tables.outcomes import check_outcomes, copy_results, share_done

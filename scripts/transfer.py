@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.config.checks import check
 from util.config.command_line import parse_command, split_like_shell
-from util.config.groups import check
 from util.runtime.errors import RunError, run_main
 from util.tables.formats import Style, as_note, print_table
 from util.tables.outcomes import share_done
@@ -211,7 +211,7 @@ def cells_of(search: Search, targets: Sequence[Target]) -> dict[Target, list[Run
 
 
 def chosen_cells(search: Search, targets: Sequence[Target]) -> dict[Target, list[Run]]:
-    """With --holdout, return the runs of each best cell on all training images, where the best is known."""
+    """Return, with --holdout, the runs of each best cell on all training images, where the best is known."""
     chosen = {}
     for target in targets if search.holdout else ():
         best = read_grid(grid_folder(search.folder, target.name, search.holdout)).best

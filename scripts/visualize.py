@@ -31,8 +31,9 @@ from util.analysis.reconstruction import (
     reconstruction_numbers,
     reconstructions,
 )
+from util.config.checks import check, check_image_size
 from util.config.command_line import parse_config
-from util.config.groups import as_dict, check, check_image_size
+from util.config.groups import as_dict
 from util.figures.figure import save_figure
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, run_main
@@ -113,7 +114,7 @@ class VisualizeConfig:
 
     @property
     def path(self) -> Path:
-        """--output, or its default."""
+        """The value of --output, or its default."""
         return Path(self.output or f"output/reconstruction{self.required_suffix}")
 
 

@@ -39,8 +39,8 @@ def code(path: Path) -> list[str]:
 
 def headings(path: Path, level: str = "#+") -> list[str]:
     """Headings as a reader sees them."""
-    found = re.findall(rf"^{level} (.*)$", prose(path), flags=re.M)
-    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "") for heading in found]
+    titles = re.findall(rf"^{level} (.*)$", prose(path), flags=re.M)
+    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "") for heading in titles]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -76,11 +76,11 @@ def test_a_guide_begins_with_its_purpose_and_names_its_sections(path):
 def named_files() -> dict[str, str]:
     """Paths in code that look like files of this repository -> a page that names each."""
     looks = r"(?<![\w/.-])((?:util|scripts|recipes|tests|docs|tables)/[\w./-]+|(?:main|engine|models)_\w+\.py)"
-    found = {}
+    files = {}
     for path in [*LIVING, ROOT / "docs" / "tour.ipynb"]:
         for target in re.findall(looks, "\n".join(code(path))):
-            found.setdefault(target.rstrip("."), name_of(path))
-    return found
+            files.setdefault(target.rstrip("."), name_of(path))
+    return files
 
 
 @pytest.mark.parametrize(("target", "where"), named_files().items(), ids=list(named_files()))
@@ -119,9 +119,9 @@ def test_tests_that_the_page_of_faults_names_exist():
         numbers += re.findall(r"\d+", row.split("|")[0])
         for name, test in re.findall(r"`(\w+\.py)?(?:::(\w+))?`", row):
             file = name or file
-            found = list((ROOT / "tests").rglob(file))
-            assert len(found) == 1, file
-            assert not test or f"def {test}(" in found[0].read_text(encoding="utf-8"), f"{file}::{test}"
+            paths = list((ROOT / "tests").rglob(file))
+            assert len(paths) == 1, file
+            assert not test or f"def {test}(" in paths[0].read_text(encoding="utf-8"), f"{file}::{test}"
     assert {str(n) for n in range(1, 34)} <= set(numbers) <= {str(n) for n in range(1, 53)}
 
 

@@ -29,9 +29,9 @@ def tour():
 
 def check_pictures(notebook):
     """As many as there should be, and none empty."""
-    found = pictures(notebook)
-    assert len(found) == NUM_PICTURES
-    for picture in found:
+    images = pictures(notebook)
+    assert len(images) == NUM_PICTURES
+    for picture in images:
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
         assert min(pixels.shape) > 200
         assert len(np.unique(pixels)) > 20
@@ -68,20 +68,21 @@ def test_the_notebook_runs_and_what_it_says_comes_true(tmp_path, monkeypatch):
     cells = {
         cell.id: "".join(o.text for o in cell.outputs if "text" in o) for cell in notebook.cells if "outputs" in cell
     }
-    features = [float(found) for found in re.findall(r"knn ([\d.]+)", cells["pretrain-run"])]
+    features = [float(number) for number in re.findall(r"knn ([\d.]+)", cells["pretrain-run"])]
     assert features[-1] > features[0]  # than of a random network
-    tuned, scratch = (float(found) for found in re.findall(r"([\d.]+) %", cells["results-table"]))
+    tuned, scratch = (float(number) for number in re.findall(r"([\d.]+) %", cells["results-table"]))
     assert tuned > scratch + 5
     assert (tmp_path / "output" / "tour").is_dir()  # and not in the folder of the notebook that is kept
 
 
 @pytest.mark.slow
 def test_a_cell_that_fails_or_hangs_is_said_in_one_line(tmp_path):
-    for source, said in (("1 / 0", "some.ipynb: a cell failed: ZeroDivisionError"), ("while True: pass", "some.ipynb")):
+    failures = (("1 / 0", "some.ipynb: a cell failed: ZeroDivisionError"), ("while True: pass", "some.ipynb"))
+    for source, message in failures:
         path = tmp_path / "some.ipynb"
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
         before = path.read_bytes()
-        with pytest.raises(RunError, match=said) as error:
+        with pytest.raises(RunError, match=message) as error:
             execute(path, tmp_path / "copy", timeout=5)
         one_line(error)
         assert path.read_bytes() == before

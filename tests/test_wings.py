@@ -45,13 +45,13 @@ def wing_of(module: str) -> str:
 
 def imports_of(path: Path) -> set[str]:
     """The modules of ours that a file imports, wherever in it the import stands."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & MODULES.keys()
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules & MODULES.keys()
 
 
 IMPORTS = {module: imports_of(path) for module, path in MODULES.items()}

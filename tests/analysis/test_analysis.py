@@ -95,10 +95,10 @@ def test_attention_is_the_softmax_by_hand_in_every_layer_and_head(name):
     model = MODELS[name]()
     x = tokens_before_blocks(model, some_images)
     for layer, block in enumerate(model.blocks):
-        found = attention_maps(model, some_images, layer)
-        assert found.shape == (4, 3, x.shape[1], x.shape[1])
+        maps = attention_maps(model, some_images, layer)
+        assert maps.shape == (4, 3, x.shape[1], x.shape[1])
         for head in range(3):
-            torch.testing.assert_close(found[:, head], slow_attention(block.attn, block.norm1(x), head))
+            torch.testing.assert_close(maps[:, head], slow_attention(block.attn, block.norm1(x), head))
         x = block(x)
 
 
@@ -106,12 +106,12 @@ def test_attention_is_the_softmax_by_hand_in_every_layer_and_head(name):
 def test_watching_leaves_the_model_as_it_was_bit_by_bit_and_fused(name):
     model = MODELS[name]()
     before = tokens_of(model, some_images)
-    seen = []
-    with observe_attention(model, [0, 1], lambda layer, attention: seen.append(layer)):
+    observed_layers = []
+    with observe_attention(model, [0, 1], lambda layer, attention: observed_layers.append(layer)):
         during = tokens_of(model, some_images)
     assert torch.equal(before, during)
     assert torch.equal(before, tokens_of(model, some_images))
-    assert seen == [0, 1]
+    assert observed_layers == [0, 1]
     for block in model.blocks:
         assert block.attn.fused_attn
         assert not block.attn._forward_pre_hooks
@@ -166,10 +166,10 @@ def test_the_map_of_a_query_is_its_row_without_prefix_tokens(name):
     prefix = num_prefix_tokens(model)
     for row in range(2):
         for column in range(3):
-            found = query_maps(model, attention, (row, column))
+            maps = query_maps(model, attention, (row, column))
             for i in range(6):
                 expected = attention[:, :, prefix + 3 * row + column, prefix + i]
-                assert torch.equal(found[:, :, i // 3, i % 3], expected)
+                assert torch.equal(maps[:, :, i // 3, i % 3], expected)
 
 
 # ---- distance ----------------------------------------------------------------------------------------------
@@ -178,17 +178,17 @@ def test_the_map_of_a_query_is_its_row_without_prefix_tokens(name):
 @quick
 @given(rows=st.integers(1, 5), columns=st.integers(1, 5))
 def test_patch_distances_equal_loops(rows, columns):
-    found = patch_distances((rows, columns))
+    distances = patch_distances((rows, columns))
     for i in range(rows * columns):
         for j in range(rows * columns):
             dy, dx = (i // columns - j // columns) / rows, (i % columns - j % columns) / columns
-            assert found[i, j].item() == pytest.approx(math.hypot(dy, dx), abs=1e-6)
+            assert distances[i, j].item() == pytest.approx(math.hypot(dy, dx), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_distance_equals_a_double_loop(name):
     model = MODELS[name]()
-    found = attention_distance(model, some_images.split(3), [1, 0])
+    distance = attention_distance(model, some_images.split(3), [1, 0])
     prefix = num_prefix_tokens(model)
     for place, layer in enumerate([1, 0]):
         attention = attention_maps(model, some_images, layer).tolist()
@@ -201,11 +201,11 @@ def test_distance_equals_a_double_loop(name):
                         y, x = (i // 3 - j // 3) / 2, (i % 3 - j % 3) / 3
                         total += attention[image][head][prefix + i][prefix + j] * math.hypot(y, x)
                 each.append(total / 6)
-            assert found.mean[place, head] == pytest.approx(np.mean(each), rel=1e-5)
-            assert found.std[place, head] == pytest.approx(np.std(each), abs=1e-5)
+            assert distance.mean[place, head] == pytest.approx(np.mean(each), rel=1e-5)
+            assert distance.std[place, head] == pytest.approx(np.std(each), abs=1e-5)
             bins = [int(value / math.sqrt(2) * DISTANCE_BINS) for value in each]
-            assert np.array_equal(found.histogram[place, head], np.bincount(bins, minlength=DISTANCE_BINS))
-    assert (found.layers, found.images) == ((1, 0), 4)
+            assert np.array_equal(distance.histogram[place, head], np.bincount(bins, minlength=DISTANCE_BINS))
+    assert (distance.layers, distance.images) == ((1, 0), 4)
 
 
 def set_query_and_key(model, scale):
@@ -219,11 +219,11 @@ def set_query_and_key(model, scale):
 def test_uniform_attention_has_the_mean_distance_of_patches():
     model = encoder(num_heads=1)
     set_query_and_key(model, 0.0)
-    found = attention_distance(model, [some_images], [0, 1])
+    distance = attention_distance(model, [some_images], [0, 1])
     share = 6 / 7  # the rest goes to cls
-    assert found.patch_share == pytest.approx(np.full((2, 1), share), rel=1e-5)
-    assert found.mean == pytest.approx(np.full((2, 1), patch_distances((2, 3)).mean().item() * share), rel=1e-5)
-    assert found.std == pytest.approx(np.zeros((2, 1)), abs=1e-6)
+    assert distance.patch_share == pytest.approx(np.full((2, 1), share), rel=1e-5)
+    assert distance.mean == pytest.approx(np.full((2, 1), patch_distances((2, 3)).mean().item() * share), rel=1e-5)
+    assert distance.std == pytest.approx(np.zeros((2, 1)), abs=1e-6)
 
 
 def test_attention_to_oneself_has_distance_zero():
@@ -232,9 +232,9 @@ def test_attention_to_oneself_has_distance_zero():
     for block in model.blocks:
         block.norm1.weight.fill_(1)
         block.norm1.bias.zero_()
-    found = attention_distance(model, [some_images], [0, 1])
-    assert found.mean == pytest.approx(np.zeros((2, 1)), abs=1e-6)
-    assert found.patch_share == pytest.approx(np.ones((2, 1)), abs=1e-6)
+    distance = attention_distance(model, [some_images], [0, 1])
+    assert distance.mean == pytest.approx(np.zeros((2, 1)), abs=1e-6)
+    assert distance.patch_share == pytest.approx(np.ones((2, 1)), abs=1e-6)
 
 
 def test_the_distance_of_no_images():
@@ -266,17 +266,17 @@ def test_covariance_in_batches_equals_numpys_svd_of_the_whole(seed, sizes, dim, 
 def test_spectra_equal_numpys_svd_of_each_layers_features(name, pool):
     model = MODELS[name]()
     images = torch.randn(40, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    found = feature_spectra(model, images.split(16), pool)
+    spectra = feature_spectra(model, images.split(16), pool)
     x = tokens_before_blocks(model, images)
     for layer, block in enumerate(model.blocks):
         x = block(x)
         features = (x[:, 1:].mean(dim=1) if pool == "avg" else x[:, 0]).double().numpy()
         centred = features - features.mean(axis=0)
         expected = np.linalg.svd(centred.T @ centred / 40, compute_uv=False)
-        assert found[layer] == pytest.approx(expected, rel=1e-6, abs=1e-10 * expected[0])
+        assert spectra[layer] == pytest.approx(expected, rel=1e-6, abs=1e-10 * expected[0])
         # the Gram matrix, image by image, has the same spectrum
         gram = np.linalg.svd(centred @ centred.T / 40, compute_uv=False)[:24]
-        assert found[layer] == pytest.approx(gram, rel=1e-6, abs=1e-10 * expected[0])
+        assert spectra[layer] == pytest.approx(gram, rel=1e-6, abs=1e-10 * expected[0])
     assert not any(block._forward_hooks for block in model.blocks)
 
 
@@ -335,13 +335,13 @@ def test_grad_cam_equals_finite_differences(make, target, layer):
     model = make().double()
     images = some_images[:2].double()
     score = feature_score(model) if isinstance(model, Encoder) else class_score(model, target)
-    found = grad_cam(model, images, layer, score)
-    assert found.shape == (2, 2, 3)
-    assert not found.requires_grad
-    for image, each in zip(images, found, strict=True):
+    heat = grad_cam(model, images, layer, score)
+    assert heat.shape == (2, 2, 3)
+    assert not heat.requires_grad
+    for image, each in zip(images, heat, strict=True):
         expected = slow_grad_cam(model, image[None], layer, score)
         assert each.flatten().tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(expected) + 1e-9)
-    assert found.max() > 0  # it says something
+    assert heat.max() > 0  # it says something
     assert not model.blocks[layer].norm1._forward_hooks
 
 
@@ -364,8 +364,8 @@ model = Encoder(embed_dim=24, depth=2, num_heads=3, img_size=(32, 32), patch_siz
 
 def peak(images):
     generator = torch.Generator().manual_seed(0)
-    for look in (lambda b: attention_distance(model, b, [0, 1]), lambda b: feature_spectra(model, b, "avg")):
-        look(torch.randn(50, 3, 32, 32, generator=generator) for _ in range(images // 50))
+    for study in (lambda b: attention_distance(model, b, [0, 1]), lambda b: feature_spectra(model, b, "avg")):
+        study(torch.randn(50, 3, 32, 32, generator=generator) for _ in range(images // 50))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 print(peak(500), peak(5000))
@@ -378,5 +378,5 @@ def test_memory_is_flat_from_500_to_5000_images():
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
     few, many = map(int, out.split())
-    kept = 4500 * 2 * 3 * 65**2 * 4  # bytes of the attention of the other images: 435 MiB
-    assert many - few < kept / 10
+    attention_bytes = 4500 * 2 * 3 * 65**2 * 4  # bytes of the attention of the other images: 435 MiB
+    assert many - few < attention_bytes / 10

@@ -129,7 +129,7 @@ def test_gradcam_of_a_classifier_names_its_class(run_analyze, tmp_path):
 
 def test_compare_writes_everything_and_a_page_that_needs_no_network(run_analyze, run, other):
     flags = ("--checkpoint", other, run, "--label", "<MAE>", "LUT", "--most_images", 100, "--show", 1)
-    status, said, _, folder = run_analyze("compare", *flags, "--last_layers", 0)
+    status, output, _, folder = run_analyze("compare", *flags, "--last_layers", 0)
     assert status == 0
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == {
@@ -142,7 +142,7 @@ def test_compare_writes_everything_and_a_page_that_needs_no_network(run_analyze,
     assert np.array(spectrum["models"][1]["singular_values"]).shape == (6, 96)
     assert 0 <= numbers_of(folder, "features")["models"][0]["same_class_percent"] <= 100
     shown = f"{np.mean(distance['models'][1]['mean'][5]):.4f}"
-    assert shown in said
+    assert shown in output
 
     html = (folder / "compare.html").read_text()
     page = Page()
@@ -202,43 +202,43 @@ def test_a_timm_file_with_other_classes_has_none_here(tmp_path):
 def test_unlabelled_images_and_models_of_other_shapes(run_analyze, run, tmp_path):
     write_images(tmp_path / "flat", 12)
     flags = ("--checkpoint", run, "timm:test_vit", "--data_path", tmp_path / "flat", "--show", 1)
-    status, said, _, folder = run_analyze("features", *flags, "--method", "tsne", "--neighbours", 2)
+    status, output, _, folder = run_analyze("features", *flags, "--method", "tsne", "--neighbours", 2)
     assert status == 0
     assert numbers_of(folder, "features")["classes"] is None
-    assert "same class" not in said
+    assert "same class" not in output
 
 
 def test_models_of_several_depths_and_widths_are_compared_at_their_ends(run_analyze, run):
     flags = ("--checkpoint", run, "timm:test_vit2", "--most_images", 100)  # 6 blocks of 96, 8 of 64
-    status, said, _, folder = run_analyze("distance", *flags, "--last_layers", 0)
+    status, output, _, folder = run_analyze("distance", *flags, "--last_layers", 0)
     assert status == 0
-    heads, ours, theirs = (line.split() for line in said.splitlines()[2:5])
+    heads, own_layers, other_layers = (line.split() for line in output.splitlines()[2:5])
     assert heads[3:] == [word for n in range(-8, 0) for word in ("block", str(n))]
-    assert (len(ours), len(theirs)) == (7, 9)
+    assert (len(own_layers), len(other_layers)) == (7, 9)
     assert [each["layers"] for each in numbers_of(folder, "distance")["models"]] == [list(range(6)), list(range(8))]
-    status, said, _, folder = run_analyze("spectrum", *flags)
+    status, output, _, folder = run_analyze("spectrum", *flags)
     assert status == 0
-    assert [len(line.split()) - 1 for line in said.splitlines()[3:5]] == [6, 8]
+    assert [len(line.split()) - 1 for line in output.splitlines()[3:5]] == [6, 8]
 
 
 def test_a_file_is_never_looked_at_by_its_name_alone(run_analyze, run, tmp_path):
     (tmp_path / "fake.png").write_text("words")
-    status, _, said, _ = run_analyze("attention", "--checkpoint", run, "--image", tmp_path / "fake.png")
-    assert (status, said.count("\n")) == (2, 1)
-    assert "fake.png: cannot be read" in said
+    status, _, error, _ = run_analyze("attention", "--checkpoint", run, "--image", tmp_path / "fake.png")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "fake.png: cannot be read" in error
 
 
 def test_a_bad_image_in_a_data_set_is_named(run_analyze, run, tmp_path):
     write_images(tmp_path / "flat", 3)
     (tmp_path / "flat" / "bad.png").write_bytes(b"words")
-    status, _, said, _ = run_analyze("distance", "--checkpoint", run, "--data_path", tmp_path / "flat")
-    assert (status, said.count("\n")) == (2, 1)
-    assert "bad.png: cannot be read" in said
-    assert "mend it or take it out" in said
+    status, _, error, _ = run_analyze("distance", "--checkpoint", run, "--data_path", tmp_path / "flat")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "bad.png: cannot be read" in error
+    assert "mend it or take it out" in error
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("attention --query 4,0", "--query 4,0: outside the 4 x 4 patches"),
         ("attention --query 7", "--query 7: give row,col"),
@@ -261,11 +261,11 @@ def test_a_bad_image_in_a_data_set_is_named(run_analyze, run, tmp_path):
         ("attention --image gone.png", "gone.png: cannot be read"),
     ],
 )
-def test_wrong_input_is_one_line(run_analyze, run, flags, said):
+def test_wrong_input_is_one_line(run_analyze, run, flags, message):
     status, _, error, folder = run_analyze(*flags.split(), "--checkpoint", run)
     assert status == 2
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error
     assert not folder.exists()
 
 

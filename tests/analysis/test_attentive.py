@@ -80,7 +80,7 @@ def test_adamw_of_a_grid_is_torchs_own_for_each_head():
     heads = shaken(LinearHeads(2, 5, 3)).double()
     alone = [shaken(LinearHeads(2, 5, 3)).double() for _ in lrs]
     optimizer = GridAdamW(heads, lrs.double(), decays.double())
-    theirs = [
+    torch_optimizers = [
         torch.optim.AdamW(
             [dict(params=[a.weight], weight_decay=d.item()), dict(params=[a.bias], weight_decay=0.0)], lr=lr.item()
         )
@@ -91,7 +91,7 @@ def test_adamw_of_a_grid_is_torchs_own_for_each_head():
         y = torch.arange(8) % 3
         losses_of(heads(x), y).sum().backward()
         optimizer.step(0.5)
-        for g, (a, optimizer_alone) in enumerate(zip(alone, theirs, strict=True)):
+        for g, (a, optimizer_alone) in enumerate(zip(alone, torch_optimizers, strict=True)):
             for group in optimizer_alone.param_groups:
                 group["lr"] = 0.5 * lrs[g].item()
             optimizer_alone.zero_grad()
@@ -172,16 +172,16 @@ def sweep(encoder, keep=False, augment=False, val_labels=None, calls=None, **cha
 def test_a_sweep_is_seeded_leaves_the_encoder_and_does_not_depend_on_where_tokens_come_from(encoder):
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     calls, kept_calls = [], []
-    encoded, kept = sweep(encoder, calls=calls), sweep(encoder, keep=True, calls=kept_calls)
+    encoded, stored = sweep(encoder, calls=calls), sweep(encoder, keep=True, calls=kept_calls)
     assert sum(calls) == 72 * 6 + 18 + 30  # every image once per epoch for all heads
     assert sum(kept_calls) == 90 + 30
     assert tuple(encoded) == KINDS
     for kind in KINDS:
-        assert torch.equal(encoded[kind].held_out, kept[kind].held_out)
-        assert encoded[kind].accuracy == kept[kind].accuracy
+        assert torch.equal(encoded[kind].held_out, stored[kind].held_out)
+        assert encoded[kind].accuracy == stored[kind].accuracy
     assert encoded["linear_mean"].accuracy > 60  # chance is 33
     other = sweep(encoder, keep=True, seed=1)
-    assert any(not torch.equal(other[kind].held_out, kept[kind].held_out) for kind in KINDS)
+    assert any(not torch.equal(other[kind].held_out, stored[kind].held_out) for kind in KINDS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 

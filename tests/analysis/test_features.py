@@ -19,10 +19,10 @@ def test_neighbours_equal_loops_in_any_chunks(monkeypatch):
     cosines = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
     for most in (1, 40, 10**6):
         monkeypatch.setattr("util.analysis.attention.MAX_SIMILARITIES", most)
-        found = nearest_neighbours(x, 4)
+        neighbours = nearest_neighbours(x, 4)
         for i in range(17):
             others = sorted((j for j in range(17) if j != i), key=lambda j: -cosines[i, j].item())
-            assert found[i].tolist() == others[:4]
+            assert neighbours[i].tolist() == others[:4]
 
 
 def test_the_plane_of_pca_is_that_of_an_svd():
@@ -61,11 +61,11 @@ def test_patch_colours_are_alike_where_tokens_are():
 def test_names_in_the_plane_do_not_lie_on_each_other(seed, count):
     rng = np.random.default_rng(seed)
     centres, widths = rng.random((count, 2)) * (0.6, 0.1), rng.uniform(0.05, 0.2, count)
-    found = spread_boxes(centres, widths, 0.04)
-    assert np.array_equal(found[:, 0], centres[:, 0])
+    positions = spread_boxes(centres, widths, 0.04)
+    assert np.array_equal(positions[:, 0], centres[:, 0])
     for i in range(count):
         for j in range(i):
-            across, up = np.abs(found[i] - found[j])
+            across, up = np.abs(positions[i] - positions[j])
             assert across >= (widths[i] + widths[j]) / 2 or up >= 0.04 - 1e-3
     far = np.array([[0.1, 0.1], [0.9, 0.1]])
     assert np.array_equal(spread_boxes(far, [0.2, 0.2], 0.04), far)

@@ -147,7 +147,7 @@ def test_opening_draws_nothing_from_the_global_generator():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("timm:resnet18", "no plain ViT"),
         ("timm:vit_small_patch16_18x2_224", "no plain ViT"),  # several attention layers in a block
@@ -155,8 +155,8 @@ def test_opening_draws_nothing_from_the_global_generator():
         ("nowhere.pth", "no such file"),
     ],
 )
-def test_what_is_no_vit_is_said_in_one_line(name, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_what_is_no_vit_is_said_in_one_line(name, message):
+    with pytest.raises(UserError, match=message) as error:
         opened(name)
     assert name in one_line(error)
 

@@ -139,8 +139,8 @@ def test_ridge_probe_is_its_normal_equations(digits, offset, scale):
     x, y = (train.double() - mean) / std, 2 * F.one_hot(train_labels).double() - 1
     penalty = RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean(0)))
-    found = ((test.double() - mean) / std @ weights + y.mean(0)).argmax(dim=1)
-    expected = 100 * (found == test_labels).double().mean().item()
+    predicted = ((test.double() - mean) / std @ weights + y.mean(0)).argmax(dim=1)
+    expected = 100 * (predicted == test_labels).double().mean().item()
     assert expected > 70
     given = (offset + scale * train, train_labels, offset + scale * test, test_labels)
     assert ridge_probe_accuracy(*given) == pytest.approx(expected, abs=0.6)  # a sample may lie on the border
@@ -164,8 +164,8 @@ def test_logistic_probe_chooses_the_penalty_on_held_out_training_samples_only():
     features[:, 0] += 3 * labels
     fitted = []
     with pytest.MonkeyPatch.context() as patch:
-        fit = probe._fit_probe
-        patch.setattr(probe, "_fit_probe", lambda x, y, c: fitted.append((len(x), c)) or fit(x, y, c))
+        fit_probe = probe._fit_probe
+        patch.setattr(probe, "_fit_probe", lambda x, y, c: fitted.append((len(x), c)) or fit_probe(x, y, c))
         logistic_probe_accuracy(features, labels, features, labels, seed=0)
     assert [n for n, _ in fitted] == [48] * 4 + [60]
     assert fitted[-1][1] in probe.PROBE_C_GRID
@@ -245,13 +245,13 @@ def test_a_sweep_chooses_without_the_test_samples():
     x = torch.randn(300, 8, generator=generator) + 2 * torch.nn.functional.one_hot(y, 8)
     shuffled = y[torch.randperm(300, generator=generator)]
     settings = dict(lrs=(1e4, 0.1), weight_decays=(0.0, 1e-3), epochs=5, batch_size=32, seed=0)
-    found = probe.linear_sweep(x[:200], y[:200], x[200:], y[200:], **settings)
-    assert found.accuracy > 80
-    assert found.lr == pytest.approx(0.1)
-    assert found.held_out.shape == (2, 2)
-    assert found.held_out.argmax().item() // 2 == 1
+    chosen = probe.linear_sweep(x[:200], y[:200], x[200:], y[200:], **settings)
+    assert chosen.accuracy > 80
+    assert chosen.lr == pytest.approx(0.1)
+    assert chosen.held_out.shape == (2, 2)
+    assert chosen.held_out.argmax().item() // 2 == 1
     blind = probe.linear_sweep(x[:200], y[:200], x[200:], shuffled[200:], **settings)
-    assert (blind.lr, blind.weight_decay) == (found.lr, found.weight_decay)
-    assert torch.equal(blind.held_out, found.held_out)
+    assert (blind.lr, blind.weight_decay) == (chosen.lr, chosen.weight_decay)
+    assert torch.equal(blind.held_out, chosen.held_out)
     with pytest.raises(UserError, match="single training image"):
         probe.linear_sweep(x[:4], torch.tensor([0, 0, 1, 2]), x[200:], y[200:], **settings)

@@ -107,11 +107,11 @@ def test_attentive_heads_stand_beside_a_random_encoder_s(tmp_path, pretrain, cla
     assert "linear on cls" in printed
     run_probe(checkpoint, *flags, "--token_memory", 0)  # encoded in each epoch
     run_probe(checkpoint, *flags, "--attentive_augment", "--attentive_queries", 2, "--no_attentive_projections")
-    kept, encoded, augmented = (line["metrics"] for line in read_results(folder))
+    stored, encoded, augmented = (line["metrics"] for line in read_results(folder))
     names = {f"{row}/{kind}" for row in ("random", "student", "momentum") for kind in KINDS}
-    assert names <= kept.keys()
-    assert kept == encoded
-    assert augmented.keys() == kept.keys()
+    assert names <= stored.keys()
+    assert stored == encoded
+    assert augmented.keys() == stored.keys()
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run_probe(checkpoint, *flags, "--attentive_queries", 5, "--no_attentive_projections")

@@ -47,11 +47,11 @@ def test_the_error_is_the_loss_of_training(run, target):
     vit = opened(run, target)
     images, noise = torch.randn(3, 1, 32, 32), torch.rand(3, 16)
     mask, prediction = reconstruct(vit.model, images, noise, 0.5)
-    found = hidden_error(vit.model, images, mask, prediction)
+    errors = hidden_error(vit.model, images, mask, prediction)
     vit.model.mask_ratio = 0.5
     for i in range(3):
         loss = vit.model(images[None, i : i + 1], noise[i : i + 1]).mim.item()
-        assert found[i] == pytest.approx(loss, rel=1e-4)
+        assert errors[i] == pytest.approx(loss, rel=1e-4)
 
 
 def save_simmim(path: Path, **changes) -> Path:
@@ -67,11 +67,11 @@ def test_simmim_reconstructs_too_by_its_own_loss_and_squares(tmp_path):
     images, noise = torch.randn(2, 1, 32, 32), torch.rand(2, 64)
     mask, prediction = reconstruct(vit.model, images, noise, 0.6)
     assert {int(square.sum()) for square in mask.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 4)} == {0, 4}
-    found = hidden_error(vit.model, images, mask, prediction)
+    errors = hidden_error(vit.model, images, mask, prediction)
     vit.model.mask_ratio = 0.6
     for i in range(2):
         loss = vit.model(images[None, i : i + 1], noise[i : i + 1]).mim.item()
-        assert found[i] == pytest.approx(loss, rel=1e-4)
+        assert errors[i] == pytest.approx(loss, rel=1e-4)
     digits = find_images((), "", "digits", "val", most=1, show=1, seed=0)
     figure = reconstruction_figure(vit, digits, reconstructions(vit, digits, (0.6,), (0,)), "title")
     assert "mean absolute error" in " ".join(figure.get_supxlabel().split())
@@ -85,19 +85,19 @@ def test_masks_follow_from_seed_and_ratio_and_the_model_keeps_its_own(run):
     vit = opened(run)
     images = find_images((), "", "digits", "val", most=2, show=2, seed=0)
     own = vit.model.mask_ratio
-    found = reconstructions(vit, images, (0.5, 0.75), (0, 1))
+    pictures = reconstructions(vit, images, (0.5, 0.75), (0, 1))
     assert vit.model.mask_ratio == own
-    assert [(e.image, e.mask_ratio, e.seed) for e in found] == [
+    assert [(e.image, e.mask_ratio, e.seed) for e in pictures] == [
         (i, ratio, seed) for i in (0, 1) for ratio in (0.5, 0.75) for seed in (0, 1)
     ]
     again = reconstructions(vit, images, (0.75,), (1,))
-    assert np.array_equal(again[1].cells, found[7].cells)
+    assert np.array_equal(again[1].cells, pictures[7].cells)
     noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(1))
     hidden = mask_from_noise(noise, 0.75).mask[1].reshape(4, 4).bool()
     for row in range(4):
         for column in range(4):
             patch = (slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
-            original, masked, _, pasted = (cell[patch] for cell in found[7].cells)
+            original, masked, _, pasted = (cell[patch] for cell in pictures[7].cells)
             if hidden[row, column]:
                 assert set(masked.ravel().tolist()) == {128}
             else:
@@ -107,13 +107,13 @@ def test_masks_follow_from_seed_and_ratio_and_the_model_keeps_its_own(run):
 
 def test_the_caption_says_whose_brightness_is_shown(run):
     images = find_images((), "", "digits", "val", most=1, show=1, seed=0)
-    for target, said in (
+    for target, caption in (
         ("normalised", "are therefore true, only its pattern is the model's"),
         ("pixels", "predicts pixels"),
     ):
         vit = opened(run, target)
         figure = reconstruction_figure(vit, images, reconstructions(vit, images, (0.75,), (0,)), "title")
-        assert said in " ".join(figure.get_supxlabel().split())
+        assert caption in " ".join(figure.get_supxlabel().split())
 
 
 @pytest.mark.parametrize("name", ["mae_full_tiny", "release_lut_tiny"])
@@ -157,11 +157,11 @@ def test_a_picture_of_image_files_and_the_errors_beside_it(run_visualize, run, t
     assert run_visualize(run, *flags) == (0, "")
     width, height = Image.open(output).size
     assert height > width  # four rows of four, with words
-    found = json.loads(output.with_suffix(".json").read_text())["reconstructions"]
-    assert [(e["image"], e["mask_ratio"], e["seed"]) for e in found] == [
+    entries = json.loads(output.with_suffix(".json").read_text())["reconstructions"]
+    assert [(e["image"], e["mask_ratio"], e["seed"]) for e in entries] == [
         (str(file), ratio, 3) for file in files for ratio in (0.5, 0.75)
     ]
-    assert all(e["error"] > 0 for e in found)
+    assert all(e["error"] > 0 for e in entries)
 
 
 def test_an_animation_has_a_frame_for_each_checkpoint(run_visualize, pretrain, tmp_path, class_folders):
@@ -175,8 +175,8 @@ def test_an_animation_has_a_frame_for_each_checkpoint(run_visualize, pretrain, t
             gif.seek(number)
             durations.append(gif.info["duration"])
     assert durations == [500, 500, 2500]
-    found = json.loads(output.with_suffix(".json").read_text())["reconstructions"]
-    assert [e["checkpoint"] for e in found] == [f"checkpoint-{n}.pth" for n in range(3)]
+    entries = json.loads(output.with_suffix(".json").read_text())["reconstructions"]
+    assert [e["checkpoint"] for e in entries] == [f"checkpoint-{n}.pth" for n in range(3)]
 
 
 def test_wrong_input_is_one_line(run_visualize, run, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_wrong_input_is_one_line(run_visualize, run, tmp_path, monkeypatch):
     (tmp_path / "fake.png").write_text("words")
     (tmp_path / "empty").mkdir()
     mae = DATA / "mae_full_tiny.pth"
-    for flags, said in (
+    for flags, message in (
         ((DATA / "mae_encoder_only_tiny.pth",), "holds no decoder"),
         ((run, "--image", "fake.png"), "--image fake.png: cannot be read"),
         ((run, "--mask_ratio", 0.99), "--mask_ratio 0.99: leaves 0 of 16 patches visible"),
@@ -201,4 +201,4 @@ def test_wrong_input_is_one_line(run_visualize, run, tmp_path, monkeypatch):
         status, error = run_visualize(*flags)
         assert status == 2, flags
         assert error.count("\n") == 1
-        assert said in error
+        assert message in error

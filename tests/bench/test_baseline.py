@@ -57,11 +57,11 @@ def test_both_train_alike_over_several_updates(form):
     assert values == pytest.approx(losses[f"{form} plain"], rel=1e-5)
     assert len({round(x, 5) for x in values}) == 4  # the learning rate is not zero
     if form != "mae":  # and the momentum encoder has followed alike
-        theirs = dict(plain.trainer.teacher.named_parameters())
+        teacher_weights = dict(plain.trainer.teacher.named_parameters())
         start = dict(Stepper(ours.variant).trainer.state.model_ema.named_parameters())
         for name, p in ours.trainer.state.model_ema.named_parameters():
-            torch.testing.assert_close(p, theirs[name], rtol=0, atol=1e-4)
-        moved = max((p - start[name]).abs().max().item() for name, p in theirs.items() if name in start)
+            torch.testing.assert_close(p, teacher_weights[name], rtol=0, atol=1e-4)
+        moved = max((p - start[name]).abs().max().item() for name, p in teacher_weights.items() if name in start)
         assert moved > 1e-3
 
 

@@ -19,9 +19,9 @@ def test_pauses_of_a_gpu_by_hand():
 
 
 def test_all_take_turns():
-    seen = []
-    results = in_turn({name: (lambda name=name: seen.append(name) or len(seen)) for name in "abc"}, 4, "turns")
-    assert "".join(seen) == "abcbcacababc"
+    order = []
+    results = in_turn({name: (lambda name=name: order.append(name) or len(order)) for name in "abc"}, 4, "turns")
+    assert "".join(order) == "abcbcacababc"
     assert results == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
 
 

@@ -119,8 +119,8 @@ def test_help_prints_every_flag_and_exits(capsys):
 @pytest.mark.parametrize("name", ALL_RECIPES)
 def test_every_recipe_says_what_it_takes_and_gives(name):
     header = "".join(line for line in ALL_RECIPES[name].splitlines(True) if line.startswith("#"))
-    said = set(re.findall(r"^# (\w+): +\S", header, re.M))
-    assert {"Command", "Hardware", "Hours", "Expected"} <= said
+    fields = set(re.findall(r"^# (\w+): +\S", header, re.M))
+    assert {"Command", "Hardware", "Hours", "Expected"} <= fields
     assert set(re.findall(r"--recipe (\w+)", header)) <= {name}
 
 
@@ -130,8 +130,8 @@ def test_every_recipe_is_taken_as_written_and_builds(name):
     assert set(changed(config)) <= {*written, "recipe"}
     for key, value in written.items():
         value = float(value) if re.fullmatch(r"[\d.]+e-\d+", str(value)) else value  # YAML 1.1 reads 1e-3 as text
-        found = as_dict(config)[key]
-        assert found == ([value] if isinstance(found, list) and not isinstance(value, list) else value), key
+        actual = as_dict(config)[key]
+        assert actual == ([value] if isinstance(actual, list) and not isinstance(value, list) else value), key
     with torch.device("meta"):
         student = config.student_type(**config.model_arguments)
         assert not config.has_momentum_encoder or MomentumEncoder(student).head
@@ -199,7 +199,7 @@ def test_recipes_of_ones_own(tmp_path, text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("bach_size: 4", "unknown key bach_size, did you mean batch_size?"),
         ("batch-size: 4", "unknown key batch-size, did you mean batch_size?"),
@@ -211,9 +211,9 @@ def test_recipes_of_ones_own(tmp_path, text, expected):
         ("[]", "must hold one `key: value` per line"),
     ],
 )
-def test_wrong_recipes_are_one_line(tmp_path, text, said):
+def test_wrong_recipes_are_one_line(tmp_path, text, message):
     path = recipe(tmp_path, text)
-    with pytest.raises(UserError, match=re.escape(f"--recipe {path}: {said}")) as error:
+    with pytest.raises(UserError, match=re.escape(f"--recipe {path}: {message}")) as error:
         parse("--recipe", path)
     one_line(error)
 
@@ -328,7 +328,7 @@ def test_a_bad_value_is_refused_by_flag_and_value(flag, value):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (dict(alpha=0.0, w_mim=0.0), "--w_mim 0.0: nothing to learn"),
         (dict(model_ema=False), "--no_model_ema: add --alpha 0"),
@@ -344,8 +344,8 @@ def test_a_bad_value_is_refused_by_flag_and_value(flag, value):
         (dict(batch_size=1), "--batch_size 1: BatchNorm of the heads needs two images, over all processes, or --head"),
     ],
 )
-def test_settings_that_do_not_go_together(settings, said):
-    with pytest.raises(UserError, match=re.escape(said)) as error:
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         PretrainConfig(**settings)
     one_line(error)
 

@@ -84,15 +84,15 @@ def test_published_flags_are_taken(name, launcher, monkeypatch):
     source, _, command = name.partition(" ")
     kind, flags = (MAE if source == "MAE" else RELEASE)[command]
     config = parse_config(kind, [*launcher.split(), *flags.split()], "main.py")
-    words = flags.split()
-    assert str(config.model) == words[words.index("--model") + 1]
-    assert config.batch_size == int(words[words.index("--batch_size") + 1])
-    if "--epochs" in words:
-        assert config.epochs == int(words[words.index("--epochs") + 1])
+    arguments = flags.split()
+    assert str(config.model) == arguments[arguments.index("--model") + 1]
+    assert config.batch_size == int(arguments[arguments.index("--batch_size") + 1])
+    if "--epochs" in arguments:
+        assert config.epochs == int(arguments[arguments.index("--epochs") + 1])
 
 
 @pytest.mark.parametrize(
-    ("flag", "kind", "said"),
+    ("flag", "kind", "message"),
     [
         ("--use_volta32", PretrainConfig, "--use_volta32: give --constraint to scripts/submit.py"),
         ("--use_volta32", FinetuneConfig, "--use_volta32: give --constraint to scripts/submit.py"),
@@ -103,10 +103,10 @@ def test_published_flags_are_taken(name, launcher, monkeypatch):
         ("--dist_url env://", PretrainConfig, "--dist_url: torchrun does this"),
     ],
 )
-def test_flags_that_are_replaced_name_what_replaces_them(flag, kind, said):
+def test_flags_that_are_replaced_name_what_replaces_them(flag, kind, message):
     with pytest.raises(UserError) as error:
         parse_config(kind, flag.split(), "main.py")
-    assert one_line(error).startswith(said)
+    assert one_line(error).startswith(message)
 
 
 def test_submit_names_what_replaces_volta32():

@@ -35,7 +35,7 @@ def test_a_resumed_run_may_be_cut_and_spelt_in_another_way():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (dict(batch_size=32), "effective batch is 32 here but 64"),
         (dict(blr=1e-3), "peak lr is 0.00025 here but 3.75e-05"),
@@ -48,8 +48,8 @@ def test_a_resumed_run_may_be_cut_and_spelt_in_another_way():
         (dict(amp="fp32"), "amp is fp32 here but auto"),
     ],
 )
-def test_another_run_is_refused_with_both_values(settings, said):
-    with pytest.raises(UserError, match=re.escape(f"--resume: {said} in the checkpoint")) as error:
+def test_another_run_is_refused_with_both_values(settings, message):
+    with pytest.raises(UserError, match=re.escape(f"--resume: {message} in the checkpoint")) as error:
         resume(PretrainConfig(data_path="a"), 9, PretrainConfig(**dict(data_path="a") | settings), 9)
     one_line(error)
 

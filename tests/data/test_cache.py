@@ -35,24 +35,24 @@ def curve(log: list[dict]) -> list[list[float]]:
 @pytest.mark.parametrize("flags", ["", "--crop rrc", "--num_workers 2", "--in_chans 1 --input_size 32 48"])
 def test_a_run_from_memory_is_the_run_from_files(pretrain, flat_folder, tmp_path, flags):
     expected = pretrain("--data_path", flat_folder, flags, output=tmp_path / "files")
-    found = pretrain("--data_path", flat_folder, flags, "--cache ram", output=tmp_path / "memory")
-    assert curve(found) == curve(expected)
+    cached = pretrain("--data_path", flat_folder, flags, "--cache ram", output=tmp_path / "memory")
+    assert curve(cached) == curve(expected)
 
 
 @pytest.mark.parametrize("flags", ["", "--num_workers 2", "--shared_crop", "--input_size 32 48", "--in_chans 1"])
 def test_a_run_from_the_device_is_the_run_from_files(pretrain, flat_folder, tmp_path, flags):
     shared = ("--data_path", flat_folder, "--augment_on device", flags)
     expected = pretrain(*shared, output=tmp_path / "files")
-    found = pretrain(*shared, "--cache device", output=tmp_path / "device")
-    assert curve(found) == curve(expected)
+    cached = pretrain(*shared, "--cache device", output=tmp_path / "device")
+    assert curve(cached) == curve(expected)
 
 
 def test_resized_crops_cut_on_the_device_make_little_difference(pretrain, flat_folder, tmp_path):
     shared = ("--data_path", flat_folder, "--augment_on device --crop rrc")
     expected = pretrain(*shared, output=tmp_path / "files")
-    found = pretrain(*shared, "--cache device", output=tmp_path / "device")
+    cached = pretrain(*shared, "--cache device", output=tmp_path / "device")
     for name in ("mim", "bc"):  # rounding alone
-        assert found[0][name] == pytest.approx(expected[0][name], abs=2e-3)
+        assert cached[0][name] == pytest.approx(expected[0][name], abs=2e-3)
 
 
 def test_where_colours_are_changed_makes_little_difference(pretrain, flat_folder, tmp_path):
@@ -99,9 +99,9 @@ def test_bad_images_are_found_when_the_cache_is_filled(pretrain, flat_folder, tm
     shared = ("--data_path", flat_folder, "--on_bad_image skip --augment_on device")
     expected = pretrain(*shared, output=tmp_path / "files")
     for kind in ("ram", "device"):
-        found = pretrain(*shared, f"--cache {kind}", output=tmp_path / kind)
-        assert curve(found) == curve(expected)
-        assert found[-1]["bad_images"] == expected[-1]["bad_images"] > 0
+        cached = pretrain(*shared, f"--cache {kind}", output=tmp_path / kind)
+        assert curve(cached) == curve(expected)
+        assert cached[-1]["bad_images"] == expected[-1]["bad_images"] > 0
 
 
 def test_what_is_read_is_what_was_decoded(tmp_path):
@@ -138,8 +138,8 @@ def test_too_little_memory_is_said_before_it_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_ESTIMATE_AFTER", (32,))
     monkeypatch.setattr(cache, "available_memory", lambda: 1000)
     before = set(cache._SHARED_MEMORY.glob("lut-cache-*"))
-    said = "--cache: the decoded images take 0.0 GiB, 0.0 GiB are free; use --cache none"
-    with pytest.raises(UserError, match=said):
+    message = "--cache: the decoded images take 0.0 GiB, 0.0 GiB are free; use --cache none"
+    with pytest.raises(UserError, match=message):
         cache_images(open_images(str(tmp_path / "images"), "", "train"), 3, 0, 60, skip_bad=False)
     assert set(cache._SHARED_MEMORY.glob("lut-cache-*")) == before
 
@@ -170,22 +170,22 @@ def test_nothing_is_left_behind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     {
         "--cache device": "--augment_on worker: must be device with --cache device",
     }.items(),
 )
-def test_settings_that_do_not_fit(pretrain, flat_folder, capsys, flags, said):
+def test_settings_that_do_not_fit(pretrain, flat_folder, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         pretrain("--data_path", flat_folder, flags)
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_classifiers_from_memory(finetune, class_folders, tmp_path, capsys):
     expected = finetune("--data_path", class_folders, output=tmp_path / "files")
-    found = finetune("--data_path", class_folders, "--cache ram", output=tmp_path / "memory")
-    assert [line["loss"] for line in found if "loss" in line] == [line["loss"] for line in expected if "loss" in line]
+    cached = finetune("--data_path", class_folders, "--cache ram", output=tmp_path / "memory")
+    assert [line["loss"] for line in cached if "loss" in line] == [line["loss"] for line in expected if "loss" in line]
     with pytest.raises(SystemExit):
         finetune("--data_path", class_folders, "--cache device")
     assert "--cache device: is for pre-training, use ram" in capsys.readouterr().err

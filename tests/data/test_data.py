@@ -150,7 +150,7 @@ def test_an_update_holds_the_same_samples_for_any_ranks_and_parts(num_samples, e
         samples = [index for update in together for _, index in update]
         assert len(samples) == len(set(samples)) == number * effective_batch
         assert set(samples) <= set(range(num_samples))
-        assert {seen for update in together for seen, _ in update} <= {epoch}
+        assert {sample_epoch for update in together for sample_epoch, _ in update} <= {epoch}
 
 
 @quick
@@ -165,11 +165,11 @@ def test_an_update_holds_the_same_samples_for_any_ranks_and_parts(num_samples, e
 def test_a_resumed_epoch_is_the_tail_of_the_whole(num_samples, batch_size, accum_iter, world_size, epoch, place):
     for rank in range(world_size):
         order = BatchOrder(num_samples, batch_size, accum_iter, rank, world_size, seed=3, epoch=epoch)
-        whole = updates(order)
+        all_updates = updates(order)
         order.start_update = start = round(place * order.updates_per_epoch)
-        assert updates(order) == whole[start:]
+        assert updates(order) == all_updates[start:]
         order.start_update = 0
-        assert updates(order) == whole
+        assert updates(order) == all_updates
 
 
 def test_epochs_and_seeds_have_their_own_orders_and_leave_out_other_samples():
@@ -193,12 +193,12 @@ def run_epochs(dataset, num_workers, epochs=(0, 1), start=0, **order):
     """All batches of some epochs through one loader."""
     order = BatchOrder(len(dataset.source), 4, 1, 0, 1, 0)
     loader = training_loader(dataset, order, num_workers, pin_memory=False, timeout=60)
-    found = []
+    batches = []
     for epoch in epochs:
         order.epoch, order.start_update = epoch, start
-        found.append(list(loader))
+        batches.append(list(loader))
         start = 0
-    return found
+    return batches
 
 
 def equal(one, other):
@@ -334,9 +334,9 @@ def test_normalise_is_of_pixels_in_0_to_1():
     pixels = torch.randint(256, (2, 2, 3, 4, 5), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = (pixels.numpy() / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    found = Normalise(mean, std, torch.device("cpu"))(pixels)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    normalised = Normalise(mean, std, torch.device("cpu"))(pixels)
+    assert normalised.dtype == torch.float32
+    np.testing.assert_allclose(normalised, expected, atol=2e-6)
 
 
 def run_stream(num_workers, epochs=(0, 1), rank=0, skip_bad=False, bad=(), parts=12, start=0):
@@ -345,11 +345,11 @@ def run_stream(num_workers, epochs=(0, 1), rank=0, skip_bad=False, bad=(), parts
         Numbers(bad, parts), TwoViews(SIZE), PATCHES, 3, 0, rank, skip_bad, batch_size=4, start_batch=start
     )
     loader = training_loader(stream, BatchOrder(12, 4, 1, 0, 1, 0), num_workers, False, 60)
-    found = []
+    batches = []
     for epoch in epochs:
         stream.epoch = epoch
-        found.append(list(itertools.islice(loader, 3 - start)))
-    return found
+        batches.append(list(itertools.islice(loader, 3 - start)))
+    return batches
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -368,10 +368,10 @@ def test_stream_gives_batches_that_differ_between_epochs_and_repeat(num_workers)
 
 
 def test_stream_is_told_the_epoch(monkeypatch):
-    told = []
-    monkeypatch.setattr(Numbers, "set_epoch", lambda self, epoch: told.append(epoch))
+    epochs_set = []
+    monkeypatch.setattr(Numbers, "set_epoch", lambda self, epoch: epochs_set.append(epoch))
     next(iter(PretrainStream(Numbers(), TwoViews(SIZE), PATCHES, 3, 0, 0, epoch=7)))
-    assert told == [7]
+    assert epochs_set == [7]
 
 
 def test_stream_of_another_rank_has_other_randomness():
@@ -401,9 +401,9 @@ def test_bad_image_in_a_stream():
 @pytest.mark.parametrize("start", [1, 2])
 @pytest.mark.parametrize("bad", [set(), {1, 5}])
 def test_stream_entered_in_mid_epoch_goes_on_with_what_it_has_not_had(num_workers, start, bad):
-    whole = run_stream(num_workers, skip_bad=bool(bad), bad=bad)
+    full_epoch = run_stream(num_workers, skip_bad=bool(bad), bad=bad)
     resumed = run_stream(num_workers, skip_bad=bool(bad), bad=bad, start=start)
-    for all_batches, tail in zip(whole, resumed, strict=True):
+    for all_batches, tail in zip(full_epoch, resumed, strict=True):
         assert equal(tail, all_batches[start:])
 
 
@@ -429,9 +429,9 @@ def test_a_stream_s_reader_draws_the_same_order_after_a_resume(num_workers):
             stream.start_batch = start
             yield list(itertools.islice(loader, 3 - start))
 
-    _, whole = epochs([0, 1], start=0, noise=6)
+    _, full_epoch = epochs([0, 1], start=0, noise=6)
     (resumed,) = epochs([1], start=1, noise=5)
-    assert equal(resumed, whole[1:])
+    assert equal(resumed, full_epoch[1:])
 
 
 def test_what_a_stream_leaves_out_is_counted(capsys, tmp_path):
@@ -459,5 +459,5 @@ def test_names_that_no_encoding_knows_are_printed_with_escapes():
     code = "from util.runtime.errors import run_main; run_main('x', lambda: print('a\\udcff'))"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     root = ROOT
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=root, check=True)
-    assert found.stdout == b"a\\udcff\n"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=root, check=True)
+    assert process.stdout == b"a\\udcff\n"

@@ -99,23 +99,23 @@ def by_pillow(raw, in_chans):
 @pytest.mark.parametrize("name", FORMATS)
 def test_decode_equals_pillow(name, in_chans):
     raw = FORMATS[name]
-    found, expected = decode(raw, in_chans), by_pillow(raw, in_chans)
-    assert found.dtype == torch.uint8
-    assert found.shape == expected.shape
+    decoded, expected = decode(raw, in_chans), by_pillow(raw, in_chans)
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == expected.shape
     tolerance = 3 if "JPEG" in name or name == "MPO" else 0  # two libraries, each with its own rounding
-    assert np.abs(found.numpy().astype(int) - expected).max() <= tolerance
+    assert np.abs(decoded.numpy().astype(int) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
 def test_grey_of_16_bits_is_scaled(image_format, in_chans):
     values = (np.arange(30 * 40, dtype=np.uint16) * 54).reshape(30, 40)
-    found = decode(encode(Image.fromarray(values), image_format), in_chans)
-    assert found.shape == (in_chans, 30, 40)
-    for channel in found[: min(in_chans, 3)]:
+    decoded = decode(encode(Image.fromarray(values), image_format), in_chans)
+    assert decoded.shape == (in_chans, 30, 40)
+    for channel in decoded[: min(in_chans, 3)]:
         np.testing.assert_array_equal(channel, values // 256)
     if in_chans == 4:
-        assert (found[3] == 255).all()
+        assert (decoded[3] == 255).all()
 
 
 def test_transparency_is_left_out_or_kept():
@@ -132,9 +132,9 @@ def test_exif_orientation_is_not_applied_as_in_mae(image_format):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
     raw = encode(colours(30, 45), image_format, exif=exif)
-    found = decode(raw, 3)
-    assert found.shape == (3, 30, 45)
-    assert torch.equal(found, decode(encode(colours(30, 45), image_format), 3))
+    decoded = decode(raw, 3)
+    assert decoded.shape == (3, 30, 45)
+    assert torch.equal(decoded, decode(encode(colours(30, 45), image_format), 3))
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
@@ -158,11 +158,11 @@ def decode_or_reason(raw, in_chans=3):
         return str(error)
 
 
-def is_bad(raw, whole):
+def is_bad(raw, intact):
     """Whether `raw` is refused; if it is not, it has to give the pixels of `whole`."""
-    found = decode_or_reason(raw)
-    assert found if isinstance(found, str) else torch.equal(found, whole)
-    return isinstance(found, str)
+    decoded = decode_or_reason(raw)
+    assert decoded if isinstance(decoded, str) else torch.equal(decoded, intact)
+    return isinstance(decoded, str)
 
 
 CUT = ("JPEG", "progressive JPEG", "CMYK JPEG", "PNG", "palette PNG", "GIF", "BMP", "TIFF", "LZW TIFF", "WebP", "PPM")
@@ -171,9 +171,9 @@ CUT = ("JPEG", "progressive JPEG", "CMYK JPEG", "PNG", "palette PNG", "GIF", "BM
 @pytest.mark.parametrize("name", CUT)
 def test_truncated_files_are_bad_wherever_they_were_cut(name):
     raw = FORMATS[name]
-    whole = decode(raw, 3)
+    intact = decode(raw, 3)
     lengths = [0, 1, 2, *np.linspace(3, len(raw) - 1, 50).astype(int).tolist()]
-    bad = sum(is_bad(raw[:length], whole) for length in lengths)
+    bad = sum(is_bad(raw[:length], intact) for length in lengths)
     assert bad >= len(lengths) - 2  # the last bytes of a PNG hold no pixels
     assert all(isinstance(decode_or_reason(raw[: 3 * len(raw) // 4], in_chans), str) for in_chans in (1, 4))
 
@@ -204,12 +204,12 @@ def test_floats_are_refused_and_not_cut_to_black(in_chans):
 @pytest.mark.parametrize("name", ["PNG", "palette PNG", "16-bit RGB PNG"])
 def test_corrupt_png_is_bad(name):
     raw, rng = FORMATS[name], np.random.default_rng(0)
-    whole = decode(raw, 3)
+    intact = decode(raw, 3)
     for _ in range(100):
         corrupt = bytearray(raw)
         for place in rng.integers(len(raw), size=rng.integers(1, 4)):
             corrupt[place] ^= 1 << rng.integers(8)
-        is_bad(bytes(corrupt), whole)
+        is_bad(bytes(corrupt), intact)
 
 
 @quick
@@ -221,8 +221,8 @@ def test_corrupt_files_give_an_image_or_are_bad(name, changes):
     corrupt = bytearray(FORMATS[name])
     for place, value in changes:
         corrupt[place % min(len(corrupt), 600)] = value
-    found = decode_or_reason(bytes(corrupt))
-    assert found if isinstance(found, str) else (found.dtype == torch.uint8 and found.shape[0] == 3)
+    decoded = decode_or_reason(bytes(corrupt))
+    assert decoded if isinstance(decoded, str) else (decoded.dtype == torch.uint8 and decoded.shape[0] == 3)
 
 
 @quick

@@ -39,10 +39,10 @@ def draws(number: int, seed: int = 0) -> list[Photometry]:
 def test_photometry_of_a_batch_is_that_of_each_image(channels):
     images, photometry = pictures(96, channels), draws(96)
     assert {p.branch for p in photometry} == {"grey", "solarise", "blur"}
-    found = apply_photometry_rows(images, torch.tensor([photometry_row(p) for p in photometry]))
+    actual = apply_photometry_rows(images, torch.tensor([photometry_row(p) for p in photometry]))
     expected = torch.stack([apply_photometry(x, p) for x, p in zip(images, photometry, strict=True)])
-    assert found.dtype == torch.uint8
-    difference = (found.int() - expected.int()).abs()
+    assert actual.dtype == torch.uint8
+    difference = (actual.int() - expected.int()).abs()
     solarised = torch.tensor([p.branch == "solarise" for p in photometry])  # there 127 and 128 are far apart
     assert difference[~solarised].max() <= 3  # a rounding of one step may move the next one's
     assert (difference > 1).float().mean() < 0.001
@@ -53,9 +53,9 @@ def test_photometry_of_a_batch_is_that_of_each_image(channels):
 def test_each_branch_alone_is_within_one_grey_level(branch):
     images = pictures(8)
     photometry = [Photometry(None, branch, radius) for radius in np.linspace(0.1, 2.0, 8)]
-    found = apply_photometry_rows(images, torch.tensor([photometry_row(p) for p in photometry]))
+    actual = apply_photometry_rows(images, torch.tensor([photometry_row(p) for p in photometry]))
     expected = torch.stack([apply_photometry(x, p) for x, p in zip(images, photometry, strict=True)])
-    assert (found.int() - expected.int()).abs().max() <= 1
+    assert (actual.int() - expected.int()).abs().max() <= 1
 
 
 def test_the_images_given_stay_as_they_are():
@@ -68,12 +68,12 @@ def test_the_images_given_stay_as_they_are():
 def test_statistics_of_the_branches_are_those_of_the_worker():
     """Mean and deviation over many draws, by branch: what a network sees is the same."""
     images, photometry = pictures(300, side=16), draws(300, seed=1)
-    found = apply_photometry_rows(images, torch.tensor([photometry_row(p) for p in photometry])).float()
+    actual = apply_photometry_rows(images, torch.tensor([photometry_row(p) for p in photometry])).float()
     expected = torch.stack([apply_photometry(x, p) for x, p in zip(images, photometry, strict=True)]).float()
     for branch in ("grey", "solarise", "blur"):
         chosen = torch.tensor([p.branch == branch for p in photometry])
-        assert found[chosen].mean().item() == pytest.approx(expected[chosen].mean().item(), abs=0.1)
-        assert found[chosen].std().item() == pytest.approx(expected[chosen].std().item(), abs=0.1)
+        assert actual[chosen].mean().item() == pytest.approx(expected[chosen].mean().item(), abs=0.1)
+        assert actual[chosen].std().item() == pytest.approx(expected[chosen].std().item(), abs=0.1)
 
 
 def test_blur_on_small_images_stays_inside():
@@ -90,7 +90,7 @@ def stored(images: list[torch.Tensor]) -> StoredImages:
 
 def windows(make: TwoViews, sides: list[tuple[int, int]], channels: int, seed: int):
     """Images, the crops drawn for them, and their views by the loader's way."""
-    images = [make.fit(pil_to_tensor(colours(h, w, seed + i))[:channels]) for i, (h, w) in enumerate(sides)]
+    images = [make.shrink(pil_to_tensor(colours(h, w, seed + i))[:channels]) for i, (h, w) in enumerate(sides)]
     rngs = [np.random.default_rng([seed, i]) for i in range(len(images))]
     plans = [make.draw(tuple(x.shape[-2:]), rng) for x, rng in zip(images, rngs, strict=True)]
     views = torch.stack([make.cut(x, plan) for x, plan in zip(images, plans, strict=True)])

@@ -56,9 +56,9 @@ def test_grey_tiff_of_all_depths_and_byte_orders(bits, order, white_is_zero):
     numbers = (VALUES >> (16 - bits)).astype(np.uint16)
     stored = 2**bits - 1 - numbers if white_is_zero else numbers
     rows = stored.astype(f"{order}u2").tobytes() if bits == 16 else packed(stored, bits)
-    found = decode(tiff(rows, bits, order, white_is_zero), 1)[0].numpy()
+    decoded = decode(tiff(rows, bits, order, white_is_zero), 1)[0].numpy()
     expected = numbers >> (bits - 8) if bits >= 8 else numbers * (255 // (2**bits - 1))
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(decoded, expected)
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "i1"), (16, "i2"), (32, "i4")])
@@ -108,8 +108,8 @@ def test_png_with_long_texts_or_profiles_is_read(kind):
         b"iCCP": b"key\0\0" + zlib.compress(text),
     }[kind]
     raw = encode(colours())
-    found = decode(raw[:33] + chunk(kind, content) + raw[33:], 3)  # after IHDR
-    assert torch.equal(found, decode(raw, 3))
+    decoded = decode(raw[:33] + chunk(kind, content) + raw[33:], 3)  # after IHDR
+    assert torch.equal(decoded, decode(raw, 3))
 
 
 def test_deep_images_count_twice_against_the_most_pixels():
@@ -171,10 +171,10 @@ def test_exif_is_ignored_or_applied(image_format, orientation):
     assert torch.equal(decode(raw, 3), stored)
     picture.getexif()[0x0112] = orientation
     expected = torch.from_numpy(np.asarray(ImageOps.exif_transpose(picture)).copy()).permute(2, 0, 1)
-    found = decode(raw, 3, "apply")
-    assert found.shape == expected.shape
-    assert (found.int() - expected.int()).abs().max() <= (6 if image_format == "JPEG" else 0)
-    assert torch.equal(found, upright(stored, orientation))
+    decoded = decode(raw, 3, "apply")
+    assert decoded.shape == expected.shape
+    assert (decoded.int() - expected.int()).abs().max() <= (6 if image_format == "JPEG" else 0)
+    assert torch.equal(decoded, upright(stored, orientation))
 
 
 def test_exif_of_a_png_may_lie_behind_its_pixels():
@@ -212,8 +212,8 @@ def test_masks_of_upright_images_fit_with_apply(scenes, orientation):
     turn_images(scenes / "images" / "val", orientation)
     applied = open_masked(config_of("--data_path", scenes, "--exif", "apply")).val
     for index, (image, mask) in enumerate(before):
-        for found, expected in zip(load_pair(applied, index, 3, False, exif="apply"), (image, mask), strict=False):
-            assert torch.equal(found, expected)
+        for actual, expected in zip(load_pair(applied, index, 3, False, exif="apply"), (image, mask), strict=False):
+            assert torch.equal(actual, expected)
     pixels, _ = WholeImages(applied, [0], (24, 32), 3, "apply")[0]
     assert torch.equal(pixels, WholeImages(applied, [0], (24, 32), 3, "apply")[0][0])
     if orientation == 6:
@@ -221,8 +221,8 @@ def test_masks_of_upright_images_fit_with_apply(scenes, orientation):
             load_pair(applied, 0, 3, False)
 
 
-@pytest.mark.parametrize(("exif", "told"), [("ignore", "read as stored"), ("apply", "turned upright")])
-def test_a_segmentation_counts_oriented_images_before_it_begins(scenes, capsys, exif, told):
+@pytest.mark.parametrize(("exif", "message"), [("ignore", "read as stored"), ("apply", "turned upright")])
+def test_a_segmentation_counts_oriented_images_before_it_begins(scenes, capsys, exif, message):
     from util.runtime.distributed import start_processes
     from util.train.segmentation import open_checked
 
@@ -231,7 +231,7 @@ def test_a_segmentation_counts_oriented_images_before_it_begins(scenes, capsys, 
     open_checked(config, start_processes("cpu", "auto"))
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert "training: 10 of 10 images have an EXIF orientation: they " in line
-    assert told in line
+    assert message in line
 
 
 def test_a_tiff_mask_is_read_as_it_is_stored(tmp_path):

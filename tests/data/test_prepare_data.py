@@ -48,8 +48,8 @@ def smooth(seed, size=(100, 70)):
 
 def test_class_folders_keep_order_labels_and_classes(prepare, class_folders, tmp_path):
     out = tmp_path / "out"
-    said = prepare("--data_path", class_folders, "--output_dir", out, "--shard_mb", "0.01")
-    assert f"to train on it: --data_path {out}" in said
+    output = prepare("--data_path", class_folders, "--output_dir", out, "--shard_mb", "0.01")
+    assert f"to train on it: --data_path {out}" in output
     assert len(list((out / "train").glob("*.tar"))) > 3
     for split in ("train", "val"):
         before, after = (open_images(str(root), "", split) for root in (class_folders, out))
@@ -129,15 +129,15 @@ def test_png_is_training_s_own_resize_without_loss(prepare, tmp_path, in_chans):
 
 def test_small_images_are_not_enlarged_and_jpegs_keep_their_bytes(prepare, tmp_path):
     (tmp_path / "in").mkdir()
-    kept = {"a.jpeg": encode(colours(24, 30), "JPEG"), "b.JPG": encode(colours(9, 200).convert("L"), "JPEG")}
-    for name, content in kept.items():
+    encoded = {"a.jpeg": encode(colours(24, 30), "JPEG"), "b.JPG": encode(colours(9, 200).convert("L"), "JPEG")}
+    for name, content in encoded.items():
         (tmp_path / "in" / name).write_bytes(content)
     (tmp_path / "in/c.png").write_bytes(encode(colours(20, 10)))
     prepare("--data_path", tmp_path / "in", "--output_dir", tmp_path / "jpeg")
     prepare("--data_path", tmp_path / "in", "--output_dir", tmp_path / "png", "--image_format", "png")
     for name, extension in (("jpeg", "jpg"), ("png", "png")):
         source = open_images(str(tmp_path / name), "", "train")
-        assert [source.read(i) for i in (0, 1)] == list(kept.values())
+        assert [source.read(i) for i in (0, 1)] == list(encoded.values())
         assert [Path(source.name(i)).suffix for i in range(3)] == [".jpg", ".jpg", f".{extension}"]
         assert decode(source.read(2), 3).shape == (3, 20, 10)
     assert source.read(2) == (tmp_path / "in/c.png").read_bytes()
@@ -147,21 +147,21 @@ def test_webdataset(prepare, class_folders, tmp_path):
     out = tmp_path / "out"
     (class_folders / "train/cat/image-000.png").rename(class_folders / "train/cat/v1.2.png")
     prepare("--data_path", class_folders, "--output_dir", out, "--format", "webdataset", "--shard_mb", "0.02")
-    info = json.loads((out / "_info.json").read_text())["splits"]
+    splits = json.loads((out / "_info.json").read_text())["splits"]
     for split, name in (("train", "train"), ("val", "validation")):
-        found = []
-        for shard, length in zip(info[name]["filenames"], info[name]["shard_lengths"], strict=True):
+        samples = []
+        for shard, length in zip(splits[name]["filenames"], splits[name]["shard_lengths"], strict=True):
             with tarfile.open(out / shard) as tar:
                 files = [(member.name, tar.extractfile(member).read()) for member in tar]
             assert len(files) == 2 * length
             for (image, content), (label, number) in zip(files[::2], files[1::2], strict=True):
                 assert image.split(".", 1) == [label.removesuffix(".cls"), "jpg"]
                 assert Image.open(io.BytesIO(content)).size == (24, 26)
-                found.append((image.removesuffix(".jpg"), int(number)))
+                samples.append((image.removesuffix(".jpg"), int(number)))
         source = open_images(str(class_folders), "", split)
-        assert sorted(found) == sorted((name.replace(".", "_"), label) for name, label in contents(source))
-        assert info[name]["num_samples"] == len(found) == len(source)
-        assert contents(open_images(str(out), "", split)) == sorted(found)
+        assert sorted(samples) == sorted((name.replace(".", "_"), label) for name, label in contents(source))
+        assert splits[name]["num_samples"] == len(samples) == len(source)
+        assert contents(open_images(str(out), "", split)) == sorted(samples)
 
 
 def test_timm_reads_the_webdataset(prepare, class_folders, tmp_path):
@@ -228,8 +228,8 @@ def test_label_numbers_survive_whatever_the_classes_are_called(prepare, monkeypa
     monkeypatch.setattr(timm.data, "create_dataset", lambda *_, split, **__: readers[split])
     prepare("--dataset", "hfds/user/name", "--output_dir", tmp_path / "out", "--image_format", "png")
     source = open_images(str(tmp_path / "out"), "", "train")
-    found = {int(decode(source.read(i), 3).max()): source.labels[i] for i in range(5)}
-    assert found == dict(enumerate(labels))
+    label_of = {int(decode(source.read(i), 3).max()): source.labels[i] for i in range(5)}
+    assert label_of == dict(enumerate(labels))
     assert source.class_names == classes
     val = open_images(str(tmp_path / "out"), "", "val")  # without labels
     assert (len(val), val.class_names) == (2, [""])
@@ -363,8 +363,8 @@ def test_orientation_is_passed_on_or_applied(prepare, tmp_path, size):
 @pytest.fixture
 def with_bad_images(class_folders):
     """`class_folders` with two unreadable images."""
-    whole = (class_folders / "train/cat/image-003.png").read_bytes()
-    (class_folders / "train/cat/image-003.png").write_bytes(whole[:-40])
+    intact = (class_folders / "train/cat/image-003.png").read_bytes()
+    (class_folders / "train/cat/image-003.png").write_bytes(intact[:-40])
     (class_folders / "val/dog/image-007.png").write_bytes(b"")
     return class_folders
 
@@ -375,9 +375,9 @@ def test_a_bad_image_stops_or_is_left_out_and_listed(prepare, with_bad_images, t
     assert code == 2
     assert f"{with_bad_images}/train/cat/image-003.png: cannot be read (" in message
     assert "add --on_bad_image skip" in message
-    said = prepare(*flags, tmp_path / "out", "--on_bad_image", "skip")
-    assert "31 images" in said
-    assert f"1 bad ones left out, see {tmp_path}/out/bad_images.txt" in said
+    output = prepare(*flags, tmp_path / "out", "--on_bad_image", "skip")
+    assert "31 images" in output
+    assert f"1 bad ones left out, see {tmp_path}/out/bad_images.txt" in output
     lines = [line.split("\t") for line in (tmp_path / "out/bad_images.txt").read_text().splitlines()]
     assert [Path(name).name for name, _ in lines] == ["image-003.png", "image-007.png"]
     assert lines[1][1] == "the file is empty"
@@ -420,8 +420,8 @@ def test_check_names_all_and_writes_nothing(prepare, with_bad_images, tmp_path):
         flags = ("--check", "--data_path", with_bad_images, "--num_workers", workers)
         code, out, message = prepare(*flags, fails=True)
         assert (code, "2 bad" in message) == (1, True)
-        found = [line.split("\t")[0] for line in out.splitlines() if "\t" in line]
-        assert found == [f"{with_bad_images}/train/cat/image-003.png", f"{with_bad_images}/val/dog/image-007.png"]
+        named = [line.split("\t")[0] for line in out.splitlines() if "\t" in line]
+        assert named == [f"{with_bad_images}/train/cat/image-003.png", f"{with_bad_images}/val/dog/image-007.png"]
     assert tree(tmp_path) == before
 
 
@@ -477,8 +477,8 @@ def test_places_where_nothing_is_written(prepare, class_folders, tmp_path):
 )
 def test_wrong_flags_are_one_line(prepare, monkeypatch, tmp_path, flags, message):
     monkeypatch.chdir(tmp_path)
-    code, _, said = prepare(*flags.split(), fails=True)
-    assert (code, message in said) == (2, True), said
+    code, _, error = prepare(*flags.split(), fails=True)
+    assert (code, message in error) == (2, True), error
     assert not list(tmp_path.iterdir())
 
 
@@ -504,7 +504,7 @@ def test_progress(monkeypatch, capsys, terminal):
         progress.shown -= 31
         progress.advance(20)
         progress.advance(1)  # too soon for another
-    said = capsys.readouterr().err
-    assert said.count("train: 60/100 images, 2 images/s, left 0:00:20") == 1
-    assert said == ("\rtrain: 60/100 images, 2 images/s, left 0:00:20\x1b[K\r\x1b[K" if terminal else said)
-    assert said.endswith("\n") != terminal
+    log = capsys.readouterr().err
+    assert log.count("train: 60/100 images, 2 images/s, left 0:00:20") == 1
+    assert log == ("\rtrain: 60/100 images, 2 images/s, left 0:00:20\x1b[K\r\x1b[K" if terminal else log)
+    assert log.endswith("\n") != terminal

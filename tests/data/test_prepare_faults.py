@@ -99,7 +99,7 @@ def test_the_bytes_do_not_depend_on_processes_and_nothing_is_made_twice(prepare,
 def test_a_damaged_shard_is_made_again(prepare, class_folders, tmp_path, damage):
     flags = ("--data_path", class_folders, "--shard_mb", "0.005", "--output_dir", tmp_path / "out")
     prepare(*flags)
-    whole = tree(tmp_path / "out")
+    intact = tree(tmp_path / "out")
     path = tmp_path / "out/train/train-00002.tar"
     if damage == "flip":
         content = bytearray(path.read_bytes())
@@ -112,7 +112,7 @@ def test_a_damaged_shard_is_made_again(prepare, class_folders, tmp_path, damage)
     (path.parent / "train-00099.tar").write_bytes(b"left over")
     (path.parent / "mine.txt").write_bytes(b"not ours to delete")
     prepare(*flags)
-    assert tree(tmp_path / "out") == whole | {"train/mine.txt": b"not ours to delete"}
+    assert tree(tmp_path / "out") == intact | {"train/mine.txt": b"not ours to delete"}
 
 
 def test_other_settings_or_images_are_refused_with_both_values(prepare, class_folders, tmp_path):

@@ -70,7 +70,7 @@ def own_md5(monkeypatch):
     return accept
 
 
-def seen(source) -> list[tuple[int, str]]:
+def pixel_and_class(source) -> list[tuple[int, str]]:
     """(Red value, class name) of each image."""
     values = [int(decode(source.read(i), 3)[0].max()) for i in range(len(source))]
     return [(value, source.class_names[label]) for value, label in zip(values, source.labels, strict=True)]
@@ -84,13 +84,13 @@ def test_each_set_as_published(tmp_path, own_md5, name):
     own_md5(tmp_path)
     archive = tmp_path / DATASETS[dataset].archive  # both the folder around it and the folder itself
     for root in (tmp_path, archive):
-        found = open_images(str(root), dataset, "train")
-        assert found.class_names == names
-        assert seen(found) == train
+        images = open_images(str(root), dataset, "train")
+        assert images.class_names == names
+        assert pixel_and_class(images) == train
         other = open_images(str(root), dataset, "val")
         assert other.class_names == names
-        assert seen(other) == val
-        assert seen(find_validation(str(root), dataset, "")) == val
+        assert pixel_and_class(other) == val
+        assert pixel_and_class(find_validation(str(root), dataset, "")) == val
 
 
 def test_an_image_that_is_all_banner_is_bad(tmp_path):
@@ -106,14 +106,14 @@ def test_all_sets_may_lie_in_folders_of_their_names(tmp_path, own_md5, name):
     _, train, _ = LAYOUTS[name](tmp_path / "made")
     own_md5(tmp_path / "made")
     shutil.move(tmp_path / "made" / DATASETS[name].archive, tmp_path / name)
-    assert seen(open_images(str(tmp_path), name, "train")) == train
+    assert pixel_and_class(open_images(str(tmp_path), name, "train")) == train
 
 
 def test_both_birds_in_one_folder_are_told_apart(tmp_path):
     _, cub, _ = make_cub200(tmp_path)
     _, north_american, _ = make_nabirds(tmp_path)
-    assert seen(open_images(str(tmp_path), "cub200", "train")) == cub
-    assert seen(open_images(str(tmp_path), "nabirds", "train")) == north_american
+    assert pixel_and_class(open_images(str(tmp_path), "cub200", "train")) == cub
+    assert pixel_and_class(open_images(str(tmp_path), "nabirds", "train")) == north_american
 
 
 def test_flowers_and_aircraft_are_what_torchvision_makes_of_them(tmp_path, monkeypatch):
@@ -121,11 +121,11 @@ def test_flowers_and_aircraft_are_what_torchvision_makes_of_them(tmp_path, monke
     for name, root in made.items():
         LAYOUTS[name](root)
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)
-    theirs = {
+    by_torchvision = {
         "flowers102": [torchvision.datasets.Flowers102(made["flowers102"], part) for part in ("train", "val", "test")],
         "aircraft": [torchvision.datasets.FGVCAircraft(made["aircraft"], part) for part in ("train", "val", "test")],
     }
-    for name, parts in theirs.items():
+    for name, parts in by_torchvision.items():
         reference = [[(int(np.asarray(x).max()), label) for x, label in part] for part in parts]
         for split, expected in (("train", reference[0] + reference[1]), ("val", reference[2])):
             source = open_images(str(made[name]), name, split)
@@ -157,10 +157,10 @@ def test_every_other_set_is_refused_by_name_and_what_was_looked_for(tmp_path, na
         for call in (open_images, lambda root, dataset, _: find_validation(root, dataset, "")):
             with pytest.raises(UserError) as error:
                 call(str(tmp_path), asked, "train")
-            said = one_line(error)
-            assert said.startswith(f"--data_path {tmp_path}: is not {DATASETS[asked].title}, looked for ")
-            assert all(file in said for file in DATASETS[asked].files[0])
-            assert said.endswith(f"; it holds {DATASETS[name].title} (--dataset {name})")
+            message = one_line(error)
+            assert message.startswith(f"--data_path {tmp_path}: is not {DATASETS[asked].title}, looked for ")
+            assert all(file in message for file in DATASETS[asked].files[0])
+            assert message.endswith(f"; it holds {DATASETS[name].title} (--dataset {name})")
 
 
 def spoil(path: str, old: str, new: str) -> Callable[[Path], None]:
@@ -203,15 +203,15 @@ def test_an_unreadable_validation_split_is_not_left_out_when_prepared(tmp_path, 
     make_naturalist(2018)(tmp_path)
     next((tmp_path / "train_val2018" / "Mammalia" / "4105").glob("0009.jpg")).unlink()
     flags = ("--data_path", tmp_path, "--dataset", "inat2018", "--output_dir", tmp_path / "out")
-    status, _, said = prepare(*flags, fails=True)
+    status, _, message = prepare(*flags, fails=True)
     assert status == 2
-    assert "0009.jpg" in said
+    assert "0009.jpg" in message
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-@pytest.mark.parametrize("what", SPOILT)
-def test_lists_that_do_not_fit_are_one_line(tmp_path, what):
-    name, change, expected = SPOILT[what]
+@pytest.mark.parametrize("damage", SPOILT)
+def test_lists_that_do_not_fit_are_one_line(tmp_path, damage):
+    name, change, expected = SPOILT[damage]
     LAYOUTS[name](tmp_path)
     change(tmp_path)
     with pytest.raises(UserError) as error:
@@ -236,8 +236,8 @@ def test_lists_that_name_files_elsewhere_are_refused(tmp_path, monkeypatch, name
 
 
 def test_no_folder_is_one_line(tmp_path):
-    for path, said in (("", "--data_path: is missing, --dataset dogs"), (f"{tmp_path}/x", "there is no such file")):
-        with pytest.raises(UserError, match=said):
+    for path, message in (("", "--data_path: is missing, --dataset dogs"), (f"{tmp_path}/x", "there is no such file")):
+        with pytest.raises(UserError, match=message):
             open_images(path, "dogs", "train")
 
 
@@ -300,18 +300,18 @@ class Labels:
 def test_a_share_of_each_class_is_held_out(share):
     labels = [0] * 10 + [1] * 3 + [2] + [3] * 40
     labels = np.random.default_rng(1).permutation(labels).tolist()
-    stays, goes = hold_out(Labels(labels), share)
-    assert sorted([*stays.indices, *goes.indices]) == list(range(len(labels)))
-    for source in (stays, goes):
+    remaining, held_out = hold_out(Labels(labels), share)
+    assert sorted([*remaining.indices, *held_out.indices]) == list(range(len(labels)))
+    for source in (remaining, held_out):
         assert source.labels == [labels[i] for i in source.indices]
         assert [int(source.read(i)) for i in range(len(source))] == source.indices.tolist()
         assert source.name(0) == str(source.indices[0])
     for label, number in ((0, 10), (1, 3), (2, 1), (3, 40)):
         expected = 0 if number == 1 else min(max(1, round(share * number)), number - 1)
-        assert goes.labels.count(label) == expected
-        assert stays.labels.count(label) == number - expected
+        assert held_out.labels.count(label) == expected
+        assert remaining.labels.count(label) == number - expected
     again = hold_out(Labels(labels), share)[1]
-    assert again.indices.tolist() == goes.indices.tolist()
+    assert again.indices.tolist() == held_out.indices.tolist()
 
 
 def test_fine_tuning_on_what_is_not_held_out(class_folders, finetune, tmp_path):
@@ -326,7 +326,7 @@ def test_fine_tuning_on_what_is_not_held_out(class_folders, finetune, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--holdout=-0.1", "must lie in [0, 1)"),
         ("--holdout 1", "must lie in [0, 1)"),
@@ -334,7 +334,7 @@ def test_fine_tuning_on_what_is_not_held_out(class_folders, finetune, tmp_path):
         ("--holdout 0.2 --val_path x", "--holdout 0.2: evaluates training images, leave out --val_path"),
     ],
 )
-def test_a_wrong_share_is_one_line(class_folders, finetune, capsys, flags, said):
+def test_a_wrong_share_is_one_line(class_folders, finetune, capsys, flags, message):
     with pytest.raises(SystemExit):
         finetune("--data_path", class_folders, flags)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

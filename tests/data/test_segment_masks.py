@@ -153,8 +153,8 @@ def test_masks_of_other_modes_are_numbers_all_the_same(scenes, mode, kind):
         changed.putpalette(list(range(255, -1, -1)) * 3)  # whose colours have nothing to do with the numbers
     assert changed.mode == mode
     changed.save(path)
-    _, found, _ = load_pair(open_masked(config_of("--data_path", scenes)).val, 0, 3, skip_bad=False)
-    assert np.array_equal(found, np.where(numbers == 3, IGNORED, numbers))
+    _, loaded, _ = load_pair(open_masked(config_of("--data_path", scenes)).val, 0, 3, skip_bad=False)
+    assert np.array_equal(loaded, np.where(numbers == 3, IGNORED, numbers))
 
 
 # ---- classes -----------------------------------------------------------------------------------------------
@@ -167,16 +167,16 @@ def test_the_table_of_numbers_against_a_loop(number, first, ignored):
     if sum(first + i not in ignored for i in range(number)) < 2:
         return
     classes = make_classes(names, first, tuple(ignored), "names.txt")
-    kept = []
+    expected_classes = []
     for value in range(40):
         if value in ignored:
             assert classes.table[value] == IGNORED
         elif first <= value < first + number:
-            assert classes.table[value] == len(kept)
-            kept.append(names[value - first])
+            assert classes.table[value] == len(expected_classes)
+            expected_classes.append(names[value - first])
         else:
             assert classes.table[value] == UNKNOWN
-    assert list(classes.names) == kept
+    assert list(classes.names) == expected_classes
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,9 @@ def test_no_data_set_is_one_line(scenes, tmp_path):
     assert "is a file" in refused("--data_path", scenes / "classes.json")
     for split in ("train", "val"):
         write_images(tmp_path / "imagenet" / split / "dog", 2)
-    said = refused("--data_path", tmp_path / "imagenet")
-    assert "holds train, val, but a segmentation's folder has images/ and masks/" in said
-    assert "main_finetune.py" in said
+    message = refused("--data_path", tmp_path / "imagenet")
+    assert "holds train, val, but a segmentation's folder has images/ and masks/" in message
+    assert "main_finetune.py" in message
     (tmp_path / "nothing").mkdir()
     assert "holds nothing, but" in refused("--data_path", tmp_path / "nothing")
 
@@ -248,8 +248,8 @@ def test_a_split_that_is_empty_or_not_there_is_one_line(scenes):
 
 def test_an_image_without_a_mask_is_one_line(scenes):
     (scenes / "masks" / "train" / "scene-004.png").unlink()
-    said = refused("--data_path", scenes)
-    assert f"images/train/scene-004.png: has no mask {scenes}/masks/train/scene-004.png" in said
+    message = refused("--data_path", scenes)
+    assert f"images/train/scene-004.png: has no mask {scenes}/masks/train/scene-004.png" in message
     shutil.rmtree(scenes / "masks" / "train")
     assert "masks/train: there is no such folder" in refused("--data_path", scenes)
     (scenes / "masks" / "train").mkdir()
@@ -261,23 +261,23 @@ def test_classes_that_nothing_names_are_one_line(scenes, tmp_path):
     assert "holds no classes.json, --classes: give a file" in refused("--data_path", scenes)
     assert "there is no such file" in refused("--data_path", scenes, "--classes", tmp_path / "absent.txt")
     (tmp_path / "one.txt").write_text("sky\n")
-    said = refused("--data_path", scenes, "--classes", tmp_path / "one.txt")
-    assert "names 1 classes, there must be 2 to 255" in said
+    message = refused("--data_path", scenes, "--classes", tmp_path / "one.txt")
+    assert "names 1 classes, there must be 2 to 255" in message
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_mask_that_is_none_is_one_line(scenes, how):
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_mask_that_is_none_is_one_line(scenes, kind):
     path = scenes / "masks" / "train" / "scene-003.png"
-    damage(path, how)
+    damage(path, kind)
     data = open_masked(config_of("--data_path", scenes))
     with pytest.raises(UserError) as error:
         load_pair(data.train, 3, 3, skip_bad=False)
-    said = one_line(error)
-    assert said.startswith(str(path))
-    assert DAMAGES[how] in said
-    if how in ("out of range", "sixteen bits"):
-        assert "classes.json knows 3 classes (0 to 2) and ignores 3; mend it" in said
-    if how in ("no image", "cut"):  # such files, and no other faults, may be skipped
+    message = one_line(error)
+    assert message.startswith(str(path))
+    assert DAMAGES[kind] in message
+    if kind in ("out of range", "sixteen bits"):
+        assert "classes.json knows 3 classes (0 to 2) and ignores 3; mend it" in message
+    if kind in ("no image", "cut"):  # such files, and no other faults, may be skipped
         assert load_pair(data.train, 3, 3, skip_bad=True)[2] == 4
     else:
         with pytest.raises(UserError, match="scene-003"):
@@ -290,10 +290,10 @@ def test_a_validation_image_is_not_to_be_skipped(scenes, folder):
     path.write_text("no image")
     config = config_of("--data_path", scenes, "--on_bad_image skip --num_workers 0")
     val = open_masked(config).val
-    whole = WholeImages(val, range(len(val)), config.resolved_input_size, 3)
-    for look in (lambda: whole[0], lambda: count_pixels(val, config, "validation", range(len(val)))):
+    dataset = WholeImages(val, range(len(val)), config.resolved_input_size, 3)
+    for read in (lambda: dataset[0], lambda: count_pixels(val, config, "validation", range(len(val)))):
         with pytest.raises(UserError, match=rf"{path.name}: cannot be read .*; mend it or take it out"):
-            look()
+            read()
 
 
 # ---- augmentation ------------------------------------------------------------------------------------------
@@ -332,10 +332,10 @@ def _away_from_edges(mask: np.ndarray, distance: int = 3) -> np.ndarray:
 
 def test_a_mask_is_resized_to_the_class_at_each_pixel_s_centre():
     mask = torch.randint(0, 9, (30, 47), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = resized_mask(mask, (13, 61))
+    resized = resized_mask(mask, (13, 61))
     for y in range(13):
         for x in range(61):
-            assert found[y, x] == mask[int((y + 0.5) * 30 / 13), int((x + 0.5) * 47 / 61)]
+            assert resized[y, x] == mask[int((y + 0.5) * 30 / 13), int((x + 0.5) * 47 / 61)]
 
 
 def test_sizes():
@@ -391,8 +391,8 @@ def test_photometric_distortion(channels):
     expected = (image.double() * 1.3 + 1.3 * 20).round().clamp(0, 255)
     assert (distort(image, Distortion(20.0, 1.3, False, 1.0, 0.0)).double() - expected).abs().max() <= 1
     late = (image.double() + 20).clamp(0, 255) * 1.3
-    found = distort(image, Distortion(20.0, 1.3, True, 1.0, 0.0)).double()
-    assert (found - late.round().clamp(0, 255)).abs().max() <= 1
+    distorted = distort(image, Distortion(20.0, 1.3, True, 1.0, 0.0)).double()
+    assert (distorted - late.round().clamp(0, 255)).abs().max() <= 1
     drawn = [draw_distortion(sample_generator(0, 0, i)) for i in range(400)]
     for name, low, high, rest in (("brightness", -32, 32, 0), ("contrast", 0.5, 1.5, 1), ("hue", -0.1, 0.1, 0)):
         values = np.array([getattr(each, name) for each in drawn])

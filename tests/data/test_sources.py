@@ -288,12 +288,12 @@ def test_digits_are_scikit_learns():
     train, val = (open_images("", "digits", split) for split in ("train", "val"))
     assert (len(train), len(val)) == (1437, 360)
     places = {True: [i for i in range(1797) if i % 5], False: [i for i in range(1797) if i % 5 == 0]}
-    for source, kept in ((train, places[True]), (val, places[False])):
-        assert source.labels == digits.target[kept].tolist()
+    for source, expected in ((train, places[True]), (val, places[False])):
+        assert source.labels == digits.target[expected].tolist()
         assert source.class_names == [str(n) for n in range(10)]
         assert source.images.dtype == torch.uint8
         assert source.images.shape[1:] == (1, 8, 8)
-        np.testing.assert_allclose(source.images[:, 0], digits.images[kept] * 255 / 16, atol=0.5)
+        np.testing.assert_allclose(source.images[:, 0], digits.images[expected] * 255 / 16, atol=0.5)
         pixels = decode(source.read(3), 3)
         assert pixels.shape == (3, 8, 8)
         assert torch.equal(pixels, source.images[3].repeat(3, 1, 1))
@@ -327,17 +327,17 @@ def test_timms_readers_do_not_skip_bad_images_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr(timm.data, "create_dataset", lambda *_, root, **__: ImageDataset(root))
     source = open_images(str(tmp_path), "hfds/user/name", "train")
     assert len(source) == 3
-    found = []
+    images = []
     for index in range(3):
         try:
-            found.append(int(decode(source.read(index), 3).max()))
+            images.append(int(decode(source.read(index), 3).max()))
         except BadImage:
-            found.append("bad")
-    assert sorted(found, key=str) == [1, 2, "bad"]
+            images.append("bad")
+    assert sorted(images, key=str) == [1, 2, "bad"]
 
 
 @pytest.mark.parametrize(
-    ("dataset", "what"),
+    ("dataset", "message"),
     [
         ("cifar-10", "unknown, did you mean cifar10?"),
         ("hdfs/user/name", "unknown"),
@@ -346,10 +346,10 @@ def test_timms_readers_do_not_skip_bad_images_unasked(tmp_path, monkeypatch):
         ("torch/image_folder", "cannot be opened"),
     ],
 )
-def test_wrong_names_of_data_sets_are_user_errors(tmp_path, dataset, what):
+def test_wrong_names_of_data_sets_are_user_errors(tmp_path, dataset, message):
     with pytest.raises(UserError) as error:
         open_images(str(tmp_path / "absent"), dataset, "train")
-    assert one_line(error).startswith(f"--dataset {dataset}: {what}")
+    assert one_line(error).startswith(f"--dataset {dataset}: {message}")
 
 
 def test_webdataset_stream(tmp_path):
@@ -369,8 +369,8 @@ def test_webdataset_stream(tmp_path):
     loader = training_loader(stream, BatchOrder(12, 4, 1, 0, 1, 0), num_workers=1, pin_memory=False, timeout=60)
     batches = list(itertools.islice(loader, 3))
     assert [batch.views.shape for batch in batches] == [(4, 2, 3, 8, 8)] * 3
-    seen = {int(view.max()) for batch in batches for view in batch.views[:, 0]}
-    assert seen == {*range(6), *range(10, 16)}
+    images = {int(view.max()) for batch in batches for view in batch.views[:, 0]}
+    assert images == {*range(6), *range(10, 16)}
 
 
 # ---- wrong paths -------------------------------------------------------------------------------------------
@@ -405,12 +405,12 @@ def wrong_paths(root):
 
 
 def test_wrong_paths_are_user_errors_of_one_line(tmp_path):
-    for name, what in wrong_paths(tmp_path).items():
+    for name, expected in wrong_paths(tmp_path).items():
         with pytest.raises(UserError) as error:
             open_images(str(tmp_path / name), "", "train")
         message = one_line(error)
         assert message.startswith(f"--data_path {tmp_path / name}")
-        assert what in message, name
+        assert expected in message, name
 
 
 def test_unreadable_paths_are_user_errors(tmp_path):
@@ -432,14 +432,14 @@ def test_unreadable_paths_are_user_errors(tmp_path):
 
 
 def test_truncated_tar_is_refused_wherever_it_was_cut(tmp_path):
-    whole = write_tar(tmp_path / "x.tar", CLASSES).read_bytes()
+    intact = write_tar(tmp_path / "x.tar", CLASSES).read_bytes()
     with tarfile.open(tmp_path / "x.tar") as tar:
         end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
     for length in range(0, end + 512, 128):
-        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        (tmp_path / "cut.tar").write_bytes(intact[:length])
         with pytest.raises(UserError, match=r"cut\.tar: cannot be read as an uncompressed \.tar"):
             open_images(str(tmp_path / "cut.tar"), "", "train")
-    (tmp_path / "cut.tar").write_bytes(whole[: end + 512])
+    (tmp_path / "cut.tar").write_bytes(intact[: end + 512])
     assert len(open_images(str(tmp_path / "cut.tar"), "", "train")) == 3
 
 
@@ -447,9 +447,9 @@ def test_damaged_header_in_a_tar_is_refused(tmp_path):
     path = write_tar(tmp_path / "x.tar", CLASSES)
     with tarfile.open(path) as tar:
         offsets = [member.offset for member in tar]
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     for offset in offsets:
-        path.write_bytes(whole[: offset + 20] + b"\xff" + whole[offset + 21 :])
+        path.write_bytes(intact[: offset + 20] + b"\xff" + intact[offset + 21 :])
         with pytest.raises(UserError, match=r"x\.tar: cannot be read"):
             open_images(str(path), "", "train")
 
@@ -474,11 +474,11 @@ def own_kilobytes():
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
 
 
-def read_all_names(source, found):
+def read_all_names(source, answers):
     before = own_kilobytes()
     for index in range(len(source)):
         source.name(index)
-    found.value = own_kilobytes() - before
+    answers.value = own_kilobytes() - before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, and forks")
@@ -490,9 +490,9 @@ def test_loader_processes_share_the_names_of_all_images(kind):
     else:
         source = TarSource([("/images.tar", path, 512 * n, 400) for n, path in enumerate(paths)], None, None)
     context = multiprocessing.get_context("fork")
-    found = context.Value("q")
-    process = context.Process(target=read_all_names, args=(source, found))
+    answers = context.Value("q")
+    process = context.Process(target=read_all_names, args=(source, answers))
     process.start()
     process.join()
     assert process.exitcode == 0
-    assert found.value < 4000  # a list of str came to 13,000, one of tuples to more
+    assert answers.value < 4000  # a list of str came to 13,000, one of tuples to more

@@ -116,17 +116,17 @@ def test_cover_size_is_the_smallest_that_covers(h, w, height, width):
 def test_simple_resized_crop_equals_resize_pad_slice_flip(h, w, height, width, channels, shared, seed):
     image, size = picture(h, w, channels), (height, width)
     before = image.clone()
-    found = TwoViews(size, shared_crop=shared, photometric=False)(image, sample_generator(seed, 0, 0))
+    actual = TwoViews(size, shared_crop=shared, photometric=False)(image, sample_generator(seed, 0, 0))
     assert torch.equal(image, before)
-    assert found.dtype == torch.uint8
-    assert found.shape == (2, channels, height, width)
+    assert actual.dtype == torch.uint8
+    assert actual.shape == (2, channels, height, width)
 
     rng = sample_generator(seed, 0, 0)
     padded = tuple(side + 8 for side in slow_cover_size((h, w), size))
     crops = [draw_simple_crop(rng, padded, size, 0.5) for _ in range(2)]
     if shared:
         crops[1] = crops[0]
-    for view, (top, left, *_, flip) in zip(found, crops, strict=True):
+    for view, (top, left, *_, flip) in zip(actual, crops, strict=True):
         np.testing.assert_array_equal(view.numpy(), slow_simple_crop(image, top, left, flip, size))
 
 
@@ -183,10 +183,10 @@ def test_resized_crop_lies_in_the_image(h, w, seed):
 def test_resized_crop_is_distributed_as_torchvisions():
     h, w, draws = 300, 420, 3000
     rng = np.random.default_rng(1)
-    ours = np.array([draw_resized_crop(rng, (h, w), 0.5)[:4] for _ in range(draws)], dtype=float)
+    crops = np.array([draw_resized_crop(rng, (h, w), 0.5)[:4] for _ in range(draws)], dtype=float)
     torch.manual_seed(1)
     blank = torch.zeros(1, h, w)
-    theirs = [RandomResizedCrop.get_params(blank, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(draws)]
+    torchvision_crops = [RandomResizedCrop.get_params(blank, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(draws)]
 
     def area(windows):
         return windows[:, 2] * windows[:, 3] / (h * w)
@@ -194,14 +194,14 @@ def test_resized_crop_is_distributed_as_torchvisions():
     def ratio(windows):
         return windows[:, 3] / windows[:, 2]
 
-    theirs = np.array(theirs, dtype=float)
+    torchvision_crops = np.array(torchvision_crops, dtype=float)
     columns = [lambda windows, k=k: windows[:, k] for k in range(4)]
     for measure in [area, ratio, *columns]:
-        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > LUCK
-    assert area(ours).min() == pytest.approx(0.2, abs=0.01)
-    assert 0.199 < area(ours).min() < area(ours).max() <= 1
-    assert 0.74 < ratio(ours).min() < 0.76
-    assert 1.32 < ratio(ours).max() < 1.35
+        assert stats.ks_2samp(measure(crops), measure(torchvision_crops)).pvalue > LUCK
+    assert area(crops).min() == pytest.approx(0.2, abs=0.01)
+    assert 0.199 < area(crops).min() < area(crops).max() <= 1
+    assert 0.74 < ratio(crops).min() < 0.76
+    assert 1.32 < ratio(crops).max() < 1.35
 
 
 @pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (1, 50), (50, 1), (7, 400)])
@@ -217,9 +217,9 @@ def test_resized_crop_of_an_image_that_is_too_long_is_its_centre(size):
 @example(600, 900, 224, 160, 0)
 def test_random_resized_crop_equals_cut_and_resize(h, w, height, width, seed):
     image, size = picture(h, w), (height, width)
-    found = TwoViews(size, crop="rrc", photometric=False)(image, sample_generator(seed, 0, 0))
+    actual = TwoViews(size, crop="rrc", photometric=False)(image, sample_generator(seed, 0, 0))
     rng = sample_generator(seed, 0, 0)
-    for view in found:
+    for view in actual:
         top, left, crop_height, crop_width, flip = draw_resized_crop(rng, (h, w), 0.5)
         window = image[:, top : top + crop_height, left : left + crop_width].contiguous()
         expected = slow_resize(window, size)
@@ -276,14 +276,14 @@ def test_views_repeat_by_seed_epoch_and_index_and_differ_otherwise(crop):
 
 def test_views_do_not_depend_on_the_number_of_threads():
     image, make = picture(300, 400), TwoViews((224, 224))
-    before, found = torch.get_num_threads(), []
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append([make(image, sample_generator(0, 0, index)) for index in range(12)])
+            results.append([make(image, sample_generator(0, 0, index)) for index in range(12)])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # ---- what is drawn for the photometry ----------------------------------------------------------------------
@@ -387,13 +387,13 @@ def test_blur_keeps_the_mean_and_takes_contrast_away():
 @example([(255, 255, 0), (0, 255, 255), (255, 0, 255), (1, 0, 0), (254, 255, 255)], -0.1)
 def test_shift_hue_equals_colorsys(colours, shift):
     image = torch.tensor(colours, dtype=torch.uint8).T.reshape(3, 1, -1)
-    found = shift_hue(image, shift)
-    for before, after in zip(colours, found[:, 0].T.tolist(), strict=True):
+    actual = shift_hue(image, shift)
+    for before, after in zip(colours, actual[:, 0].T.tolist(), strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(x / 255 for x in before))
         expected = colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)
         assert max(abs(255 * x - y) for x, y in zip(expected, after, strict=True)) <= 0.501
     if shift == 0:
-        assert torch.equal(found, image)
+        assert torch.equal(actual, image)
 
 
 def test_shift_hue_equals_torchvision_within_a_level():
@@ -416,15 +416,15 @@ def test_jitter_is_done_in_its_order_and_before_the_branch(order):
     for step in order:
         expected = steps[step](expected)
     for branch in ("grey", "solarise", "blur"):
-        found = apply_photometry(image, Photometry(jitter, branch, 1.0))
-        assert torch.equal(found, apply_photometry(expected, Photometry(None, branch, 1.0)))
+        actual = apply_photometry(image, Photometry(jitter, branch, 1.0))
+        assert torch.equal(actual, apply_photometry(expected, Photometry(None, branch, 1.0)))
 
 
 def test_jitter_of_ones_changes_nothing():
     image = picture(30, 40)
     for branch in ("grey", "solarise", "blur"):
-        found = apply_photometry(image, Photometry(NONE, branch, 1.0))
-        assert torch.equal(found, apply_photometry(image, Photometry(None, branch, 1.0)))
+        actual = apply_photometry(image, Photometry(NONE, branch, 1.0))
+        assert torch.equal(actual, apply_photometry(image, Photometry(None, branch, 1.0)))
 
 
 def test_brightness_contrast_and_saturation_are_blends_with_black_the_mean_and_grey():
@@ -432,9 +432,9 @@ def test_brightness_contrast_and_saturation_are_blends_with_black_the_mean_and_g
     grey = (0.299 * image[0].double() + 0.587 * image[1] + 0.114 * image[2]).expand(3, 30, 40)
     blends = dict(brightness=(1.4, 0.0), contrast=(0.6, grey.mean()), saturation=(0.8, grey))
     for name, (factor, other) in blends.items():
-        found = apply_photometry(image, Photometry(NONE._replace(**{name: factor}), "solarise", 1.0))
+        actual = apply_photometry(image, Photometry(NONE._replace(**{name: factor}), "solarise", 1.0))
         expected = (factor * image.double() + (1 - factor) * other).clamp(0, 255)
-        unsolarised = torch.stack([found, 255 - found]).double()
+        unsolarised = torch.stack([actual, 255 - actual]).double()
         assert (unsolarised - expected).abs().amin(0).max() < 1.3  # two roundings
 
 
@@ -444,9 +444,9 @@ def test_one_channel_passes_through():
     colours = NONE._replace(saturation=0.8, hue=0.1)
     assert torch.equal(apply_photometry(image, Photometry(colours, "grey", 1.0)), image)
     for index in range(30):
-        found = TwoViews((32, 32))(image, sample_generator(0, 0, index))
-        assert found.shape == (2, 1, 32, 32)
-        assert found.dtype == torch.uint8
+        actual = TwoViews((32, 32))(image, sample_generator(0, 0, index))
+        assert actual.shape == (2, 1, 32, 32)
+        assert actual.dtype == torch.uint8
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
@@ -462,9 +462,9 @@ def test_centre_view_is_the_centre_of_the_resized_image(h, w, size):
     larger = size if min(size) < 96 else tuple(side * 256 // 224 for side in size)
     resized = slow_resize(image, slow_cover_size((h, w), larger))
     top, left = (round((have - want) / 2) for have, want in zip(resized.shape[-2:], size, strict=True))
-    found = centre_view(image, size)
-    assert found.dtype == torch.uint8
-    assert torch.equal(found, resized[:, top : top + size[0], left : left + size[1]])
+    actual = centre_view(image, size)
+    assert actual.dtype == torch.uint8
+    assert torch.equal(actual, resized[:, top : top + size[0], left : left + size[1]])
 
 
 def test_centre_view_of_224_pixels_is_the_usual_256_and_224():

@@ -53,7 +53,7 @@ def _signals_as_before():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, Path]:
+def uninterrupted_run(tmp_path_factory) -> tuple[Path, Path]:
     """Images, and the run of one process that nothing interrupts."""
     root = tmp_path_factory.mktemp("one")
     write_images(root / "images", 32)
@@ -67,18 +67,18 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "numbers", [["SIGTERM"], ["SIGUSR1"], ["SIGUSR2"], ["SIGTERM", "SIGUSR2", "SIGUSR2", "SIGTERM"]]
 )
-def test_a_signal_saves_once_and_asks_for_a_requeue(whole, tmp_path, numbers):
-    images, expected = whole
+def test_a_signal_saves_once_and_asks_for_a_requeue(uninterrupted_run, tmp_path, numbers):
+    images, expected = uninterrupted_run
     run = tmp_path / "run"
     with Ranks(command(images, run)) as ranks:
         wait_until(lambda: updates(run) >= 6)
         for number in numbers:
             ranks.signal(signal.Signals[number])
-        ((status, said),) = ranks.finish()
+        ((status, output),) = ranks.finish()
     assert status == REQUEUE_STATUS
     # of signals that came together any may be the first that Python looks at
-    assert any(f"stopped by {number} and saved after update {newest_step(run)};" in said for number in numbers)
-    assert len(said.splitlines()) == 1
+    assert any(f"stopped by {number} and saved after update {newest_step(run)};" in output for number in numbers)
+    assert len(output.splitlines()) == 1
     assert len(list(run.glob("checkpoint-*-step*.pth"))) <= 1  # none where the signal came at an epoch's end
     with Ranks(command(images, run)) as ranks:
         assert ranks.finish()[0][0] == 0
@@ -143,8 +143,8 @@ def test_a_signal_during_a_save_or_an_evaluation_waits_for_its_end(
     assert stop.value.code == REQUEUE_STATUS
     run = tmp_path / "run"
     assert not list(run.glob(".unfinished-*"))
-    found = CheckpointStore(run, 9, None, keep_best=False).list()
-    assert all(load_checkpoint(path)["updates"] == manifest.step for path, manifest in found)  # hashes hold
+    checkpoints = CheckpointStore(run, 9, None, keep_best=False).list()
+    assert all(load_checkpoint(path)["updates"] == manifest.step for path, manifest in checkpoints)  # hashes hold
     pretrain(*flags, "--auto_resume")
     same_end(run, expected)
 
@@ -175,16 +175,16 @@ def test_a_stop_before_the_first_update_saves_nothing(pretrain, flat_folder, tmp
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_whole_group_with_loader_processes(whole, tmp_path):
+def test_sigterm_to_the_whole_group_with_loader_processes(uninterrupted_run, tmp_path):
     """As torchrun, SLURM and systemd end a run: every process gets it."""
-    images, expected = whole
+    images, expected = uninterrupted_run
     run = tmp_path / "run"
     with Ranks(command(images, run, "--num_workers", "2"), own_group=True) as ranks:
         wait_until(lambda: updates(run) >= 6)
         os.killpg(ranks.processes[0].pid, signal.SIGTERM)
-        ((status, said),) = ranks.finish()
+        ((status, output),) = ranks.finish()
     assert status == REQUEUE_STATUS
-    assert f"stopped by SIGTERM and saved after update {newest_step(run)};" in said
+    assert f"stopped by SIGTERM and saved after update {newest_step(run)};" in output
     with Ranks(command(images, run, "--num_workers", "2")) as ranks:
         assert ranks.finish()[0][0] == 0
     same_end(run, expected)
@@ -298,20 +298,20 @@ run_main("main_pretrain.py", main)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "expected", "words"),
+    ("error", "expected", "message"),
     [
         ("UserError('--this: is wrong')", 2, "main_pretrain.py: error: --this: is wrong"),
         ("ValueError('a bug')", 1, "the command, and the run's config.yaml and run.json"),
         ("SystemExit('words')", 1, "words"),
     ],
 )
-def test_a_rank_s_error_is_its_exit_status_whatever_gloo_still_does(error, expected, words):
+def test_a_rank_s_error_is_its_exit_status_whatever_gloo_still_does(error, expected, message):
     """A thread of gloo that gives back a tensor while Python shuts down would end the process by SIGABRT."""
     with Ranks(["-c", FAILING.format(error=error)], 2) as ranks:
         ends = ranks.finish()
-    for status, said in ends:
+    for status, output in ends:
         assert status == expected
-        assert said.strip().endswith(words)
+        assert output.strip().endswith(message)
 
 
 # ---- resume --------------------------------------------------------------------------------------------------
@@ -331,21 +331,21 @@ def test_ranks_that_find_different_checkpoints_do_not_train(two_whole, tmp_path,
     with Ranks(with_preface(ELSEWHERE, flags), 2) as ranks:
         ends = ranks.finish()
     other = "a checkpoint after update 236" if older else "nothing"
-    for rank, (status, said) in enumerate(ends):
+    for rank, (status, output) in enumerate(ends):
         assert status == 2
-        found = f"the processes find a checkpoint after update 240 and {other};"
-        assert f"--output_dir {tmp_path / str(rank)}: {found}" in said
+        message = f"the processes find a checkpoint after update 240 and {other};"
+        assert f"--output_dir {tmp_path / str(rank)}: {message}" in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
 def test_a_resume_in_mid_epoch_does_not_depend_on_loader_processes(pretrain, flat_folder, tmp_path, before, after):
-    flags, whole, parts = ("--data_path", flat_folder), tmp_path / "whole", tmp_path / "parts"
-    expected = pretrain(*flags, output=whole)
+    flags, uninterrupted, parts = ("--data_path", flat_folder), tmp_path / "whole", tmp_path / "parts"
+    expected = pretrain(*flags, output=uninterrupted)
     pretrain(*flags, f"--max_steps 6 --num_workers {before}", output=parts)
     log = pretrain(*flags, f"--auto_resume --num_workers {after}", output=parts)
     assert [line["loss"] for line in log] == [line["loss"] for line in expected]
-    same_end(parts, whole)
+    same_end(parts, uninterrupted)
 
 
 @pytest.mark.slow
@@ -357,10 +357,10 @@ def test_another_number_of_processes_needs_elastic(two_whole, tmp_path, before, 
     with Ranks(command(images, run, "--batch_size", batch[before], "--max_steps", "6"), before) as ranks:
         assert {status for status, _ in ranks.finish()} == {0}
     with Ranks(command(images, run, "--batch_size", batch[after]), after) as ranks:
-        for status, said in ranks.finish():
+        for status, output in ranks.finish():
             assert status == 2
             assert (
-                f"processes is {after} here but {before} in the checkpoint, make them equal, or add --elastic" in said
+                f"processes is {after} here but {before} in the checkpoint, make them equal, or add --elastic" in output
             )
     # the same flags as before the change: the batch follows
     with Ranks(command(images, run, "--batch_size", batch[before], "--elastic"), after) as ranks:
@@ -400,8 +400,8 @@ def test_twenty_killed_workers_and_a_bit_equal_end(two_whole, tmp_path, monkeypa
             if workers:  # it was not the last save of a group that has just ended
                 send(chance.choice(workers), signal.SIGKILL)
                 kills += 1
-        ((status, said),) = agent.finish()
-    assert status == 0, said[-2000:]
+        ((status, output),) = agent.finish()
+    assert status == 0, output[-2000:]
     assert newest_step(run) == 800
     same_end(run, expected)
 
@@ -449,10 +449,10 @@ def test_a_dead_or_hung_loader_process_ends_the_run(flat_folder, tmp_path, fault
         for loader in children(ranks.processes[0].pid):
             send(loader, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
         begin = time.monotonic()
-        ((status, said),) = ranks.finish()
+        ((status, output),) = ranks.finish()
     assert time.monotonic() - begin < PATIENCE / 4
     assert status == 1
-    assert "a loader process died or hung" in said.splitlines()[-1]
+    assert "a loader process died or hung" in output.splitlines()[-1]
 
 
 def test_processes_of_several_nodes_may_have_equal_ids(tmp_path):
@@ -469,9 +469,9 @@ def test_two_runs_on_one_folder(flat_folder, tmp_path):
     with Ranks(command(flat_folder, run, "--epochs", "2000")) as first:
         wait_until(lambda: updates(run) >= 2)
         with Ranks(command(flat_folder, run)) as second:
-            ((status, said),) = second.finish()
+            ((status, output),) = second.finish()
         assert status == 2
-        assert f"another run writes there (process {first.processes[0].pid} on " in said
+        assert f"another run writes there (process {first.processes[0].pid} on " in output
         first.signal(signal.SIGKILL)
         first.finish()
     with Ranks(command(flat_folder, run, "--max_steps", str(newest_step(run) + 1), "--epochs", "2000")) as third:
@@ -506,10 +506,10 @@ def test_nan_on_one_rank_stops_all_and_is_explained(two_whole, tmp_path):
     run = tmp_path / "run"
     with Ranks(poisoned(images, run, 1, {6}, "--print_freq", "3", "--save_freq", "1"), 2) as ranks:
         ends = ranks.finish()
-    for status, said in ends:
+    for status, output in ends:
         assert status == 1
-        assert "the loss is no longer finite: update 6 (loss nan" in said
-        assert len([line for line in said.splitlines() if "error" in line]) == 1
+        assert "the loss is no longer finite: update 6 (loss nan" in output
+        assert len([line for line in output.splitlines() if "error" in line]) == 1
     (report,) = [json.loads(line) for line in (run / "nonfinite.json").read_text().splitlines()]
     assert report["update"] == 6
     assert report["ranks"][1]["losses"]["mim"] == "nan"

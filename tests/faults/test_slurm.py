@@ -79,7 +79,7 @@ class Submitted:
         self.folder, self.number = folder, re.search(r"^job +(\d+):", printed.getvalue(), re.M)[1]
         self.element = ""  # of an array: "_1"
 
-    def info(self, name: str) -> str:
+    def field(self, name: str) -> str:
         """A field of `scontrol show job`."""
         shown = run("scontrol", "-o", "show", "job", self.number + self.element).stdout
         return re.search(rf"\b{name}=(\S*)", shown)[1]
@@ -127,8 +127,8 @@ class Submitted:
         """The state in which the job ends; one that is queued again need not wait the usual two minutes."""
 
         def ended() -> str:
-            state = self.info("JobState")
-            if state == "PENDING" and self.info("Reason") == "BeginTime":
+            state = self.field("JobState")
+            if state == "PENDING" and self.field("Reason") == "BeginTime":
                 time.sleep(2)  # the node refuses the same job again within the same second
                 self.update("StartTime=now")
             return state if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else ""
@@ -173,7 +173,7 @@ def undisturbed(submit) -> dict[str, dict[str, torch.Tensor]]:
     """Weights after a run that nothing interrupts."""
     job = submit()
     assert job.end() == "COMPLETED", job.log()
-    assert job.info("Restarts") == "0"
+    assert job.field("Restarts") == "0"
     assert len(job.log(1)) > 0  # each rank has its log
     return job.weights()
 
@@ -184,7 +184,7 @@ def same(undisturbed) -> Callable[[Submitted], None]:
 
     def check(job: Submitted, earliest: int) -> None:
         assert job.end() == "COMPLETED", job.log()
-        assert job.info("Restarts") == "1"
+        assert job.field("Restarts") == "1"
         assert len(job.resumed_at()) == 1
         assert earliest <= job.resumed_at()[0] < UPDATES
         for part, tensors in job.weights().items():
@@ -206,7 +206,7 @@ def test_the_time_limit(submit, same):
     job.update("TimeLimit=1")  # less than --signal_delay is left
     job.heard("SIGUSR2")
     job.send(signal.SIGCONT)
-    wait_until(lambda: job.info("JobState") == "PENDING")
+    wait_until(lambda: job.field("JobState") == "PENDING")
     job.update("TimeLimit=60")
     same(job, earliest=6)
     assert "requeue: after 0 restarts" in job.log()
@@ -233,7 +233,7 @@ def test_a_node_goes_down(submit, same):
     lost = job.hold()[1]
     run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     os.kill(lost, signal.SIGKILL)  # as it would be with a real node
-    wait_until(lambda: job.info("JobState") == "PENDING")
+    wait_until(lambda: job.field("JobState") == "PENDING")
     run("scontrol", "update", "nodename=n2", "state=resume", check=False)  # it may have come back by itself
     same(job, earliest=4)
 
@@ -244,10 +244,10 @@ def test_one_run_of_an_array_is_queued_again(submit):
     wait_until(lambda: (job.folder / "seed_1" / "log.jsonl").exists())
     run("scancel", "--signal=USR2", f"{job.number}_1")
     assert job.end() == "COMPLETED", job.log()
-    assert job.info("Restarts") == "1"
+    assert job.field("Restarts") == "1"
     job.element = "_0"
     assert job.end() == "COMPLETED", job.log()
-    assert job.info("Restarts") == "0"
+    assert job.field("Restarts") == "0"
     seeds = [job.weights(f"seed_{seed}")["model"]["patch_embed.proj.weight"] for seed in (0, 1)]
     assert not torch.equal(*seeds)
 
@@ -261,7 +261,7 @@ def test_a_killed_rank_ends_the_job(submit, rank):
     os.kill(job.hold()[rank], signal.SIGKILL)
     job.send(signal.SIGCONT)
     assert job.end(60) == "FAILED"
-    assert job.info("Restarts") == "0"
+    assert job.field("Restarts") == "0"
     wait_until(lambda: not job.ranks(), 10)
 
 
@@ -271,14 +271,14 @@ def test_a_cancelled_job_does_not_come_back(submit):
     run("scancel", job.number)
     assert job.end() == "CANCELLED"
     time.sleep(3)
-    assert job.info("JobState") == "CANCELLED"
+    assert job.field("JobState") == "CANCELLED"
     wait_until(lambda: not job.ranks(), 10)
 
 
 def test_no_more_than_max_requeues(submit):
     job = submit("--nodes 1 --max_requeues 0", "--max_minutes 0.001")
     assert job.end() == "FAILED"
-    assert job.info("ExitCode") == "75:0"
+    assert job.field("ExitCode") == "75:0"
     assert "requeue: not again, after --max_requeues 0" in job.log()
 
 

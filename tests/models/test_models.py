@@ -45,16 +45,16 @@ def tiny(**changes) -> LUT:
 @pytest.mark.parametrize(("height", "width", "p"), [(6, 9, 3), (8, 4, 4), (4, 10, 2), (5, 3, 1)])
 def test_patches_are_ordered_row_column_channel(channels, height, width, p):
     x = images(2, channels, height, width)
-    found, columns = patchify(x, p), width // p
-    assert found.shape == (2, height // p * columns, p * p * channels)
+    patches, columns = patchify(x, p), width // p
+    assert patches.shape == (2, height // p * columns, p * p * channels)
     for b in range(2):
-        for patch in range(found.shape[1]):
+        for patch in range(patches.shape[1]):
             top, left = patch // columns * p, patch % columns * p
             window = x[b, :, top : top + p, left : left + p].tolist()
-            assert found[b, patch].tolist() == [
+            assert patches[b, patch].tolist() == [
                 window[c][i][j] for i in range(p) for j in range(p) for c in range(channels)
             ]
-    assert torch.equal(unpatchify(found, p, (height // p, columns)), x)
+    assert torch.equal(unpatchify(patches, p, (height // p, columns)), x)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -350,14 +350,14 @@ def test_the_momentum_encoder_is_a_frozen_copy_of_encoder_and_projector():
 @pytest.mark.parametrize("decay", [0, 0.25, 0.7, 0.996, 1])
 def test_update_is_a_moving_average_of_every_number(trained, decay):
     student, momentum_encoder = trained
-    mine, theirs = ({n: x.clone() for n, x in m.state_dict().items()} for m in (momentum_encoder, student))
+    averages, weights = ({n: x.clone() for n, x in m.state_dict().items()} for m in (momentum_encoder, student))
     momentum_encoder.update(student, decay)
     for name, after in momentum_encoder.state_dict().items():
-        stays = decay == 1 or name.endswith(("pos_embed", "num_batches_tracked"))
-        if stays or decay == 0:
-            assert torch.equal(after, mine[name] if stays else theirs[name]), name
+        unchanged = decay == 1 or name.endswith(("pos_embed", "num_batches_tracked"))
+        if unchanged or decay == 0:
+            assert torch.equal(after, averages[name] if unchanged else weights[name]), name
         else:
-            pairs = zip(mine[name].flatten().tolist(), theirs[name].flatten().tolist(), strict=True)
+            pairs = zip(averages[name].flatten().tolist(), weights[name].flatten().tolist(), strict=True)
             expected = [decay * a + (1 - decay) * b for a, b in pairs]  # in float64
             np.testing.assert_allclose(after.flatten().numpy(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
-    assert all(torch.equal(x, theirs[name]) for name, x in student.state_dict().items())
+    assert all(torch.equal(x, weights[name]) for name, x in student.state_dict().items())

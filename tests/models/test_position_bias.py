@@ -143,7 +143,7 @@ def test_a_table_of_another_grid_keeps_near_far_and_cls():
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_of_another_size_see_a_resampled_bias(kind):
     model, larger = trained(upernet(kind)), torch.randn(1, 3, 48, 64)
-    seen = model.predict(larger)
+    logits = model.predict(larger)
     other = upernet(kind, (48, 64))
     state = model.state_dict()
     for name in [name for name in state if name.endswith(TABLE)]:
@@ -160,7 +160,7 @@ def test_images_of_another_size_see_a_resampled_bias(kind):
         dim=1,
     )
     other.load_state_dict(state)
-    torch.testing.assert_close(other.predict(larger), seen, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.predict(larger), logits, rtol=1e-4, atol=1e-5)
     small = torch.randn(1, 3, 32, 48)
     first = upernet(kind)
     first.load_state_dict(model.state_dict())
@@ -178,7 +178,7 @@ def test_checkpoints_with_and_without_a_bias(kind, tmp_path):
     assert "layer scale (8 tensors)" in str(report)
 
     with pytest.raises(UserError, match=r"\(missing\).*--rel_pos_bias and --layer_scale add: set them to none and 0"):
-        load_weights(classifier(kind), tmp_path / "plain.pth", whole=True)
+        load_weights(classifier(kind), tmp_path / "plain.pth", strict=True)
 
     model = upernet(kind)
     report = load_weights(model, tmp_path / "biased.pth")  # from 2 x 3 patches to 4 x 6

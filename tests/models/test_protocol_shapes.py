@@ -40,25 +40,25 @@ BACKBONE = {
     "backbone.patch_embed.projection.weight": ("patch_embed.proj.weight", (D, 3, 16, 16)),
     "backbone.patch_embed.projection.bias": ("patch_embed.proj.bias", (D,)),
 } | {
-    f"backbone.layers.{i}.{theirs}": (f"blocks.{i}.{ours}", shape)
+    f"backbone.layers.{i}.{mmseg_name}": (f"blocks.{i}.{own_name}", shape)
     for i in range(12)
-    for theirs, (ours, shape) in BLOCK.items()
+    for mmseg_name, (own_name, shape) in BLOCK.items()
 }
 
 
-def convolution(theirs: str, ours: str, channels: int, width: int, kernel: int) -> dict:
+def convolution(mmseg_name: str, own_name: str, channels: int, width: int, kernel: int) -> dict:
     """A ConvModule: convolution without bias, BatchNorm, ReLU."""
     return {
-        f"{theirs}.conv.weight": (f"{ours}.0.weight", (width, channels, kernel, kernel)),
-        f"{theirs}.bn.weight": (f"{ours}.1.weight", (width,)),
-        f"{theirs}.bn.bias": (f"{ours}.1.bias", (width,)),
+        f"{mmseg_name}.conv.weight": (f"{own_name}.0.weight", (width, channels, kernel, kernel)),
+        f"{mmseg_name}.bn.weight": (f"{own_name}.1.weight", (width,)),
+        f"{mmseg_name}.bn.bias": (f"{own_name}.1.bias", (width,)),
     }
 
 
-def classifier(theirs: str, ours: str, width: int) -> dict:
+def classifier(mmseg_name: str, own_name: str, width: int) -> dict:
     return {
-        f"{theirs}.conv_seg.weight": (f"{ours}.weight", (150, width, 1, 1)),
-        f"{theirs}.conv_seg.bias": (f"{ours}.bias", (150,)),
+        f"{mmseg_name}.conv_seg.weight": (f"{own_name}.weight", (150, width, 1, 1)),
+        f"{mmseg_name}.conv_seg.bias": (f"{own_name}.bias", (150,)),
     }
 
 

@@ -130,13 +130,13 @@ def test_l_bc_pulls_the_visible_tokens_of_the_full_sequence(kind, symmetric):
         hidden = hidden_of(student, 5, view)
         latent = slow_latent(student, views[view], hidden)
         pairs = zip(latent, hidden, strict=True)
-        seen = torch.stack([x[1:][~gone].mean(0) if kind == "avg" else x[0] for x, gone in pairs])
-        prediction = head_by_hand(student.predictor, head_by_hand(student.head, seen)[0])[0]
-        whole = slow_latent(student, views[1 - view], torch.zeros(5, 24, dtype=torch.bool))  # the same weights still
-        target = encoder.head(whole[:, 1:].mean(1) if kind == "avg" else whole[:, 0])
+        visible_features = torch.stack([x[1:][~gone].mean(0) if kind == "avg" else x[0] for x, gone in pairs])
+        prediction = head_by_hand(student.predictor, head_by_hand(student.head, visible_features)[0])[0]
+        unmasked = slow_latent(student, views[1 - view], torch.zeros(5, 24, dtype=torch.bool))  # the same weights still
+        target = encoder.head(unmasked[:, 1:].mean(1) if kind == "avg" else unmasked[:, 0])
         expected.append((F.normalize(prediction) - F.normalize(target)).square().sum(1).mean())
-    found = student(views if symmetric else views[:1], noise(5), targets).bc
-    torch.testing.assert_close(found.double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-8)
+    actual = student(views if symmetric else views[:1], noise(5), targets).bc
+    torch.testing.assert_close(actual.double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-8)
 
 
 def test_steering_all_pulls_the_mean_of_what_mask_tokens_become():
@@ -145,8 +145,8 @@ def test_steering_all_pulls_the_mean_of_what_mask_tokens_become():
     hidden = hidden_of(student, 5)
     latent, terms = slow_latent(student, views[0], hidden)[:, 1:], []
     visible_heads, hidden_heads = (student.head, student.predictor), (student.mask_head, student.mask_predictor)
-    for kept, (projector, predictor) in ((~hidden, visible_heads), (hidden, hidden_heads)):
-        x = torch.stack([tokens[keep].mean(0) for tokens, keep in zip(latent, kept, strict=True)])
+    for selected, (projector, predictor) in ((~hidden, visible_heads), (hidden, hidden_heads)):
+        x = torch.stack([tokens[keep].mean(0) for tokens, keep in zip(latent, selected, strict=True)])
         prediction = head_by_hand(predictor, head_by_hand(projector, x)[0])[0]
         terms.append((F.normalize(prediction) - F.normalize(targets.context[0])).square().sum(1).mean())
     torch.testing.assert_close(student(views[:1], noise(5), targets).bc.double(), sum(terms) / 2, rtol=1e-5, atol=1e-8)

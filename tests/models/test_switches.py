@@ -45,14 +45,14 @@ def models(**steering) -> tuple[LUT, MomentumEncoder]:
 
 def latents(encoder, batch: Tensor, ids: list[list[int]]) -> list[Tensor]:
     """Image by image, token by token: [1 + N, D] each of the patches `ids` in that order."""
-    found = []
-    for image, seen in zip(batch, ids, strict=True):
+    tokens = []
+    for image, visible in zip(batch, ids, strict=True):
         x = encoder.patch_embed(image[None])[0] + encoder.pos_embed[0, 1:]
-        x = torch.stack([encoder.cls_token[0, 0] + encoder.pos_embed[0, 0], *(x[i] for i in seen)])[None]
+        x = torch.stack([encoder.cls_token[0, 0] + encoder.pos_embed[0, 0], *(x[i] for i in visible)])[None]
         for block in encoder.blocks:
             x = block(x)
-        found.append(encoder.norm(x)[0])
-    return found
+        tokens.append(encoder.norm(x)[0])
+    return tokens
 
 
 def frozen_head(head: nn.Sequential, x: Tensor) -> Tensor:
@@ -69,39 +69,40 @@ def predicted(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> Tensor:
 def visible_and_hidden(batch: int, view: int = 0) -> tuple[list[list[int]], list[list[int]]]:
     """Of each image, by sorting: the 6 patches that the student sees of a view, and the others."""
     order = [sorted(range(24), key=row.__getitem__) for row in noise(batch).tolist()]
-    seen = [row[6 * view : 6 * view + 6] for row in order]
-    return seen, [[i for i in range(24) if i not in row] for row in seen]
+    visible = [row[6 * view : 6 * view + 6] for row in order]
+    return visible, [[i for i in range(24) if i not in row] for row in visible]
 
 
-def context_vectors(encoder: MomentumEncoder, batch: Tensor, kind: str, seen: list[list[int]] | None = None) -> Tensor:
-    """v̂ [B, D] of images, all patches or the `seen` ones."""
-    tokens = latents(encoder, batch, seen or len(batch) * [list(range(24))])
+def context_vectors(encoder: MomentumEncoder, batch: Tensor, kind: str, visible: list | None = None) -> Tensor:
+    """v̂ [B, D] of images, all patches or the `visible` ones."""
+    tokens = latents(encoder, batch, visible or len(batch) * [list(range(24))])
     return frozen_head(encoder.head, torch.stack([x[0] if kind == "cls" else x[1:].mean(0) for x in tokens]))
 
 
-def context_term(student, encoder, u: Tensor, v: Tensor, kind="avg", distance="cosine", view=0, seen=None) -> float:
+def context_term(student, encoder, u: Tensor, v: Tensor, kind="avg", distance="cosine", view=0, visible=None) -> float:
     tokens = latents(student, u, visible_and_hidden(len(u), view)[0])
     context = torch.stack([x[0] if kind == "cls" else x[1:].mean(0) for x in tokens])
     return SLOW[distance](
-        predicted(student.head, student.predictor, context), context_vectors(encoder, v, kind, seen)
+        predicted(student.head, student.predictor, context), context_vectors(encoder, v, kind, visible)
     )  # fmt: skip
 
 
 def token_term(student, encoder, u: Tensor, v: Tensor, view=0, distance="cosine") -> float:
     """Every visible token of every image against the token of the same patch of the other view."""
     ids, _ = visible_and_hidden(len(u), view)
-    mine = torch.cat([x[1:] for x in latents(student, u, ids)])
-    theirs = latents(encoder, v, len(v) * [list(range(24))])
-    wanted = torch.stack([theirs[b][1 + i] for b, seen in enumerate(ids) for i in seen])
-    return SLOW[distance](predicted(student.head, student.predictor, mine), frozen_head(encoder.head, wanted))
+    student_tokens = torch.cat([x[1:] for x in latents(student, u, ids)])
+    context_tokens = latents(encoder, v, len(v) * [list(range(24))])
+    targets = torch.stack([context_tokens[b][1 + i] for b, visible in enumerate(ids) for i in visible])
+    prediction = predicted(student.head, student.predictor, student_tokens)
+    return SLOW[distance](prediction, frozen_head(encoder.head, targets))
 
 
 def hidden_term(student, encoder, u: Tensor, v: Tensor) -> float:
     """The mean of the decoder's tokens of hidden patches, in image order as MAE has them, against v̂."""
     means, (ids, hidden) = [], visible_and_hidden(len(u))
-    for latent, seen, unseen in zip(latents(student, u, ids), ids, hidden, strict=True):
+    for latent, visible, unseen in zip(latents(student, u, ids), ids, hidden, strict=True):
         tokens = student.decoder_embed(latent)
-        places = [tokens[1 + seen.index(i)] if i in seen else student.mask_token[0, 0] for i in range(24)]
+        places = [tokens[1 + visible.index(i)] if i in visible else student.mask_token[0, 0] for i in range(24)]
         x = (torch.stack([tokens[0], *places]) + student.decoder_pos_embed[0])[None]
         for block in student.decoder_blocks:
             x = block(x)
@@ -174,13 +175,13 @@ def test_4d_temperature_and_distance_of_tokens():
     assert bc(student, encoder, VIEWS) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("ratio", "seen"), [(0.5, 12), (0.75, 6), (0.9, 2)])
+@pytest.mark.parametrize(("ratio", "visible"), [(0.5, 12), (0.75, 6), (0.9, 2)])
 @pytest.mark.parametrize("kind", ["avg", "cls"])
-def test_4e_masked_context(ratio, seen, kind):
+def test_4e_masked_context(ratio, visible, kind):
     student, encoder = models(context_mask_ratio=ratio, context_token=kind)
     second = [[x * 4096 - math.floor(x * 4096) for x in row] for row in noise(5).tolist()]
-    ids = [sorted(range(24), key=row.__getitem__)[:seen] for row in second]
-    expected = context_term(student, encoder, *VIEWS, kind, seen=ids)
+    ids = [sorted(range(24), key=row.__getitem__)[:visible] for row in second]
+    expected = context_term(student, encoder, *VIEWS, kind, visible=ids)
     assert bc(student, encoder, VIEWS) == pytest.approx(expected, rel=1e-5)
     hidden = torch.ones(5, 24).scatter_(1, torch.tensor(ids), 0.0).bool()
     patches = VIEWS[1].reshape(5, 3, 4, 2, 6, 2).permute(0, 2, 4, 1, 3, 5).reshape(5, 24, 12)
@@ -271,7 +272,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(flags):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         ("", "--steered_tokens all", "steered_tokens is all here but visible"),
         ("", "--steered_tokens none", "alpha is 0.0 here but 1.0"),
@@ -288,9 +289,9 @@ def test_what_makes_no_sense_is_refused_in_one_line(flags):
         ("", "--w_mim 0", "w_mim is 0.0 here but 1.0"),
     ],
 )
-def test_a_resumed_run_has_the_same_switches(before, after, said):
+def test_a_resumed_run_has_the_same_switches(before, after, message):
     saved = {"binding_settings": config_of(before).resume_settings(32)}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         check_same_run(config_of(after).resume_settings(32), saved, elastic=False)
 
 

@@ -138,10 +138,10 @@ def test_published_encoders_load_whole_and_positions_are_resampled(name, weights
     torch.testing.assert_close(model.pos_embed, torch.cat([sines[:, :1], larger], dim=1))
     assert report.resampled == ("pos_embed: 4 x 4 to 8 x 12 patches, interpolated",)
     assert set(report.missing) == set(before) - encoder
-    said = str(report)
-    assert "neck (" in said
-    assert "decode_head (" in said
-    assert "auxiliary_head (" in said
+    message = str(report)
+    assert "neck (" in message
+    assert "decode_head (" in message
+    assert "auxiliary_head (" in message
 
 
 @pytest.mark.usefixtures("four_depths_of_two_blocks")
@@ -168,14 +168,14 @@ def test_a_segmenter_loads_whole_at_another_size(tmp_path):
     model = upernet((32, 32))
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     other = upernet((64, 64))
-    report = load_weights(other, tmp_path / "model.pth", whole=True)
+    report = load_weights(other, tmp_path / "model.pth", strict=True)
     assert report.layout == "UperNet"
     assert not report.missing
     assert torch.equal(other.decode_head.fuse[0].weight, model.decode_head.fuse[0].weight)
     with pytest.raises(
         UserError, match=r"decode_head.classifier.1.weight \(\[5, 8, 1, 1\] instead of \[7, 8, 1, 1\]\)"
     ):
-        load_weights(upernet(classes=7), tmp_path / "model.pth", whole=True)
+        load_weights(upernet(classes=7), tmp_path / "model.pth", strict=True)
 
 
 def test_an_image_of_another_size_sees_resampled_positions():

@@ -38,8 +38,8 @@ def test_infonce_of_one_direction_knows_nothing_and_of_its_own_target_all():
 
 def test_infonce_takes_further_targets_as_negatives_alone():
     x, y = numbers(2, 7, 5)
-    whole = [infonce(x[i : i + 1], torch.cat([y[i : i + 1], y[:i], y[i + 1 :]])).item() for i in range(7)]
-    assert sum(whole) / 7 == pytest.approx(slow_infonce(x, y), rel=1e-5)
+    losses = [infonce(x[i : i + 1], torch.cat([y[i : i + 1], y[:i], y[i + 1 :]])).item() for i in range(7)]
+    assert sum(losses) / 7 == pytest.approx(slow_infonce(x, y), rel=1e-5)
 
 
 @pytest.mark.skipif(not torch.amp.is_autocast_available("cpu"), reason="no autocast on CPU")

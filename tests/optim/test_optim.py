@@ -28,21 +28,21 @@ def vit_base() -> LUT:
 def group_of_each(model: nn.Module, layer_decay: float, weight_decay: float = 0.05) -> dict[str, dict]:
     """Name to group; every parameter has to be in exactly one."""
     groups = build_optimizer(model, 1e-3, (0.9, 0.95), weight_decay, layer_decay).param_groups
-    names, found = {p: name for name, p in model.named_parameters()}, {}
+    names, group_of = {p: name for name, p in model.named_parameters()}, {}
     for group in groups:
         for p in group["params"]:
-            assert names[p] not in found
-            found[names[p]] = group
-    assert set(found) == set(names.values())
-    return found
+            assert names[p] not in group_of
+            group_of[names[p]] = group
+    assert set(group_of) == set(names.values())
+    return group_of
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.65])
 def test_weight_decay_is_on_matrices_and_tokens_only(layer_decay):
-    found = group_of_each(vit_base(), layer_decay)
-    for name, group in found.items():
+    groups = group_of_each(vit_base(), layer_decay)
+    for name, group in groups.items():
         assert group["weight_decay"] == (0 if name.endswith(ENDS_OF_VECTORS) else 0.05), name
-    assert found["cls_token"]["weight_decay"] == found["mask_token"]["weight_decay"] == 0.05
+    assert groups["cls_token"]["weight_decay"] == groups["mask_token"]["weight_decay"] == 0.05
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.65])

@@ -96,12 +96,12 @@ def test_the_script_prints_what_it_left_out_without_escape_sequences(monkeypatch
     (folder / "config.yaml").write_text(BOMB)
     DAMAGES["escape sequences"](folder / "log.jsonl")
     call = script_caller(monkeypatch, capsys, tmp_path, report_script)
-    status, said, error = call(f"'{folder}' --no_attention --output page.html")
+    status, output, error = call(f"'{folder}' --no_attention --output page.html")
     assert status == 0, error
     assert "config.yaml has a YAML alias or tag" in error
     assert "log.jsonl, line 1: cut short or damaged, left out" in error
     assert "\\x1b[31mred: " in error
-    assert "\x1b" not in said + error + Path("page.html").read_text()
+    assert "\x1b" not in output + error + Path("page.html").read_text()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

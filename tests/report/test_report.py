@@ -61,13 +61,13 @@ def test_a_film_fits_its_budget_and_skips_what_is_broken(tmp_path):
         Image.fromarray(rng.integers(0, 256, (8, 700, 3), dtype=np.uint8)).save(path)
         paths.append((epoch, path))
     (tmp_path / "reconstruction-0029.png").write_bytes(b"\x89PNG half of it")
-    whole, broken = encode_frames(paths, 10**9)
-    assert (len(whole), broken) == (23, ["reconstruction-0029.png"])
-    assert whole[0][0] == 0
+    film, broken = encode_frames(paths, 10**9)
+    assert (len(film), broken) == (23, ["reconstruction-0029.png"])
+    assert film[0][0] == 0
     for budget in (15_000, 3_000, 600):
         frames, _ = encode_frames(paths, budget)
         assert 0 < sum(len(data) for _, data in frames) <= budget
-        assert {frames[-1][0], whole[-1][0]} == {whole[-1][0]}
+        assert {frames[-1][0], film[-1][0]} == {film[-1][0]}
     assert encode_frames(paths, 10)[0] == []
 
 
@@ -94,14 +94,14 @@ def test_pictures_of_other_formats_are_never_opened(tmp_path, monkeypatch, conte
 def test_heat_lies_over_the_grey_image_patch_by_patch():
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     image[..., 0] = 90
-    found = heat_over(image, np.array([[0.0, 1.0], [2.0, 4.0]]))
-    assert found.shape == (8, 8, 3)
+    picture = heat_over(image, np.array([[0.0, 1.0], [2.0, 4.0]]))
+    assert picture.shape == (8, 8, 3)
     for rows in (slice(0, 4), slice(4, 8)):
         for columns in (slice(0, 4), slice(4, 8)):
-            assert len(np.unique(found[rows, columns].reshape(-1, 3), axis=0)) == 1
+            assert len(np.unique(picture[rows, columns].reshape(-1, 3), axis=0)) == 1
     grey = (1 - HEAT_ALPHA) * HEAT_GROUND * 30
-    assert np.allclose(found[0, 0], np.array([0, 0, 3]) * HEAT_ALPHA + grey, atol=3)  # inferno begins black
-    assert found[7, 7].astype(int).sum() > found[7, 0].astype(int).sum() > found[0, 7].astype(int).sum()
+    assert np.allclose(picture[0, 0], np.array([0, 0, 3]) * HEAT_ALPHA + grey, atol=3)  # inferno begins black
+    assert picture[7, 7].astype(int).sum() > picture[7, 0].astype(int).sum() > picture[0, 7].astype(int).sum()
 
 
 # ---- words -------------------------------------------------------------------------------------------------
@@ -141,9 +141,9 @@ def test_commands_repeat_the_run(tmp_path):
     )
     command = "/opt/python /home/me/main_pretrain.py --data_path 'two words'"
     run = read_run(write_run(tmp_path / "a b", [{"step": 1, "loss": 1}], config, command=command), "a")
-    found = dict(commands(run))
-    assert found["As it was last started"] == command
-    again = found["From its saved settings, even if the recipe has changed"]
+    command_of = dict(commands(run))
+    assert command_of["As it was last started"] == command
+    again = command_of["From its saved settings, even if the recipe has changed"]
     assert again == f"python main_pretrain.py --recipe '{run.path}/config.yaml' --output_dir AGAIN"
     settings = parse_config(PretrainConfig, ["--recipe", str(run.path / "config.yaml"), "--output_dir", "AGAIN"], "x")
     assert as_dict(settings) == config | {"recipe": str(run.path / "config.yaml"), "output_dir": "AGAIN"}
@@ -163,7 +163,7 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.addresses, self.open, self.words, self.ids = [], [], [], []
+        self.addresses, self.open, self.texts, self.ids = [], [], [], []
         self.scripts: dict[str, str] = {}
 
     def handle_starttag(self, tag, attrs):
@@ -184,7 +184,7 @@ class Page(HTMLParser):
         if tag == "script":
             self.scripts[attrs.get("id", str(len(self.scripts)))] = data
         elif tag != "style":
-            self.words.append(data)
+            self.texts.append(data)
 
 
 def parsed(html: str) -> Page:
@@ -206,9 +206,9 @@ def test_a_page_of_two_runs_needs_nothing_else(call, tmp_path):
     lines = pretraining_lines(2, 5)
     write_run(tmp_path / "lut", lines, pictures=(0, 1, 2), finished={"knn": 21.0})
     write_run(tmp_path / "mae", lines[:8])
-    status, said, error = call(f"{tmp_path}/lut {tmp_path}/mae --no_attention --output new/page.html")
+    status, output, error = call(f"{tmp_path}/lut {tmp_path}/mae --no_attention --output new/page.html")
     assert (status, error) == (0, "")
-    assert said.startswith("new/page.html: 2 runs, ")
+    assert output.startswith("new/page.html: 2 runs, ")
     html = Path("new/page.html").read_text()
     page = parsed(html)
     assert all(address.startswith(("data:image/webp;base64,", "#")) for address in page.addresses)
@@ -216,7 +216,7 @@ def test_a_page_of_two_runs_needs_nothing_else(call, tmp_path):
     assert sum(address.startswith("data:") for address in page.addresses) == 3
     assert "url(" not in html.partition("</style>")[0]
     assert "default-src 'none'" in html
-    words = " ".join(" ".join(page.words).split())
+    texts = " ".join(" ".join(page.texts).split())
     for expected in (
         "All runs have the same settings",
         "kNN accuracy",
@@ -225,8 +225,8 @@ def test_a_page_of_two_runs_needs_nothing_else(call, tmp_path):
         "6 of 10 updates, left 0:00:08",
         "git checkout",
     ):
-        assert expected in words, expected
-    assert "No pictures were saved by mae." in words
+        assert expected in texts, expected
+    assert "No pictures were saved by mae." in texts
     data = json.loads(page.scripts["data"])
     assert [run["label"] for run in data["runs"]] == ["lut", "mae"]
     assert len(data["runs"][0]["curves"]["loss"]["x"]) == 10
@@ -253,8 +253,8 @@ def test_hostile_names_and_settings_stay_text(call, tmp_path):
     assert all(address.startswith("#") for address in page.addresses)
     assert json.loads(page.scripts["data"])["runs"][0]["label"] == HOSTILE
     assert HOSTILE in json.loads(page.scripts["data"])["runs"][0]["curves"]
-    assert "".join(page.words).count(HOSTILE) > 4
-    assert "49" not in "".join(page.words).replace(HOSTILE, "").partition("Environment")[0]
+    assert "".join(page.texts).count(HOSTILE) > 4
+    assert "49" not in "".join(page.texts).replace(HOSTILE, "").partition("Environment")[0]
 
 
 def test_long_runs_stay_within_the_size(call, tmp_path):
@@ -284,13 +284,13 @@ def test_attention_of_a_checkpoint_on_images_of_its_data_set(tmp_path, monkeypat
     folder = write_run(tmp_path / "a", pretraining_lines(1, 3), config)
     complete(save_lut(folder / "checkpoint-0.pth"), epoch=0, step=3)
     runs = open_runs([str(folder)])
-    seen = attention_maps(runs, (), torch.device("cpu"))
-    assert seen.remarks == []
-    assert len(seen.images) == 3
-    assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
-    assert seen.images[0].mark == (62.5, 62.5)  # the patch after the middle of 4 x 4
-    words = " ".join(" ".join(parsed(report(runs, "a", seen)).words).split())
-    assert "a, checkpoint-0.pth" in words
+    attention = attention_maps(runs, (), torch.device("cpu"))
+    assert attention.remarks == []
+    assert len(attention.images) == 3
+    assert [name for name, _ in attention.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
+    assert attention.images[0].mark == (62.5, 62.5)  # the patch after the middle of 4 x 4
+    texts = " ".join(" ".join(parsed(report(runs, "a", attention)).texts).split())
+    assert "a, checkpoint-0.pth" in texts
     monkeypatch.setattr(attention_module, "MOST_MAPS", 11)
     few = attention_maps(runs, (), torch.device("cpu"))
     assert [name for name, _ in few.images[2].rows[0].cells] == ["mean"]
@@ -310,16 +310,16 @@ def test_attention_of_a_segmenter_on_its_validation_images(tmp_path, scenes, lay
     torch.save({"model": model.state_dict(), "config": as_dict(settings)}, folder / "checkpoint-0.pth")
     complete(folder / "checkpoint-0.pth", epoch=0, step=2)
     runs = open_runs([str(folder)])
-    seen = attention_maps(runs, (), torch.device("cpu"))
-    assert seen.remarks == []
+    attention = attention_maps(runs, (), torch.device("cpu"))
+    assert attention.remarks == []
     names = {path.name for path in (scenes / "images" / "val").iterdir()}
-    assert {image.title for image in seen.images} <= names
-    assert len({image.title for image in seen.images}) == 3
-    assert [name for name, _ in seen.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
+    assert {image.title for image in attention.images} <= names
+    assert len({image.title for image in attention.images}) == 3
+    assert [name for name, _ in attention.images[0].rows[0].cells] == ["mean", "head 0", "head 1", "head 2"]
     shutil.rmtree(scenes / "images" / "val")
-    seen = attention_maps(runs, (), torch.device("cpu"))
-    assert seen.images == []
-    assert "No images to look at" in seen.remarks[0]
+    attention = attention_maps(runs, (), torch.device("cpu"))
+    assert attention.images == []
+    assert "No images to look at" in attention.remarks[0]
 
 
 @pytest.mark.slow
@@ -333,14 +333,14 @@ def test_real_runs_of_every_stage_with_their_attention(call, pretrain, finetune,
     assert (status, error) == (0, "")
     html = Path("page.html").read_text()
     page = parsed(html)
-    words = " ".join(" ".join(page.words).split())
+    texts = " ".join(" ".join(page.texts).split())
     for expected in ("pre-training", "fine-tuning", "linear probing", "Top-1 accuracy", "RankMe", "head 2", "digits["):
-        assert expected in words, expected
+        assert expected in texts, expected
     pictures = [address for address in page.addresses if address.startswith("data:")]
     films, looks = 2, 3 * (1 + 3 * (1 + 3))  # before and after; three images, each with three maps of mean and heads
     assert len(pictures) == films + looks
     assert len(set(pictures)) > 12  # the probe's encoder is the pre-trained one
-    repeated = re.search(r"python main_finetune.py --recipe \S+config.yaml", words)
+    repeated = re.search(r"python main_finetune.py --recipe \S+config.yaml", texts)
     assert repeated
     again = yaml.safe_load(Path(repeated.group().split()[-1]).read_text())
     assert again["finetune"] == str(checkpoint)
@@ -355,13 +355,13 @@ def test_checkpoints_and_images_that_cannot_be_opened_are_said(call, tmp_path):
     write_run(tmp_path / "b", pretraining_lines(1, 3), config)
     status, _, error = call(f"{tmp_path}/a {tmp_path}/b --output page.html")
     assert (status, error) == (0, "")
-    words = " ".join(" ".join(parsed(Path("page.html").read_text()).words).split())
-    assert "is damaged, its SHA-256 is not the one that was written" in words
-    assert "b has no complete checkpoint" in words
+    texts = " ".join(" ".join(parsed(Path("page.html").read_text()).texts).split())
+    assert "is damaged, its SHA-256 is not the one that was written" in texts
+    assert "b has no complete checkpoint" in texts
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("nowhere", "RUN nowhere: there is no such folder"),
         ("none", "RUN none: is no run, neither it nor a folder below has a log.jsonl"),
@@ -373,13 +373,13 @@ def test_checkpoints_and_images_that_cannot_be_opened_are_said(call, tmp_path):
         ("run --device cuda:99", "--device cuda:99"),
     ],
 )
-def test_wrong_input_is_one_line(call, flags, said):
+def test_wrong_input_is_one_line(call, flags, message):
     write_run(Path("run"), [{"step": 1, "loss": 1.0}])
     Path("none").mkdir()
     before = sorted(Path().rglob("*"))
     status, _, error = call(flags if "label a b" in flags or "--output" in flags else f"{flags} --no_attention")
     assert (status, error.count("\n")) == (2, 1), error
-    assert said in error
+    assert message in error
     assert sorted(Path().rglob("*")) == before
 
 

@@ -145,15 +145,15 @@ def test_all_curves_are_drawn(browser, page):
 
 def test_zoom_by_dragging_moves_all_panels_and_goes_back(browser, page):
     browser.open(page)
-    whole = browser.ranges()
-    assert all(found == whole["loss"] for found in whole.values())
+    full_ranges = browser.ranges()
+    assert all(limits == full_ranges["loss"] for limits in full_ranges.values())
     before = browser.lines("knn")
     browser.drag("loss", 0.25, 0.5)
-    browser.wait(lambda: len({tuple(found) for found in browser.ranges().values()}) == 1 and browser.ranges() != whole)
+    browser.wait(lambda: len(set(map(tuple, browser.ranges().values()))) == 1 and browser.ranges() != full_ranges)
     low, high = browser.ranges()["loss"]
-    length = whole["loss"][1] - whole["loss"][0]
-    assert low == pytest.approx(whole["loss"][0] + 0.25 * length, abs=0.02 * length)
-    assert high == pytest.approx(whole["loss"][0] + 0.5 * length, abs=0.02 * length)
+    length = full_ranges["loss"][1] - full_ranges["loss"][0]
+    assert low == pytest.approx(full_ranges["loss"][0] + 0.25 * length, abs=0.02 * length)
+    assert high == pytest.approx(full_ranges["loss"][0] + 0.5 * length, abs=0.02 * length)
     assert browser.lines("knn") != before
 
     def tall() -> list[float]:
@@ -163,12 +163,12 @@ def test_zoom_by_dragging_moves_all_panels_and_goes_back(browser, page):
     plot = browser.driver.find_element("css selector", "[data-panel=knn] .nsewdrag")
     browser.run("arguments[0].scrollIntoView({block: 'center'})", plot)
     webdriver.ActionChains(browser.driver).double_click(plot).perform()
-    browser.wait(lambda: browser.ranges() == whole)
+    browser.wait(lambda: browser.ranges() == full_ranges)
     browser.wait(lambda: tall() != dragged)  # what was cut off above and below is seen again too
     browser.drag("lr", 0.1, 0.4)
-    browser.wait(lambda: browser.ranges()["loss"] != whole["loss"])
+    browser.wait(lambda: browser.ranges()["loss"] != full_ranges["loss"])
     browser.driver.find_element("id", "reset").click()
-    browser.wait(lambda: browser.ranges() == whole)
+    browser.wait(lambda: browser.ranges() == full_ranges)
     assert browser.driver.get_log("browser") == []
 
 
@@ -247,10 +247,10 @@ def test_words_are_readable_in_light_and_dark_and_the_button_changes_between(bro
     lightness = "return getComputedStyle(document.body).backgroundColor"
     grounds = [browser.run(lightness)]
     for _ in range(2):
-        found = browser.run(CONTRAST)
-        assert len(found) > 150
-        assert any(tag == "text" for _, tag, _ in found)  # of the plots
-        low = [entry for entry in found if entry[0] < 4.5]
+        contrasts = browser.run(CONTRAST)
+        assert len(contrasts) > 150
+        assert any(tag == "text" for _, tag, _ in contrasts)  # of the plots
+        low = [entry for entry in contrasts if entry[0] < 4.5]
         assert low == []
         browser.driver.find_element("id", "theme").click()
         grounds.append(browser.run(lightness))

@@ -92,8 +92,8 @@ def test_a_segmentation_fills_the_column_of_its_own(tmp_path):
     (table,) = shown
     assert table.heading.startswith("Table 1")
     (cells,) = (dict(zip(table.rows[0], table.rows[1:][row], strict=True)) for row in table.marked)
-    found = [cells[f"ADE20K mIoU, {part}"] for part in ("paper", "ours", "diff.")]
-    assert (cells["method"], *found) == ("LUT", "49.5", "48.0", "-1.5")
+    texts = [cells[f"ADE20K mIoU, {part}"] for part in ("paper", "ours", "diff.")]
+    assert (cells["method"], *texts) == ("LUT", "49.5", "48.0", "-1.5")
     assert cells["ViT-B, ours"] == "–"
     assert [remark for remark in table.remarks if "pre-training" not in remark] == [
         "ours, segment with other settings than segment_vit_base: drop_path 0.2 (planned: 0.1)",

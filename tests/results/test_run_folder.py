@@ -163,13 +163,13 @@ def test_a_folder_stands_for_the_runs_below_it_and_names_tell_them_apart(tmp_pat
 
 def slow_thin(curve: Curve, most: int) -> list[tuple[float, float, float, float]]:
     """One group after the other."""
-    n, found = len(curve.steps), []
+    n, points = len(curve.steps), []
     for group in range(most):
         inside = range(int(group * n / most), int((group + 1) * n / most) if group + 1 < most else n)
         values = [curve.values[i] for i in inside if np.isfinite(curve.values[i])]
         three = (np.mean(values), min(values), max(values)) if values else (np.nan,) * 3
-        found.append((float(np.mean([curve.steps[i] for i in inside])), *three))
-    return found
+        points.append((float(np.mean([curve.steps[i] for i in inside])), *three))
+    return points
 
 
 @given(
@@ -183,8 +183,8 @@ def test_thinning_keeps_means_and_extremes(values, most):
         assert thinned == Thinned(curve.steps, curve.values)
         return
     expected = np.array(slow_thin(curve, most)).T
-    for found, want in zip(dataclasses.astuple(thinned), expected, strict=True):
-        np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-9)
+    for actual, want in zip(dataclasses.astuple(thinned), expected, strict=True):
+        np.testing.assert_allclose(actual, want, rtol=1e-12, atol=1e-9)
     finite = curve.values[np.isfinite(curve.values)]
     if len(finite):
         assert np.nanmax(thinned.high) == finite.max()
@@ -204,10 +204,10 @@ def test_numbers_of_other_stages_are_shown_under_their_own_name(tmp_path):
         {"step": 1, "epoch": 1, "miou": 40.0, "road_iou": 9.0},
     ]
     run = read_run(write_run(tmp_path / "a", lines, {}, stage="segment", updates_per_epoch=1), "a")
-    found = {name: (metric.title, metric.group) for name, metric in metrics_of([run]).items()}
-    assert found["aux_loss"] == ("aux loss", "Training")
-    assert found["road_iou"] == ("road iou", "Evaluation")
-    assert found["miou"][0] == "Mean IoU"
+    titles = {name: (metric.title, metric.group) for name, metric in metrics_of([run]).items()}
+    assert titles["aux_loss"] == ("aux loss", "Training")
+    assert titles["road_iou"] == ("road iou", "Evaluation")
+    assert titles["miou"][0] == "Mean IoU"
     assert ["Mean IoU, best", "40.00 % (epoch 1)"] in summary_rows([run], metrics_of([run]))
 
 

@@ -48,31 +48,31 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(made, tmp_path_factory):
+def all_columns(made, tmp_path_factory):
     """What all sets came to, by one command: results by column, stdout, the folder."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("whole")
-        said = []
+        outputs = []
         patch.setattr(
-            "builtins.print", lambda *parts, **rest: said.append(" ".join(map(str, parts)) + rest.get("end", "\n"))
+            "builtins.print", lambda *parts, **rest: outputs.append(" ".join(map(str, parts)) + rest.get("end", "\n"))
         )
         flags = f"{made.checkpoint} {everything(made)} --examples 5 --output_dir {folder} --format markdown"
         patch.setattr("sys.argv", ["robustness.py", *flags.split()])
         script.main()
     lines = {line["config"]["column"]: line for line in read_results(folder)}
-    return lines, "".join(said), folder
+    return lines, "".join(outputs), folder
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", script.COLUMNS)
-def test_each_set_is_scored_as_by_hand(made, whole, key):
-    expected, found = made.expected(key), whole[0][key]["metrics"]
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+def test_each_set_is_scored_as_by_hand(made, all_columns, key):
+    expected, actual = made.expected(key), all_columns[0][key]["metrics"]
+    assert {name: actual[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     score = expected["aupr" if key == "o" else "top1"]
     assert 5 < score < 95  # of neither all nor nothing, so that a wrong rule shows
-    titles, *_, ours = markdown_rows(whole[1])
+    titles, *_, ours = markdown_rows(all_columns[1])
     assert ours[:2] == ["tuned/best", "ours"]
     assert ours[titles.index(column_titles()[key])] == f"{score:.1f}*"
 
@@ -96,8 +96,8 @@ def test_the_sets_differ_where_a_rule_is_left_out(made):
     assert made.expected("real")["top1"] != made.expected("in1k")["top1"]
 
 
-def test_examples_are_drawn_as_the_model_sees_them(made, whole):
-    assert Image.open(whole[2] / "examples-tuned_best.png").size[1] > 1000  # twelve rows
+def test_examples_are_drawn_as_the_model_sees_them(made, all_columns):
+    assert Image.open(all_columns[2] / "examples-tuned_best.png").size[1] > 1000  # twelve rows
     settings = PassSettings(Processes(0, 1, CPU), None, 8, DataConfig(num_workers=0), occlusion=0.5, fill="black")
     model = open_classifier(str(made.checkpoint), "student", "", (), None, CPU, 1000, "CHECKPOINT")
     paths = {"imagenet": f"{made.root}/data/imagenet", "objectnet": f"{made.root}/data/objectnet-1.0"}
@@ -107,15 +107,15 @@ def test_examples_are_drawn_as_the_model_sees_them(made, whole):
     assert not any(example.image[8:24, 8:24].any() for example in hidden)
     known = {np.asarray(image).tobytes(): image_id for image_id, image in enumerate(made.images)}
     for example in framed:  # no border left
-        assert example.predicted == made.said[known[example.image.tobytes()]]
+        assert example.predicted == made.predicted[known[example.image.tobytes()]]
 
 
-def test_the_outliers_score_is_scikit_learns(made, whole):
+def test_the_outliers_score_is_scikit_learns(made, all_columns):
     scores = [-made.confidence(image) for image in made.outliers + made.inliers]
     is_outlier = [1] * len(made.outliers) + [0] * len(made.inliers)
-    found = whole[0]["o"]["metrics"]
-    assert found["aupr"] == pytest.approx(100 * average_precision_score(is_outlier, scores), abs=1e-6)
-    assert found["auroc"] == pytest.approx(100 * roc_auc_score(is_outlier, scores), abs=1e-6)
+    actual = all_columns[0]["o"]["metrics"]
+    assert actual["aupr"] == pytest.approx(100 * average_precision_score(is_outlier, scores), abs=1e-6)
+    assert actual["auroc"] == pytest.approx(100 * roc_auc_score(is_outlier, scores), abs=1e-6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=30))
@@ -129,10 +129,10 @@ def test_average_precision_of_any_scores_and_ties(pairs):
 @given(st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.permutations(range(10))), min_size=1))
 def test_accuracies_of_any_answers(images):
     answers, ranked = zip(*images, strict=True)
-    found = accuracies([tuple(a) for a in answers], torch.tensor([r[:5] for r in ranked]))
+    actual = accuracies([tuple(a) for a in answers], torch.tensor([r[:5] for r in ranked]))
     first = [r[0] in a for a, r in images]
     five = [bool(set(r[:5]) & set(a)) for a, r in images]
-    assert found == pytest.approx({"top1": 100 * np.mean(first), "top5": 100 * np.mean(five)})
+    assert actual == pytest.approx({"top1": 100 * np.mean(first), "top5": 100 * np.mean(five)})
 
 
 def test_another_normalisation_is_another_measurement(made, call):
@@ -143,16 +143,16 @@ def test_another_normalisation_is_another_measurement(made, call):
     assert "pixels normalised by mean 0.0 0.5 1.0 and std 0.229 0.224 0.225" in out
     first, second = (line["config"] for line in read_results("output/robustness"))
     assert (first["mean"], first["std"], second["mean"]) == ([0.5] * 3, [0.5] * 3, [0, 0.5, 1])
-    status, _, said = call(f"{flags} --std 0.5")
+    status, _, error = call(f"{flags} --std 0.5")
     assert status == 2
-    assert "--std 0.5: give one number for each of 3 channels" in said
+    assert "--std 0.5: give one number for each of 3 channels" in error
 
 
 def test_another_occlusion(made, call):
-    status, _, said = call(
+    status, _, error = call(
         f"{made.checkpoint} {everything(made)} --columns cocc --occlusion 0.25 --occlusion_fill black"
     )
-    assert (status, said) == (0, "")
+    assert (status, error) == (0, "")
     inputs = normalised(made.images)
     inputs[:, :, 12:20, 12:20] = -MEAN / STD
     logits = logits_of(made.model, inputs)
@@ -163,22 +163,22 @@ def test_another_occlusion(made, call):
 
 
 @pytest.mark.slow
-def test_two_processes_count_each_image_once(made, whole, tmp_path):
+def test_two_processes_count_each_image_once(made, all_columns, tmp_path):
     columns = "real a o"
     command = f"{script.__file__} {made.checkpoint} {everything(made)} --output_dir {tmp_path} --columns {columns}"
     with Ranks(command.split(), number=2) as ranks:
         assert [status for status, _ in ranks.finish()] == [0, 0]
-    found = {line["config"]["column"]: line["metrics"] for line in read_results(tmp_path)}
-    assert found.keys() == set(columns.split())
-    for key, metrics in found.items():
-        assert metrics == pytest.approx(whole[0][key]["metrics"], abs=1e-4)
+    actual = {line["config"]["column"]: line["metrics"] for line in read_results(tmp_path)}
+    assert actual.keys() == set(columns.split())
+    for key, metrics in actual.items():
+        assert metrics == pytest.approx(all_columns[0][key]["metrics"], abs=1e-4)
 
 
 # ---- the table, going on, missing sets --------------------------------------------------------------------
 
 
-def test_the_table_has_the_papers_rows_and_ours(made, whole, call, tmp_path):
-    _, _, folder = whole
+def test_the_table_has_the_papers_rows_and_ours(made, all_columns, call, tmp_path):
+    _, _, folder = all_columns
     status, shown, _ = call(f"--output_dir {folder} --format markdown --picture table.png")
     assert status == 0
     titles, _, *rows = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("|")]
@@ -214,10 +214,10 @@ def test_what_has_finished_is_not_done_again(made, call, tmp_path):
     whole_image = bad.read_bytes()
     bad.write_bytes(whole_image[:100])
     command = f"{made.checkpoint} --data_root {data} --partial {FLAGS} --output_dir out"
-    status, shown, said = call(command)
+    status, shown, error = call(command)
     assert status == 2
-    assert str(bad) in said
-    assert "--on_bad_image skip" in said
+    assert str(bad) in error
+    assert "--on_bad_image skip" in error
     assert [line["config"]["column"] for line in read_results("out")] == ["v2"]  # it was finished before
 
     bad.write_bytes(whole_image)
@@ -258,17 +258,17 @@ def test_the_table_shows_what_was_asked_for_and_says_what_else_was_measured(made
         """Our number, and what is said of it."""
         _, shown, _ = call(f"{command} {flags}")
         (row,) = [line for line in shown.splitlines() if " ours " in line]
-        (said,) = [line for line in shown.splitlines() if line.startswith("* ")]  # the set is a small one
-        return next(part for part in reversed(row.split()) if part[0].isdigit()).rstrip("*"), said
+        (remark,) = [line for line in shown.splitlines() if line.startswith("* ")]  # the set is a small one
+        return next(part for part in reversed(row.split()) if part[0].isdigit()).rstrip("*"), remark
 
-    half, said = cell("")
-    assert " with " not in said
-    tenth, said = cell("--occlusion 0.1")
+    half, remark = cell("")
+    assert " with " not in remark
+    tenth, remark = cell("--occlusion 0.1")
     assert tenth != half
-    assert said.endswith(f"; with occlusion 0.1; {half} with occlusion 0.5")
-    again, said = cell("")  # finished before, and not the newest
+    assert remark.endswith(f"; with occlusion 0.1; {half} with occlusion 0.5")
+    again, remark = cell("")  # finished before, and not the newest
     assert again == half
-    assert said.endswith(f"; with occlusion 0.5; {tenth} with occlusion 0.1")
+    assert remark.endswith(f"; with occlusion 0.5; {tenth} with occlusion 0.1")
 
 
 def test_the_best_checkpoint_is_said_to_be_chosen_on_images_that_columns_score(made, call, tmp_path):
@@ -280,7 +280,7 @@ def test_the_best_checkpoint_is_said_to_be_chosen_on_images_that_columns_score(m
     last = tmp_path / "tuned" / "checkpoint-99.pth"
     last.parent.mkdir()
     shutil.copy(made.checkpoint, last)
-    for checkpoint, columns, note in (
+    for checkpoint, columns, remark in (
         (made.checkpoint, "in1k real cocc v2", "which IN-1k, IN-Real, Cocc score too"),
         (made.checkpoint, "v2", ""),
         (last, "in1k", ""),
@@ -288,8 +288,8 @@ def test_the_best_checkpoint_is_said_to_be_chosen_on_images_that_columns_score(m
         folder = tmp_path / f"{checkpoint.stem}-{len(columns)}"
         _, shown, _ = call(f"{checkpoint} {everything(made)} --columns {columns} --output_dir {folder}")
         notes = [line for line in shown.splitlines() if "checkpoint-best.pth was chosen" in line]
-        assert len(notes) == bool(note)
-        assert not note or notes[0].endswith(f"chosen on ImageNet's validation images, {note}")
+        assert len(notes) == bool(remark)
+        assert not remark or notes[0].endswith(f"chosen on ImageNet's validation images, {remark}")
 
 
 def test_a_moving_average_is_what_is_judged(made, call, tmp_path):

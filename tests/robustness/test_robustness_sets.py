@@ -111,8 +111,8 @@ def test_sets_are_found_under_their_usual_names(tmp_path):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     (tmp_path / "si-score" / "location20_area02_min0pc").rename(tmp_path / "SI-Score" / "location20_area02_min0pc")
     (tmp_path / "si-score").rmdir()
-    found = {flag: Path(path).name for flag, path in find_sets(tmp_path).items()}
-    assert found == {
+    folder_names = {flag: Path(path).name for flag, path in find_sets(tmp_path).items()}
+    assert folder_names == {
         "imagenet": "ImageNet", "imagenet_v2": "imagenet-v2", "sketch": "ImageNet-Sketch", "objectnet": "objectnet-1.0",
         "si_size": "object_size", "si_location": "location20_area02_min0pc",
     }  # fmt: skip
@@ -144,23 +144,23 @@ def test_timms_models_see_what_timm_shows_them(tmp_path, name):
     torch.manual_seed(1)
     model = timm.create_model(name).eval()
     torch.save({"state_dict": {f"module.{n}": x for n, x in model.state_dict().items()}}, tmp_path / "timm.pth")
-    found = open_classifier(f"timm:{name}={tmp_path}/timm.pth", "student", "", (), None, CPU, 1000, "CHECKPOINT")
+    opened = open_classifier(f"timm:{name}={tmp_path}/timm.pth", "student", "", (), None, CPU, 1000, "CHECKPOINT")
     picture = colours(200, 300)
     config = resolve_data_config(model=model, use_test_size=True)
     with torch.no_grad():
         expected = model(create_transform(**config, is_training=False)(picture)[None])
-        pixels = found.view(torch.tensor(np.asarray(picture)).permute(2, 0, 1))
-        logits = found.model(found.normalise(pixels[None]))
+        pixels = opened.view(torch.tensor(np.asarray(picture)).permute(2, 0, 1))
+        logits = opened.model(opened.normalise(pixels[None]))
     assert torch.allclose(logits, expected, atol=1e-4)
-    assert found.label == name
+    assert opened.label == name
 
 
 def test_timms_models_take_another_size():
     common = (None, CPU, 1000, "CHECKPOINT")
-    found = open_classifier("timm:test_vit", "student", "tiny", (96, 64), *common)
-    assert found.model(torch.zeros(1, 3, 96, 64)).shape == (1, 1000)
-    assert found.view(torch.zeros(3, 50, 50, dtype=torch.uint8)).shape == (3, 96, 64)
-    assert found.origin == "timm:test_vit: random weights"
+    opened = open_classifier("timm:test_vit", "student", "tiny", (96, 64), *common)
+    assert opened.model(torch.zeros(1, 3, 96, 64)).shape == (1, 1000)
+    assert opened.view(torch.zeros(3, 50, 50, dtype=torch.uint8)).shape == (3, 96, 64)
+    assert opened.origin == "timm:test_vit: random weights"
 
 
 def test_an_exported_file_is_seen_as_it_was_trained(tmp_path):
@@ -169,8 +169,8 @@ def test_an_exported_file_is_seen_as_it_was_trained(tmp_path):
     overlay = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "crop_pct": 1.0, "classifier": "no business of it"}
     (tmp_path / "vit.json").write_text(json.dumps({"model_args": {"pretrained_cfg_overlay": overlay}}))
     name = f"timm:test_vit={tmp_path}/vit.pth"
-    found = open_classifier(name, None, "", (), None, CPU, 1000, "CHECKPOINT")
-    assert found.normalise.mean == open_vit(name, None, "", (), None, CPU).normalise.mean == (0.1, 0.2, 0.3)
+    opened = open_classifier(name, None, "", (), None, CPU, 1000, "CHECKPOINT")
+    assert opened.normalise.mean == open_vit(name, None, "", (), None, CPU).normalise.mean == (0.1, 0.2, 0.3)
     (tmp_path / "vit.json").write_text("no json")
     assert (
         open_vit(name, None, "", (), None, CPU).normalise.mean == timm.create_model("test_vit").pretrained_cfg["mean"]
@@ -181,8 +181,8 @@ def test_the_moving_average_of_a_run(made, tmp_path):
     average = {n: x + 1 for n, x in made.model.state_dict().items()}
     torch.save({"model": made.model.state_dict(), "model_ema": average}, tmp_path / "tuned.pth")
     for weights, state in (("student", made.model.state_dict()), ("momentum", average)):
-        found = open_classifier(f"{tmp_path}/tuned.pth", weights, "", (), None, CPU, 1000, "CHECKPOINT")
-        assert torch.equal(found.model.head.bias, state["head.bias"])
+        opened = open_classifier(f"{tmp_path}/tuned.pth", weights, "", (), None, CPU, 1000, "CHECKPOINT")
+        assert torch.equal(opened.model.head.bias, state["head.bias"])
 
 
 # ---- wrong inputs -----------------------------------------------------------------------------------------
@@ -256,10 +256,10 @@ def wrong_inputs(made, tmp_path):
 def test_wrong_inputs_are_one_line(made, call, tmp_path):
     unlike = {}
     for flags, message in wrong_inputs(made, tmp_path).items():
-        status, _, said = call(f"{flags} {FLAGS}")
-        one_line = said.startswith("robustness.py: error: ") and said.count("\n") == 1
-        if not (status == 2 and one_line and message in said):
-            unlike[message] = (status, said)
+        status, _, error = call(f"{flags} {FLAGS}")
+        one_line = error.startswith("robustness.py: error: ") and error.count("\n") == 1
+        if not (status == 2 and one_line and message in error):
+            unlike[message] = (status, error)
     assert not unlike
     assert not Path("output").exists()
 
@@ -268,7 +268,7 @@ def test_an_image_that_is_all_border(made, call, tmp_path):
     path = tmp_path / "objectnet" / "banana" / "1.png"
     path.parent.mkdir(parents=True)
     Image.new("RGB", (4, 9)).save(path)
-    status, _, said = call(f"{made.checkpoint} --objectnet {tmp_path}/objectnet --partial {FLAGS}")
-    assert (status, "4 x 9 pixels are all border" in said, str(path) in said) == (2, True, True)
-    status, _, said = call(f"{made.checkpoint} --objectnet {tmp_path}/objectnet --partial --on_bad_image skip {FLAGS}")
-    assert (status, "nothing of objnet is left" in said) == (2, True)
+    status, _, error = call(f"{made.checkpoint} --objectnet {tmp_path}/objectnet --partial {FLAGS}")
+    assert (status, "4 x 9 pixels are all border" in error, str(path) in error) == (2, True, True)
+    status, _, error = call(f"{made.checkpoint} --objectnet {tmp_path}/objectnet --partial --on_bad_image skip {FLAGS}")
+    assert (status, "nothing of objnet is left" in error) == (2, True)

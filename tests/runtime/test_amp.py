@@ -55,7 +55,7 @@ def test_the_type_that_a_device_computes_in(machine, choice, device, flags, gene
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "said"),
+    ("choice", "device", "message"),
     [
         ("bf16", CPU, "--amp bf16: this CPU does not compute in bf16, use --amp auto"),
         ("bf16", CUDA, "--amp bf16: GPU of generation 7 does not compute in bf16, use --amp auto"),
@@ -63,9 +63,9 @@ def test_the_type_that_a_device_computes_in(machine, choice, device, flags, gene
         ("fp16", CPU, "--amp fp16: needs a GPU, "),
     ],
 )
-def test_a_type_that_a_device_cannot_compute_in(machine, choice, device, said):
+def test_a_type_that_a_device_cannot_compute_in(machine, choice, device, message):
     machine(WITHOUT, 7)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         autocast_dtype(choice, device)
     assert str(error.value).endswith("use --amp auto")
     assert "\n" not in str(error.value)
@@ -90,9 +90,9 @@ def test_instruction_sets_are_the_kernel_s(monkeypatch, text, flags):
         return io.StringIO(text)
 
     monkeypatch.setattr(builtins, "open", kernel)
-    found, bf16 = cpu_flags(), computes_in_bf16(CPU)
+    actual, bf16 = cpu_flags(), computes_in_bf16(CPU)
     monkeypatch.undo()
-    assert found == flags
+    assert actual == flags
     assert bf16 == bool(flags & {"avx512_bf16", "bf16"})
 
 
@@ -128,13 +128,13 @@ def test_both_ways_of_attention_have_the_same_losses_and_gradients():
     torch.manual_seed(0)
     model = LUT(**ARCHITECTURES["vit_nano_patch4"] | dict(img_size=(16, 16), in_chans=3))
     views, noise = torch.randn(1, 3, 3, 16, 16), torch.rand(3, 16)
-    found = []
+    results = []
     for dtype in (None, BF16):  # chosen for bf16, computed in fp32
         choose_attention(model, dtype, CPU)
         model.zero_grad()
         loss = model(views, noise).mim
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(found[0]) > 50
-    for fused, plain in zip(*found, strict=True):
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 50
+    for fused, plain in zip(*results, strict=True):
         torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-7)

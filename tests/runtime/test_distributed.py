@@ -55,7 +55,7 @@ def batches(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def steps(norm: nn.Module, ranks: slice | int) -> list[dict[str, torch.Tensor]]:
     """What `norm` computes from the inputs of these ranks, step by step."""
-    found = []
+    results = []
     for step in range(STEPS):
         x, grad = (z[ranks].reshape(-1, WIDTH).clone() for z in batches(step))
         norm.zero_grad()
@@ -63,9 +63,9 @@ def steps(norm: nn.Module, ranks: slice | int) -> list[dict[str, torch.Tensor]]:
         y.backward(grad)
         gradients = {f"gradient of {name}": p.grad.clone() for name, p in norm.named_parameters()}
         buffers = {name: b.clone() for name, b in norm.named_buffers()}
-        found.append({"output": y.detach(), "gradient of the input": x.grad} | gradients | buffers)
-    found.append({"output in eval mode": norm.eval()(x).detach()})
-    return found
+        results.append({"output": y.detach(), "gradient of the input": x.grad} | gradients | buffers)
+    results.append({"output in eval mode": norm.eval()(x).detach()})
+    return results
 
 
 def drifted_layer(rank: int) -> nn.Linear:
@@ -114,28 +114,28 @@ def one_of_two(rank: int, folder: str) -> None:
     """All that takes two processes; the tests below look at what it saves."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {}
+    results = {}
     for affine in (True, False):
-        found[f"affine {affine}"] = steps(synced(affine), rank)
+        results[f"affine {affine}"] = steps(synced(affine), rank)
 
     norm = batch_norm()
     for x in norm.state_dict().values():
         x += rank + 1
     broadcast_module(norm)
-    found["broadcast"] = {name: x.clone() for name, x in norm.state_dict().items()}
+    results["broadcast"] = {name: x.clone() for name, x in norm.state_dict().items()}
 
-    found["equal"] = complaint(check_in_sync, norm, "student")
-    found["drifted"] = complaint(check_in_sync, drifted_layer(rank), "student")
+    results["equal"] = complaint(check_in_sync, norm, "student")
+    results["drifted"] = complaint(check_in_sync, drifted_layer(rank), "student")
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, 2.0] if rank else [2.0, 1.0]])
-    found["swapped"] = complaint(check_in_sync, layer, "student")
-    found["bfloat16"] = complaint(under_autocast, SyncBatchNorm(WIDTH))
+    results["swapped"] = complaint(check_in_sync, layer, "student")
+    results["bfloat16"] = complaint(under_autocast, SyncBatchNorm(WIDTH))
     for form in FORMS:
         norm, x = maps_norm(SyncBatchNorm), maps(form)[rank].requires_grad_()
         y = norm(x)
         y.backward(maps_gradient(form)[rank])
-        found[f"maps {form}"] = dict(output=y.detach(), gradient=x.grad) | dict(norm.named_buffers())
-    torch.save(found, f"{folder}/{rank}.pth")
+        results[f"maps {form}"] = dict(output=y.detach(), gradient=x.grad) | dict(norm.named_buffers())
+    torch.save(results, f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
@@ -154,54 +154,54 @@ def test_batch_norm_of_feature_maps_over_two_processes(ranks, form):
     norm, x = maps_norm(nn.BatchNorm2d), maps(form).flatten(0, 1).requires_grad_()
     y = norm(x)
     y.backward(maps_gradient(form).flatten(0, 1))
-    found = [r[f"maps {form}"] for r in ranks]
-    torch.testing.assert_close(torch.cat([f["output"] for f in found]), y.detach())
-    torch.testing.assert_close(torch.cat([f["gradient"] for f in found]), x.grad)
+    results = [r[f"maps {form}"] for r in ranks]
+    torch.testing.assert_close(torch.cat([f["output"] for f in results]), y.detach())
+    torch.testing.assert_close(torch.cat([f["gradient"] for f in results]), x.grad)
     for name, buffer in norm.named_buffers():
-        torch.testing.assert_close(found[0][name], buffer)
-        torch.testing.assert_close(found[1][name], buffer)
+        torch.testing.assert_close(results[0][name], buffer)
+        torch.testing.assert_close(results[1][name], buffer)
 
 
 @needs_gloo
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_of_two_processes_is_that_of_one_with_both_batches(ranks, affine):
     alone = steps(batch_norm(affine), slice(None))
-    first, second = (found[f"affine {affine}"] for found in ranks)
+    first, second = (rank[f"affine {affine}"] for rank in ranks)
     for expected, a, b in zip(alone, first, second, strict=True):
         assert set(expected) == set(a) == set(b)
         for name, x in expected.items():
             if name in ("gradient of weight", "gradient of bias"):
-                found = a[name] + b[name]  # DistributedDataParallel adds them up
+                combined = a[name] + b[name]  # DistributedDataParallel adds them up
             elif name.startswith(("output", "gradient")):
-                found = torch.cat([a[name], b[name]])
-                found = found[ROWS:] if len(x) == ROWS else found
+                combined = torch.cat([a[name], b[name]])
+                combined = combined[ROWS:] if len(x) == ROWS else combined
             else:
-                found = a[name]
+                combined = a[name]
                 assert torch.equal(a[name], b[name]), name
-            torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-10, msg=name)
+            torch.testing.assert_close(combined, x, rtol=1e-10, atol=1e-10, msg=name)
 
 
 @needs_gloo
 def test_broadcast_gives_both_what_the_first_has(ranks):
     for name, x in batch_norm().state_dict().items():
-        for found in ranks:
-            torch.testing.assert_close(found["broadcast"][name], x + 1, rtol=0, atol=0, msg=name)
+        for rank in ranks:
+            torch.testing.assert_close(rank["broadcast"][name], x + 1, rtol=0, atol=0, msg=name)
 
 
 @needs_gloo
 def test_processes_that_drift_apart_are_noticed_by_both(ranks):
-    assert [found["equal"] for found in ranks] == ["", ""]
-    assert [found["drifted"] for found in ranks] == 2 * ["the student differs between ranks, first in weight"]
+    assert [rank["equal"] for rank in ranks] == ["", ""]
+    assert [rank["drifted"] for rank in ranks] == 2 * ["the student differs between ranks, first in weight"]
 
 
 @needs_gloo
 def test_weights_that_differ_but_add_up_to_the_same_are_noticed(ranks):
-    assert [found["swapped"] for found in ranks] == 2 * ["the student differs between ranks, first in weight"]
+    assert [rank["swapped"] for rank in ranks] == 2 * ["the student differs between ranks, first in weight"]
 
 
 @needs_gloo
 def test_batch_norm_of_two_processes_under_autocast(ranks):
-    assert [found["bfloat16"] for found in ranks] == ["", ""]
+    assert [rank["bfloat16"] for rank in ranks] == ["", ""]
 
 
 # ---- one process -------------------------------------------------------------------------------------------
@@ -218,16 +218,17 @@ def test_synchronised_batch_norm_keeps_names_and_numbers(monkeypatch, device):
     assert not any(isinstance(module, SyncBatchNorm) for module in model.modules())  # one process
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found = synchronise_batch_norm(model, torch.device(device))
-    assert [type(m) for m in (found[1], found[2][0], found[2][1])] == [*2 * [SyncBatchNorm], nn.LayerNorm]
-    assert (found[1].momentum, found[1].eps) == (0.3, 1e-5)
-    assert list(found.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in found.state_dict().items())
+    synchronised = synchronise_batch_norm(model, torch.device(device))
+    layers = (synchronised[1], *synchronised[2][:2])
+    assert [type(layer) for layer in layers] == [SyncBatchNorm, SyncBatchNorm, nn.LayerNorm]
+    assert (synchronised[1].momentum, synchronised[1].eps) == (0.3, 1e-5)
+    assert list(synchronised.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in synchronised.state_dict().items())
 
 
 def test_without_a_group_synchronised_batch_norm_is_plain():
-    for found, expected in zip(steps(synced(), 0), steps(batch_norm(), 0), strict=True):
-        assert all(torch.equal(found[name], x) for name, x in expected.items())
+    for actual, expected in zip(steps(synced(), 0), steps(batch_norm(), 0), strict=True):
+        assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):
@@ -254,7 +255,7 @@ def test_the_launcher_s_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ("RANK=1", "RANK=1 in the environment: but WORLD_SIZE=1"),
         ("WORLD_SIZE=4", "WORLD_SIZE=4 in the environment: without RANK and MASTER_ADDR and MASTER_PORT;"),
@@ -266,14 +267,14 @@ def test_the_launcher_s_numbers(monkeypatch):
         ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=h MASTER_PORT=1", "RANK=2 in the environment: but WORLD_SIZE=2"),
     ],
 )
-def test_variables_that_another_job_left_are_named(monkeypatch, variables, said):
+def test_variables_that_another_job_left_are_named(monkeypatch, variables, message):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for assignment in variables.split():
         monkeypatch.setenv(*assignment.split("="))
     with pytest.raises(UserError) as error:
         start_processes("cpu")
-    assert one_line(error).startswith(said)
+    assert one_line(error).startswith(message)
     assert "start several processes with torchrun or scripts/submit.py" in one_line(error)
 
 
@@ -295,8 +296,8 @@ def compare(rank: int) -> list[tuple[str, float]]:
 
 @pytest.mark.slow
 def test_ranks_with_other_data_or_settings_are_refused_by_name(tmp_path):
-    for found in in_two_processes(compare, tmp_path):
-        for (message, seconds), (name, value) in zip(found, SAME.items(), strict=True):
+    for messages in in_two_processes(compare, tmp_path):
+        for (message, seconds), (name, value) in zip(messages, SAME.items(), strict=True):
             assert message.startswith(f"{name}: is {value} on rank 0 but other on rank 1;")
             assert seconds < 1
 
@@ -361,7 +362,7 @@ def test_a_task_of_slurm_that_sees_its_own_gpu_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "name", "local_rank", "said"),
+    ("gpus", "name", "local_rank", "message"),
     [
         (0, "cuda", 0, "--device cuda: this machine has no usable GPU, use --device cpu"),
         (0, "cuda:1", 0, "--device cuda:1: this machine has no usable GPU, use --device cpu"),
@@ -370,9 +371,9 @@ def test_a_task_of_slurm_that_sees_its_own_gpu_alone(monkeypatch):
         (2, "cuda:7", 0, "--device cuda:7: this machine has 2 GPUs, counted from 0"),
     ],
 )
-def test_a_device_that_is_not_there(monkeypatch, gpus, name, local_rank, said):
+def test_a_device_that_is_not_there(monkeypatch, gpus, name, local_rank, message):
     pretend(monkeypatch, gpus, local_rank)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         choose_device(name)
 
 

@@ -41,7 +41,7 @@ def end_of(error: BaseException | str, capsys) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "message"),
     [
         (UserError("--lr x:\n  must be"), 2, "x.py: error: --lr x: must be\n"),
         (RunError("the loss is NaN"), 1, "x.py: error: the loss is NaN\n"),
@@ -70,10 +70,10 @@ def end_of(error: BaseException | str, capsys) -> tuple[int, str]:
         (OSError(5, "Input/output error", "a"), 1, "Input/output error (a): check the disk or the network"),
     ],
 )
-def test_an_error_is_one_line(error, status, said, capsys):
+def test_an_error_is_one_line(error, status, message, capsys):
     code, text = end_of(error, capsys)
     assert code == status
-    assert said in text
+    assert message in text
     assert text.count("\n") == 1
 
 

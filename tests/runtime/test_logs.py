@@ -221,13 +221,13 @@ def test_run_info(tmp_path, monkeypatch):
     write_run_info(tmp_path / "run", {"lr": 1e-5, "size": (32, 32), "data": {"path": tmp_path}, "none": None})
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config == {"lr": 1e-5, "size": [32, 32], "data": {"path": str(tmp_path)}, "none": None}
-    info = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert torch.__version__.startswith(info["torch"].split("+")[0])
-    assert info["numpy"] == np.__version__
-    assert info["command"].endswith(" main_pretrain.py --data_path 'two words'")
-    assert info["started"].endswith("+00:00")
-    assert (info["processes"], info["cores"]) == (1, os.cpu_count())
-    assert info["cpu"]
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert torch.__version__.startswith(facts["torch"].split("+")[0])
+    assert facts["numpy"] == np.__version__
+    assert facts["command"].endswith(" main_pretrain.py --data_path 'two words'")
+    assert facts["started"].endswith("+00:00")
+    assert (facts["processes"], facts["cores"]) == (1, os.cpu_count())
+    assert facts["cpu"]
 
 
 def test_git_state_of_a_checkout(tmp_path):
@@ -276,11 +276,11 @@ DAMAGED = [
 
 @pytest.mark.parametrize("line", DAMAGED)
 def test_a_resume_leaves_out_damaged_lines_and_says_so(tmp_path, capsys, line):
-    whole = [b'{"step": 1, "seconds": 3.0}\n', b'{"step": 2, "seconds": 5.0}\n']
-    (tmp_path / "log.jsonl").write_bytes(whole[0] + line + b"\n" + whole[1] + line)
+    intact = [b'{"step": 1, "seconds": 3.0}\n', b'{"step": 2, "seconds": 5.0}\n']
+    (tmp_path / "log.jsonl").write_bytes(intact[0] + line + b"\n" + intact[1] + line)
     log = RunLog(tmp_path, None, enabled=True, resume_step=2)
     log.close()
-    assert (tmp_path / "log.jsonl").read_bytes() == b"".join(whole)
+    assert (tmp_path / "log.jsonl").read_bytes() == b"".join(intact)
     assert 5 <= log.seconds < 60
     assert capsys.readouterr().err == f"WARNING: {tmp_path / 'log.jsonl'}: 2 damaged lines are left out\n"
 

@@ -91,14 +91,14 @@ def call(program: str, root: Path, folder: str, flags: str) -> tuple[int, str]:
     images = "" if "--dataset" in flags else f"--data_path {root}/images"
     name = Path(main.__file__).name
     sys.argv = [name, *f"{shared} {images} --output_dir {root / folder} {flags.format(root=root)}".split()]
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             call_main(name, main.main)
     except SystemExit as stop:
         stop_processes()
-        return int(stop.code or 0), said.getvalue()
-    return 0, said.getvalue()
+        return int(stop.code or 0), errors.getvalue()
+    return 0, errors.getvalue()
 
 
 @contextlib.contextmanager
@@ -262,10 +262,10 @@ def test_a_timm_model_of_a_sharded_run(runs, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_both(runs):
-    for status, said in ends(runs, "nan"):
+    for status, errors in ends(runs, "nan"):
         assert status == 1
-        assert "the loss is no longer finite: update 6 (loss nan" in said
-        assert said.count("error") == 1
+        assert "the loss is no longer finite: update 6 (loss nan" in errors
+        assert errors.count("error") == 1
     assert newest(runs / "nan") == 4
 
 
@@ -273,11 +273,11 @@ def test_nan_on_one_rank_stops_both(runs):
 def test_each_rank_holds_half_and_steps_as_a_whole_model(runs):
     held = [torch.load(runs / f"rank{rank}.pth")[1] for rank in range(2)]
     for name in ("model", "follower", "moments"):
-        shares = [found["held"][name] for found in held]
+        shares = [rank_result["held"][name] for rank_result in held]
         assert sum(shares) == pytest.approx(1)
         assert max(shares) < 0.51
-    for found in held:
-        sharded, plain = found["norms"]
+    for rank_result in held:
+        sharded, plain = rank_result["norms"]
         assert plain.isfinite().all()
         torch.testing.assert_close(sharded, plain, rtol=1e-5, atol=0)
     assert held[0]["gathered"] is None

@@ -35,7 +35,7 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(images, tmp_path_factory) -> Path:
+def uninterrupted_run(images, tmp_path_factory) -> Path:
     """A run that nothing interrupts."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with Ranks(command(images, run)) as ranks:
@@ -66,7 +66,7 @@ def test_at_start_up(images, tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_in_an_epoch_it_saves_and_says_the_command(images, whole, tmp_path, workers):
+def test_in_an_epoch_it_saves_and_says_the_command(images, uninterrupted_run, tmp_path, workers):
     run = tmp_path / "run"
     flags = ["--num_workers", workers]
     with Ranks(command(images, run, *flags), own_group=True) as ranks:
@@ -78,7 +78,7 @@ def test_in_an_epoch_it_saves_and_says_the_command(images, whole, tmp_path, work
     assert quiet(text) == f"main_pretrain.py: stopped by Ctrl-C and saved after update {step}; {ADVICE}\n"
     with Ranks(command(images, run, *flags)) as ranks:
         assert ranks.finish()[0][0] == 0
-    same_end(run, whole)
+    same_end(run, uninterrupted_run)
 
 
 @pytest.mark.parametrize("during", [SLOW_SAVE, SLOW_EVALUATION], ids=["save", "evaluation"])

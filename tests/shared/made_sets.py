@@ -65,7 +65,7 @@ class Made:
         hidden = inputs.clone()
         hidden[:, :, 8:24, 8:24] = 0
         self.occluded = logits_of(self.model, hidden)
-        self.said = self.logits.argmax(dim=1).tolist()
+        self.predicted = self.logits.argmax(dim=1).tolist()
         self.root, self.free = root, list(range(POOL))
         self.checkpoint = root / "tuned" / "checkpoint-best.pth"
         self.checkpoint.parent.mkdir(parents=True)
@@ -80,8 +80,8 @@ class Made:
 
     def split(self, classes, number):
         """Some images whose answer is among the classes, and as many whose answer is not."""
-        among = [image for image in range(POOL) if self.said[image] in classes]
-        others = [image for image in range(POOL) if self.said[image] not in classes]
+        among = [image for image in range(POOL) if self.predicted[image] in classes]
+        others = [image for image in range(POOL) if self.predicted[image] not in classes]
         return among[:number], others[:number]
 
     def best(self, image, among=range(1000), logits=None):
@@ -111,14 +111,14 @@ class Made:
         with_label, empty, corrected = ({c: [] for c in range(1000)} for _ in range(3))
         for number, (label, real) in enumerate(zip(VAL_LABELS, REAL, strict=True)):
             (with_label if label in real else empty if not real else corrected)[label].append(number)
-        said_anew = {c: n for found in corrected.values() for n in found for c in REAL[n]}
+        image_of_class = {c: n for images in corrected.values() for n in images for c in REAL[n]}
         for turn, image in enumerate(self.take(60)):
-            label = self.said[image] if turn % 2 else self.best(image)[3 if turn % 4 else 700]
+            label = self.predicted[image] if turn % 2 else self.best(image)[3 if turn % 4 else 700]
             number = (empty if turn % 5 == 0 and empty[label] else with_label)[label].pop()
             self.add_validation(image, number)
         for image in self.take(60):  # said what ReaL says, against the original label
-            if self.said[image] in said_anew:
-                self.add_validation(image, said_anew.pop(self.said[image]))
+            if self.predicted[image] in image_of_class:
+                self.add_validation(image, image_of_class.pop(self.predicted[image]))
 
     def add_validation(self, image, number):
         label = VAL_LABELS[number]
@@ -147,10 +147,10 @@ class Made:
     def make_objectnet(self):
         """In a red border of two pixels, in folders with one class and several, and in one that does not count."""
         self.scored["objnet"] = []
-        meant = {c: folder for folder, classes in OBJECTNET.items() for c in classes}
-        among, others = self.split(meant, 40)
+        folder_of_class = {c: folder for folder, classes in OBJECTNET.items() for c in classes}
+        among, others = self.split(folder_of_class, 40)
         for turn, image in enumerate(among + others):
-            folder = meant.get(self.said[image], "coaster" if turn % 3 == 0 else "banana")
+            folder = folder_of_class.get(self.predicted[image], "coaster" if turn % 3 == 0 else "banana")
             if folder != "coaster":
                 self.scored["objnet"].append((image, OBJECTNET[folder]))
             framed = Image.new("RGB", (SIDE + 4, SIDE + 4), (255, 0, 0))

@@ -36,22 +36,22 @@ DAMAGES = {
 }
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path: Path, kind: str) -> None:
     """Spoil a mask."""
     mask = np.asarray(Image.open(path)).copy()
-    if how == "other size":
+    if kind == "other size":
         mask = mask[:10, :20]
-    elif how == "out of range":
+    elif kind == "out of range":
         mask[3, 4] = 7
-    elif how == "sixteen bits":
+    elif kind == "sixteen bits":
         mask = mask.astype(np.uint16)
         mask[3, 4] = 7000
-    elif how == "colours":
+    elif kind == "colours":
         mask = mask[..., None].repeat(3, 2)
     Image.fromarray(mask).save(path)
-    if how == "no image":
+    if kind == "no image":
         path.write_text("no image")
-    elif how == "cut":
+    elif kind == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 

@@ -33,7 +33,7 @@ def training_line(step: int, epoch: int, **more) -> str:
 
 
 @pytest.mark.parametrize(
-    ("info", "share", "steps"),
+    ("run_facts", "share", "steps"),
     [
         ('{"total_updates": 704}', 60 / 704, "step 60/704"),
         ('{"command": "python main_pretrain.py"}', 1 / 16, "step 60"),  # of an older version: whole epochs
@@ -41,10 +41,10 @@ def training_line(step: int, epoch: int, **more) -> str:
         (None, 1 / 16, "step 60"),
     ],
 )
-def test_progress_is_read_from_the_log_and_run_json(run, info, share, steps):
+def test_progress_is_read_from_the_log_and_run_json(run, run_facts, share, steps):
     assert read_progress(run) is None
-    if info is not None:
-        (run.folder / "run.json").write_text(info)
+    if run_facts is not None:
+        (run.folder / "run.json").write_text(run_facts)
     evaluation = '{"step": 44, "epoch": 1, "knn": 20.0}\n'
     log = training_line(44, 0) + evaluation + training_line(60, 1, loss="nan") + evaluation + '{"step": 88, "epo'
     (run.folder / "log.jsonl").write_text(log)

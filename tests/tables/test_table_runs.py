@@ -126,10 +126,10 @@ def test_numbers_of_competitors_and_missing_tools_are_the_papers(call):
 def test_a_column_may_name_its_metric(call, tmp_path):
     """Student and momentum encoder come from one probing; MAE has no momentum encoder."""
     folder = tmp_path / "output" / "tables"
-    for name, found in (("ablation_mae", {}), ("ablation_lut_rrc-alpha_0.1", {"momentum/knn": 31.0})):
+    for name, metrics in (("ablation_mae", {}), ("ablation_lut_rrc-alpha_0.1", {"momentum/knn": 31.0})):
         path = finish(folder, "parts", name, 0, "probe", 44.0)
         line = json.loads(path.read_text())
-        line["metrics"] |= {"student, kNN, k 20": 33.0} | found  # the old name too
+        line["metrics"] |= {"student, kNN, k 20": 33.0} | metrics  # the old name too
         path.write_text(json.dumps(line) + "\n")
     _, shown, _ = call("show parts --scale tiny --format markdown --against paper")
     assert "| MAE | 33.0 | 44.0 | – | – | 0–1 |" in shown
@@ -162,37 +162,38 @@ def test_curves_of_a_table(call, tmp_path):
     assert epochs.tolist() == [0, 1, 2]  # what all seeds have
     assert values.tolist() == [[11, 20, 21], [11, 20, 21]]
     assert rows[1].flops_per_epoch() > 1.3 * rows[0].flops_per_epoch()
-    status, _, said = call("show study --scale tiny --curves a/curves.png")
-    assert status == 0, said
+    status, _, errors = call("show study --scale tiny --curves a/curves.png")
+    assert status == 0, errors
     with Image.open(tmp_path / "a" / "curves.png") as picture:
         assert picture.format == "PNG"
     finish(folder, "study", "ablation_mae", 0, PRETRAIN, 21.0)
     finish(folder, "study", "ablation_mae", 0, "probe", 44.0)
-    _, kept, _ = call("keep study --scale tiny --into kept")
-    assert kept == "3 files copied into kept\n"  # two results and a log
+    _, output, _ = call("keep study --scale tiny --into kept")
+    assert output == "3 files copied into kept\n"  # two results and a log
     finish(folder, "study", "ablation_mae", 4, "probe", 46.0)  # one more than the table plans
     assert call("keep study --scale tiny --into kept")[1] == "4 files copied into kept\n"
     shown = [call(f"show study --scale tiny --output_dir {place}")[1] for place in ("output/tables", "kept")]
     assert shown[0] == shown[1]
     assert len(row_curves(TABLES["study"], options("tiny", tmp_path / "kept"))) == 1
-    status, _, said = call("keep 4c --scale tiny --output_dir nothing")
+    status, _, errors = call("keep 4c --scale tiny --output_dir nothing")
     assert status == 2
-    assert "--output_dir nothing: no run of table 4c has finished there" in said
+    assert "--output_dir nothing: no run of table 4c has finished there" in errors
     (tmp_path / "nothing").mkdir()
-    status, _, said = call("show 4c --scale tiny --output_dir nothing --curves b.png")
+    status, _, errors = call("show 4c --scale tiny --output_dir nothing --curves b.png")
     assert status == 2
-    assert "--curves: no pre-training of table 4c has a log in nothing" in said
+    assert "--curves: no pre-training of table 4c has a log in nothing" in errors
 
 
 def test_a_results_file_cut_short_counts_as_not_finished(call, tmp_path):
     path = finish(tmp_path / "output" / "tables", "B", "ablation_lut", 0, "finetune", 60.0)
-    whole = path.read_text()
-    path.write_text(whole + whole[: len(whole) // 2])
-    status, shown, said = call("show B --scale tiny")
+    intact = path.read_text()
+    path.write_text(intact + intact[: len(intact) // 2])
+    status, shown, errors = call("show B --scale tiny")
     assert status == 0
     assert "60.0" in shown
-    assert said.splitlines() == [f"WARNING: {path.relative_to(tmp_path)}, line 2: cut short or not a result, left out"]
-    path.write_text(whole[: len(whole) // 2])
+    (warning,) = errors.splitlines()
+    assert warning == f"WARNING: {path.relative_to(tmp_path)}, line 2: cut short or not a result, left out"
+    path.write_text(intact[: len(intact) // 2])
     assert "60.0" not in call("show B --scale tiny")[1]
     append_result(path.parent, "finetune", {}, {"top1": 61.0}, 1.0, {})  # begins a line of its own
     assert [line["metrics"] for line in read_results(path.parent)] == [{"top1": 61.0}]
@@ -202,9 +203,9 @@ def test_a_run_with_other_settings_is_shown_with_a_remark_and_not_taken_for_done
     path = finish(tmp_path / "output" / "tables", "B", "ablation_lut", 0, "finetune", 60.0, epochs=3)
     _, shown, _ = call("show B --scale tiny")
     assert "ablation_lut, seed_0, finetune ran with other settings: epochs 3 (planned: 5)" in shown
-    status, _, said = call("run B --scale tiny")
+    status, _, errors = call("run B --scale tiny")
     assert status == 2
-    assert said == (
+    assert errors == (
         f"tables.py: error: --output_dir {path.parent.relative_to(tmp_path)}: has finished with epochs 3 (planned: 5),"
         " choose another folder\n"
     )
@@ -259,11 +260,11 @@ WRONG = {
 @pytest.mark.parametrize("flags", WRONG)
 def test_wrong_input_is_one_line(call, monkeypatch, tmp_path, flags):
     monkeypatch.setenv("PATH", str(tmp_path))
-    status, _, said = call(flags)
+    status, _, errors = call(flags)
     assert status == 2
-    assert len(said.splitlines()) == 1
-    assert said.startswith("tables.py: error: ")
-    assert WRONG[flags] in said
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("tables.py: error: ")
+    assert WRONG[flags] in errors
     assert os.listdir(tmp_path) == []
 
 
@@ -274,15 +275,15 @@ def test_each_stage_is_an_array_whose_tasks_wait_for_their_pretraining(call, tmp
     data = tmp_path / "images"
     data.mkdir()
     flags = "--submit --dry_run -- --partition gpu --nodes 2 --after 7"
-    status, shown, said = call(f"run B --data_path images --seeds 2 {flags}")
-    assert status == 0, said
+    status, shown, errors = call(f"run B --data_path images --seeds 2 {flags}")
+    assert status == 0, errors
     scripts = shown.split("#!/bin/bash")[1:]
     stages = (PRETRAIN, "finetune", "linprobe", "linprobe_pooled")
     assert [re.search(r"--job-name=(\S+)", text)[1] for text in scripts] == [f"lut-{stage}" for stage in stages]
     assert all("#SBATCH --array=0-7%" in text for text in scripts)
     assert all("#SBATCH --partition=gpu" in text for text in scripts)
-    found = [re.search(r"--dependency=(\S+)", text)[1] for text in scripts]
-    assert found == ["afterok:7"] + 3 * ["aftercorr:JOB"]
+    dependencies = [re.search(r"--dependency=(\S+)", text)[1] for text in scripts]
+    assert dependencies == ["afterok:7"] + 3 * ["aftercorr:JOB"]
     assert all("#SBATCH --kill-on-invalid-dep=yes" in text for text in scripts)
     for text in scripts:  # task i starts from the checkpoint of task i
         commands = [line for line in text.splitlines() if re.search(r"/main_\w+\.py ", line)]
@@ -294,8 +295,8 @@ def test_each_stage_is_an_array_whose_tasks_wait_for_their_pretraining(call, tmp
 
 def test_a_probe_in_an_array_is_one_process(call, tmp_path):
     (tmp_path / "images").mkdir()
-    status, shown, said = call("run study --data_path images --seeds 1 --submit --dry_run -- --nodes 2")
-    assert status == 0, said
+    status, shown, errors = call("run study --data_path images --seeds 1 --submit --dry_run -- --nodes 2")
+    assert status == 0, errors
     scripts = {re.search(r"--job-name=lut-(\S+)", text)[1]: text for text in shown.split("#!/bin/bash")[1:]}
     sizes = {name: re.findall(r"^#SBATCH --(?:nodes|ntasks-per-node)=(\d+)", scripts[name], re.M) for name in scripts}
     assert sizes[PRETRAIN] == sizes["finetune"] == ["2", "8"]
@@ -313,13 +314,13 @@ def test_what_has_its_pretraining_waits_for_nothing(call, tmp_path):
         finish(tmp_path / "output" / "tables", "B", "ablation_lut", 0, stage, 50.0)
     _, shown, _ = call("run B --scale tiny --submit --dry_run -- --ngpus 0")
     scripts = shown.split("#!/bin/bash")[1:]
-    found = []
+    jobs = []
     for text in scripts:
         names = re.findall(r"^# (\w+), seed 0, \w+$", text, re.M)
         after = re.search(r"--dependency=(\S+)", text)
-        found.append((re.search(r"--job-name=lut-(\S+)", text)[1], len(names), after and after[1]))
+        jobs.append((re.search(r"--job-name=lut-(\S+)", text)[1], len(names), after and after[1]))
     waits = "aftercorr:JOB"
-    assert found == [
+    assert jobs == [
         *((PRETRAIN, 3, None), ("finetune", 1, None), ("finetune", 3, waits), ("linprobe", 3, waits)),
         *(("linprobe_pooled", 1, None), ("linprobe_pooled", 3, waits)),
     ]
@@ -389,30 +390,30 @@ def test_a_table_that_is_stopped_half_way_goes_on(tmp_path):
         wait_until(lambda path=stopped / begun, run=process: path.exists() or run.poll() is not None)
         assert process.poll() is None, process.stdout.read()
         process.send_signal(number)
-        said, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == status, said
+        output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == status, output
         assert not (stopped / "results.jsonl").exists()
-    assert said.startswith("4 runs, 1 done already\n")
-    assert "ablation_lut, seed 0, pretrain: stopped; run the same command to resume" in said
+    assert output.startswith("4 runs, 1 done already\n")
+    assert "ablation_lut, seed 0, pretrain: stopped; run the same command to resume" in output
 
     before = {path: path.read_text() for path in mae.glob("*/results.jsonl")}
     process = start()
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
-    assert said.startswith("4 runs, 2 done already\n")
-    assert "[3/4] ablation_lut, seed 0, pretrain\n" in said
-    assert re.search(r"^\[4/4, all left 0:\d\d:\d\d\] epoch 1/1  step 11(/11)?  loss ", said, re.M)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    assert output.startswith("4 runs, 2 done already\n")
+    assert "[3/4] ablation_lut, seed 0, pretrain\n" in output
+    assert re.search(r"^\[4/4, all left 0:\d\d:\d\d\] epoch 1/1  step 11(/11)?  loss ", output, re.M)
     assert re.search(r"^resumed after update \d+$", (lut / "pretrain" / "output.txt").read_text(), re.M)
     assert {path: path.read_text() for path in mae.glob("*/results.jsonl")} == before
     assert [len(read_results(folder)) for folder in (*mae.iterdir(), *lut.iterdir())] == [1, 1, 1, 1]
-    assert re.search(r"^LUT .* 67\.9 +\d+\.\d .* 0–1$", said, re.M)  # no kNN, it was not looked at
+    assert re.search(r"^LUT .* 67\.9 +\d+\.\d .* 0–1$", output, re.M)  # no kNN, it was not looked at
 
     # what fails is named, and the rest is done
     for folder in lut.iterdir():
         for path in (*folder.glob("checkpoint-*"), *lut.glob("linprobe/results.jsonl")):
             path.unlink()
     process = start("--keep_going")
-    said, _ = process.communicate(timeout=PATIENCE)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert "FAILED: ablation_lut, seed 0, linprobe: exit status 2, main_linprobe.py: error: --finetune " in said
-    assert said.splitlines()[-1].startswith("tables.py: error: 1 of 4 runs failed: ablation_lut, seed 0, linprobe: ")
+    assert "FAILED: ablation_lut, seed 0, linprobe: exit status 2, main_linprobe.py: error: --finetune " in output
+    assert output.splitlines()[-1].startswith("tables.py: error: 1 of 4 runs failed: ablation_lut, seed 0, linprobe: ")

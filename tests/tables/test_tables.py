@@ -57,14 +57,14 @@ def test_the_best_of_a_grid_search_is_not_below_its_mean(name):
 
 
 def test_rows_that_are_the_same_run_have_the_same_numbers():
-    seen = {}
+    numbers = {}
     for table, row in OURS:
         for key, recipe in row.recipes.items():
             if key in row.paper and table.name[0] in "4BC":
-                score = seen.setdefault((recipe, key), row.paper[key])
+                score = numbers.setdefault((recipe, key), row.paper[key])
                 assert score == row.paper[key], (table.name, row.name)
-    assert seen["ablation_lut", "ft"] == Score(83.5)
-    assert seen["ablation_mae", "lin"] == Score(61.5)
+    assert numbers["ablation_lut", "ft"] == Score(83.5)
+    assert numbers["ablation_mae", "lin"] == Score(61.5)
 
 
 @pytest.mark.parametrize("text", ["82.8", "82.8†", "81.4‡", "69.8 (68.6 ± 0.9)"])
@@ -107,20 +107,20 @@ OWN = """X:
 """
 
 
-@pytest.mark.parametrize(("old", "new", "said"), WRONG_FILES)
-def test_a_mistake_in_the_file_is_one_line_that_says_where(tmp_path, old, new, said):
+@pytest.mark.parametrize(("old", "new", "message"), WRONG_FILES)
+def test_a_mistake_in_the_file_is_one_line_that_says_where(tmp_path, old, new, message):
     (tmp_path / "study.yaml").write_text("{}")
     (tmp_path / "paper.yaml").write_text(OWN)
     assert load_tables(tmp_path)["X"].rows[1].paper["ft"].value == 83.5
     (tmp_path / "paper.yaml").write_text(OWN.replace(old, new, 1))
     with pytest.raises(UserError) as error:
         load_tables(tmp_path)
-    assert said in one_line(error)
+    assert message in one_line(error)
     assert one_line(error).startswith("paper.yaml")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda scale: scale.pop("images"), "scale tiny: images is missing"),
         (lambda scale: scale.update(images=0), "scale tiny: images 0 must be above 0"),
@@ -129,11 +129,11 @@ def test_a_mistake_in_the_file_is_one_line_that_says_where(tmp_path, old, new, s
         (lambda scale: scale["bases"].update(x={"finetune": {}}), "base x, finetune: recipe is missing"),
     ],
 )
-def test_a_mistake_in_a_scale_is_one_line_that_says_where(tmp_path, change, said):
+def test_a_mistake_in_a_scale_is_one_line_that_says_where(tmp_path, change, message):
     plain = yaml.safe_load((FOLDER / "scales.yaml").read_text())
     change(plain["tiny"])
     (tmp_path / "scales.yaml").write_text(yaml.safe_dump(plain))
-    with pytest.raises(UserError, match=re.escape(said)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         read_scale("tiny", tmp_path / "scales.yaml")
     one_line(error)
 
@@ -150,17 +150,17 @@ def test_a_recipe_extends_another_and_its_own_settings_win(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("extends: quickstrat", "--recipe quickstrat: unknown, did you mean quickstart?"),
         ("extends: {here}", "{here} extends itself"),
         ("extends: quickstart\nepoch: 3", "--recipe {here}: unknown key epoch, did you mean epochs?"),
     ],
 )
-def test_a_mistake_in_what_is_extended_is_one_line(tmp_path, text, said):
+def test_a_mistake_in_what_is_extended_is_one_line(tmp_path, text, message):
     path = tmp_path / "own.yaml"
     path.write_text(text.format(here=path))
-    with pytest.raises(UserError, match=re.escape(said.format(here=path))) as error:
+    with pytest.raises(UserError, match=re.escape(message.format(here=path))) as error:
         read_recipe(str(path), PretrainConfig)
     one_line(error)
 
@@ -194,18 +194,18 @@ def test_a_smaller_scale_changes_a_row_in_the_same_way(scale):
             base = next((name for name, _ in recipe_chain(recipe) if name in SCALES[scale].bases), recipe)
             if works[scale] is None or base == recipe:
                 continue
-            found, differ = {}, set()
+            changes, differ = {}, set()
             for name, work in works.items():
                 start = {"recipe": base} if name == "paper" else SCALES[scale].bases[base][PRETRAIN]
                 planned, from_base = (
                     keys_of(parse_flags(PRETRAIN, tuple(script_flags(settings))))
                     for settings in (work.stages[PRETRAIN], start)
                 )
-                found[name] = planned
+                changes[name] = planned
                 differ |= {field for field in planned if planned[field] != from_base[field]}
             assert differ, recipe
             for field in differ:  # one scale's base may have it already
-                assert found["paper"][field] == found[scale][field], recipe
+                assert changes["paper"][field] == changes[scale][field], recipe
             compared += 1
     assert compared > 10
 

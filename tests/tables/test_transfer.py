@@ -95,8 +95,8 @@ def test_the_default_grid_is_logarithmic_and_has_what_table_d_prints():
     ],
 )
 def test_data_sets_and_their_folders(datasets, paths, expected):
-    found = find_targets(datasets, paths, "")
-    assert [(target.name, target.dataset, target.data_path) for target in found] == expected
+    targets = find_targets(datasets, paths, "")
+    assert [(target.name, target.dataset, target.data_path) for target in targets] == expected
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,13 @@ def test_a_plan_has_a_command_for_each_cell_and_seed(call, tmp_path):
     make_cub200(tmp_path / "data")
     make_naturalist(2018)(tmp_path / "data")
     grid = "--lrs 1e-4 1e-3 --weight_decays 0 0.05 --seeds 2 --finetune_flags='--weights momentum --num_workers 4'"
-    status, shown, said = call(f"plan --finetune scratch --label LUT --dataset cub200 inat2018 --data_path data {grid}")
-    assert status == 0, said
+    data = "--dataset cub200 inat2018 --data_path data"
+    status, shown, errors = call(f"plan --finetune scratch --label LUT {data} {grid}")
+    assert status == 0, errors
     commands = [line for line in shown.splitlines() if line and not line.startswith("#")]
-    found = [re.search(r"--dataset (\S+) .* --blr (\S+) --weight_decay (\S+) --seed (\d)", line) for line in commands]
+    matches = [re.search(r"--dataset (\S+) .* --blr (\S+) --weight_decay (\S+) --seed (\d)", line) for line in commands]
     expected = itertools.product(("cub200", "inat2018"), ("0.0001", "0.001"), ("0.0", "0.05"), ("0", "1"))
-    assert [match.groups() for match in found] == list(expected)
+    assert [match.groups() for match in matches] == list(expected)
     assert len({re.search(r"--output_dir (\S+) --auto_resume$", line)[1] for line in commands}) == 16
     recipes = [re.search(r"--recipe (\S+)", line)[1] for line in commands]
     assert recipes == 8 * ["transfer_vit_base"] + 8 * ["transfer_inat_vit_base"]
@@ -236,8 +237,8 @@ def test_ours_stand_below_the_papers_rows(call, tmp_path):
     (out / "LUT" / "inat2018" / "test" / "lr_0.002-wd_0.05").mkdir()
     finish(out / "MAE" / "aircraft" / "test", 1e-3, 0.05, 80.0, 81.0)
     finish(out / "MAE" / "pets" / "test", 1e-3, 0.05, 91.0)
-    status, shown, said = call("show --format markdown")
-    assert status == 0, said
+    status, shown, errors = call("show --format markdown")
+    assert status == 0, errors
     rows, missing, empty = markdown_rows(shown), "–", ""
     assert ["LUT", "paper", "89.2 (88.3 ± 0.9)", "86.0 (85.3 ± 0.6)"] in [row[:4] for row in rows]
     assert ["LUT", "ours", "89.6 (88.3 ± 1.1)", *7 * [missing]] in rows
@@ -317,17 +318,17 @@ def test_the_retrained_choice_is_no_result_of_a_grid_judged_by_the_test(call, tm
     finish(out, 1e-3, 0.05, 91.0)
     finish(out / "chosen", 1e-3, 0.05, 89.0)
     assert call("show --holdout 0.2")[0] == 0
-    status, _, said = call("show")
-    assert (status, "holds no grid of --holdout 0 " in said) == (2, True)
+    status, _, errors = call("show")
+    assert (status, "holds no grid of --holdout 0 " in errors) == (2, True)
 
 
-@pytest.mark.parametrize(("best", "said"), [(0, "lowest"), (1, ""), (2, "highest")])
-def test_a_best_cell_at_the_edge_is_pointed_out(call, tmp_path, best, said):
+@pytest.mark.parametrize(("best", "message"), [(0, "lowest"), (1, ""), (2, "highest")])
+def test_a_best_cell_at_the_edge_is_pointed_out(call, tmp_path, best, message):
     for i in range(3):
         finish(tmp_path / "output/transfer/x/pets/test", 1e-3 * 2**i, 0.05, 80.0 + (i == best))
     _, shown, _ = call("show")
-    assert (f"(the {said} learning rate: widen --lrs)" in shown) == bool(said)
-    assert ("widen" in shown) == bool(said)
+    assert (f"(the {message} learning rate: widen --lrs)" in shown) == bool(message)
+    assert ("widen" in shown) == bool(message)
 
 
 def test_a_heat_map_has_a_number_for_each_cell_and_frames_the_best():
@@ -357,12 +358,12 @@ def test_other_weights_or_data_need_another_label(tmp_path, class_folders):
     run.folder.mkdir(parents=True)
     append_result(run.folder, "finetune", as_dict(run.config), {"top1": 50.0}, 1.0, {})
     check_same_start(plan_cells(search, target, search.points))
-    for other, said in (
+    for other, message in (
         (Search(tmp_path / "out", str(tmp_path / "b.pth"), (1e-3,), (0.05,), 1, 0.0, extra, 1), "a.pth, not .*b.pth;"),
         (Search(tmp_path / "out", "", (1e-3,), (0.05,), 1, 0.0, extra, 1), "a.pth, not none; choose another --label"),
         (Search(tmp_path / "out", search.finetune, (1e-3,), (0.05,), 1, 0.0, (*extra, "--epochs", "9"), 1), "epochs 2"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             plan_cells(other, target, search.points)
     write_images(tmp_path / "images2/train/cat", 8)
     write_images(tmp_path / "images2/train/dog", 8)
@@ -419,24 +420,24 @@ WRONG = {
 def test_wrong_input_is_one_line(call, monkeypatch, tmp_path, flags):
     make_aircraft(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    status, _, said = call(flags.format(aircraft="--finetune scratch --dataset aircraft --data_path ."))
+    status, _, errors = call(flags.format(aircraft="--finetune scratch --dataset aircraft --data_path ."))
     assert status == 2
-    assert len(said.splitlines()) == 1
-    assert said.startswith("transfer.py: error: ")
-    assert WRONG[flags] in said
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("transfer.py: error: ")
+    assert WRONG[flags] in errors
     assert os.listdir(tmp_path) == ["fgvc-aircraft-2013b"]
 
 
 def test_a_folder_in_use_is_refused(call, tmp_path, class_folders):
     (tmp_path / "output/transfer/ours/images").mkdir(parents=True)
     lock = lock_folder(tmp_path / "output/transfer/ours/images")
-    status, _, said = call(f"run {TINY_GRID} --data_path {class_folders} {SMALL_GRID}")
+    status, _, errors = call(f"run {TINY_GRID} --data_path {class_folders} {SMALL_GRID}")
     lock.close()
     assert status == 2
-    assert said.startswith(
+    assert errors.startswith(
         "transfer.py: error: --output_dir output/transfer/ours/images: another run writes there (process "
     )
-    assert len(said.splitlines()) == 1
+    assert len(errors.splitlines()) == 1
 
 
 # ---- SLURM ---------------------------------------------------------------------------------------------------------
@@ -444,8 +445,8 @@ def test_the_cells_of_each_data_set_are_an_array(call, tmp_path):
     make_naturalist(2018)(tmp_path)
     make_flowers102(tmp_path)
     flags = f"--finetune scratch --dataset inat2018 flowers102 --data_path . {SMALL_GRID} --holdout 0.2"
-    status, shown, said = call(f"run {flags} --submit --dry_run -- --ngpus 2 --partition gpu")
-    assert status == 0, said
+    status, shown, errors = call(f"run {flags} --submit --dry_run -- --ngpus 2 --partition gpu")
+    assert status == 0, errors
     arrays = shown.split("#!/bin/bash")[1:]
     for text, name, batch in zip(arrays, ("inat2018", "flowers102"), ("128 --accum_iter 4", "64"), strict=True):
         assert f"--job-name=lut-transfer-{name}" in text
@@ -471,9 +472,9 @@ def test_a_call_that_submits_first_deletes_what_the_last_one_s_jobs_left(call, m
     monkeypatch.setattr(submit, "check_sbatch", lambda: None)
     monkeypatch.setattr(submit, "submit_array", lambda config, runs, *_: submitted.extend(runs))
     flags = f"run {TINY_GRID} --data_path {class_folders} --lrs 1e-3 4e-3 9e-3 --weight_decays 0.05 --submit"
-    for more, kept in (("--dry_run", [0, 1, 2]), ("--keep_checkpoints all", [0, 1, 2]), ("", [1, 2])):
+    for more, numbers in (("--dry_run", [0, 1, 2]), ("--keep_checkpoints all", [0, 1, 2]), ("", [1, 2])):
         submitted.clear()
-        status, _, said = call(f"{flags} {more} -- --ngpus 0")
-        assert status == 0, said
+        status, _, errors = call(f"{flags} {more} -- --ngpus 0")
+        assert status == 0, errors
         assert [run.name for run in submitted] == [runs[2].title]
-        assert [i for i, run in enumerate(runs) if (run.folder / "checkpoint-1.pth").exists()] == kept
+        assert [i for i, run in enumerate(runs) if (run.folder / "checkpoint-1.pth").exists()] == numbers

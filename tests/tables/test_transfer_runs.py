@@ -52,23 +52,23 @@ def test_a_grid_that_is_killed_goes_on_and_the_held_out_choice_is_trained_again(
     )
 
     process = start(tmp_path, flags)
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
-    assert said.startswith("2 runs, 1 done already\n")
-    assert re.search(r"^\[2/2, all left 0:\d\d:\d\d\] epoch ", said, re.M)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    assert output.startswith("2 runs, 1 done already\n")
+    assert re.search(r"^\[2/2, all left 0:\d\d:\d\d\] epoch ", output, re.M)
     assert re.search(r"^resumed after update \d+$", (second / "output.txt").read_text(), re.M)
     assert (first / "results.jsonl").read_text() == before
     assert [len(read_results(folder)) for folder in (first, second)] == [1, 1]
 
     best = read_grid(grid).best
-    assert "the best cell of each data set, on all training images\n1 runs, 0 done already\n" in said
+    assert "the best cell of each data set, on all training images\n1 runs, 0 done already\n" in output
     chosen = read_grid(grid / "chosen")
     assert list(chosen.means) == [best]
     means = list(read_grid(grid).means.values())
     shown = f"{chosen.means[best]:.1f} ({statistics.mean(means):.1f} ± {statistics.stdev(means):.1f})"
-    assert ["ours", "ours", shown] in rows_of(said)
-    kept = [lr for lr, folder in ((1e-3, first), (4e-3, second)) if list(folder.glob("checkpoint-*.pth"))]
-    assert kept == [best[0]]
+    assert ["ours", "ours", shown] in rows_of(output)
+    rates = [lr for lr, folder in ((1e-3, first), (4e-3, second)) if list(folder.glob("checkpoint-*.pth"))]
+    assert rates == [best[0]]
     with Image.open(grid / "grid.png") as picture:
         assert min(picture.size) > 300
 
@@ -76,8 +76,8 @@ def test_a_grid_that_is_killed_goes_on_and_the_held_out_choice_is_trained_again(
     [path.unlink() for path in second.iterdir()]
     (second / "log.jsonl").mkdir()
     process = start(tmp_path, f"{flags} --keep_going")
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1, said
-    assert "FAILED: ours, images, lr 0.004, weight decay 0.05, seed 0: exit status 1" in said
-    assert "ours, images: 1 of 2 cells" in said
-    assert said.splitlines()[-1].startswith("transfer.py: error: 1 of 2 runs failed: ours, images, lr 0.004")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, output
+    assert "FAILED: ours, images, lr 0.004, weight decay 0.05, seed 0: exit status 1" in output
+    assert "ours, images: 1 of 2 cells" in output
+    assert output.splitlines()[-1].startswith("transfer.py: error: 1 of 2 runs failed: ours, images, lr 0.004")

@@ -92,7 +92,7 @@ def test_checkpoints_are_read_by_all_that_read_checkpoints(flags, tmp_path):
     config, path = pico_config(flags), tmp_path / "checkpoint.pth"
     state, _ = build_state(config, None, CPU)
     torch.save(state.state_dict(), path)
-    same = load_weights(config.student_type(**config.model_arguments), path, whole=True)
+    same = load_weights(config.student_type(**config.model_arguments), path, strict=True)
     assert not same.missing
     assert not same.unexpected
     assert read_weights(path).layout == ("SimMIM, student" if "decoder.weight" in same.loaded else "LUT, student")
@@ -100,9 +100,9 @@ def test_checkpoints_are_read_by_all_that_read_checkpoints(flags, tmp_path):
     mae = LUT(**pico_config("--alpha 0").model_arguments)
     has_decoder = config.method == "mae" and config.w_mim > 0
     for weights in ("student", "momentum"):
-        whole = has_decoder and weights == "student"
+        is_complete = has_decoder and weights == "student"
         loaded = set(load_weights(mae, path, weights).loaded)
-        assert loaded == {name for name in mae.state_dict() if whole or part_of(name) == "encoder"}
+        assert loaded == {name for name in mae.state_dict() if is_complete or part_of(name) == "encoder"}
     write_mae(read_weights(path), None, tmp_path / "mae.pth")
     exported = torch.load(tmp_path / "mae.pth")["model"]
     assert set(exported) == {name for name in mae.state_dict() if has_decoder or part_of(name) == "encoder"}
@@ -152,10 +152,10 @@ def losses_and_gradients(flags: str, ranks: slice) -> dict[str, Tensor]:
     trainer = build_trainer(config, state, None, CPU, updates_per_epoch=10)
     batch = Batch(*(x[ranks] for x in random_batch(8)))
     views = trainer.normalise(batch.views).double().transpose(0, 1)
-    seen = views if config.views == "symmetric" else views[:1]
+    student_views = views if config.views == "symmetric" else views[:1]
     for _ in range(2):
         state.model.zero_grad()
-        losses = trainer.model(seen, batch.noise, trainer.context_targets(views, batch.noise))
+        losses = trainer.model(student_views, batch.noise, trainer.context_targets(views, batch.noise))
         (config.w_mim * losses.mim + config.resolved_alpha * losses.bc).backward()
     gradients = {name: p.grad.clone() for name, p in state.model.named_parameters()}
     return gradients | {name: loss.detach().double() for name, loss in losses._asdict().items()}
@@ -177,7 +177,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", TOGETHER)
 def test_two_processes_are_one_with_the_whole_batch(ranks, flags):
-    expected, (first, second) = losses_and_gradients(flags, slice(None)), (found[flags] for found in ranks)
+    expected, (first, second) = losses_and_gradients(flags, slice(None)), (rank[flags] for rank in ranks)
     assert set(expected) == set(first) == set(second)
     for name, x in expected.items():
         if name in ("mim", "bc"):

@@ -22,25 +22,25 @@ def model_arguments(form: str, **settings) -> dict:
 @pytest.mark.parametrize("size", GFLOP)
 @pytest.mark.parametrize("form", FORMS)
 def test_flops_of_full_size_models(size, form):
-    found = pretrain_cost(model_arguments(form, model=f"lut_vit_{size}_patch16"), form == "symmetric")
+    cost = pretrain_cost(model_arguments(form, model=f"lut_vit_{size}_patch16"), form == "symmetric")
     expected = GFLOP[size][FORMS.index(form)]
-    assert 0.97 * expected < found.flops_per_image / 1e9 < 1.005 * expected
+    assert 0.97 * expected < cost.flops_per_image / 1e9 < 1.005 * expected
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_are_those_of_real_modules(form):
     arguments = model_arguments(form, **TINY)
-    found, student = pretrain_cost(arguments, form == "symmetric"), LUT(**arguments)
+    cost, student = pretrain_cost(arguments, form == "symmetric"), LUT(**arguments)
     followed = 0 if form == "mae" else sum(p.numel() for p in MomentumEncoder(student).parameters())
-    assert found.student_parameters == sum(p.numel() for p in student.parameters()) == count_parameters(student)
-    assert found.momentum_parameters == followed
-    assert found.encoder_parameters == count_parameters(student) - sum(
+    assert cost.student_parameters == sum(p.numel() for p in student.parameters()) == count_parameters(student)
+    assert cost.momentum_parameters == followed
+    assert cost.encoder_parameters == count_parameters(student) - sum(
         count_parameters(part)
         for name, part in student.named_children()
         if name not in ("patch_embed", "blocks", "norm")
     ) - student.mask_token.numel()  # fmt: skip
     # weight, gradient and two moments of each number that trains, one of each that follows; 4 bytes each
-    assert found.state_bytes == 16 * found.student_parameters + 4 * found.momentum_parameters
+    assert cost.state_bytes == 16 * cost.student_parameters + 4 * cost.momentum_parameters
 
 
 def test_flops_of_a_tiny_mae_by_hand():
@@ -56,8 +56,8 @@ def test_flops_of_a_tiny_mae_by_hand():
     embed, between, out = V * P * D, (1 + V) * D * E, (L - V) * E * P
     forward = 2 * (embed + 6 * block(1 + V, D) + between + last_block(1 + L, L - V, E) + out)
     expected = 3 * forward - 2 * embed  # no gradient of the image
-    found = pretrain_cost(model_arguments("mae", **TINY), symmetric=False).flops_per_image
-    assert found == pytest.approx(expected, rel=0.01)  # some attention kernels compute their scores twice
+    flops = pretrain_cost(model_arguments("mae", **TINY), symmetric=False).flops_per_image
+    assert flops == pytest.approx(expected, rel=0.01)  # some attention kernels compute their scores twice
 
 
 def test_all_is_per_image(monkeypatch):
@@ -80,13 +80,13 @@ def test_the_symmetric_form_saves_more_and_mae_less():
     ("batch_size", "bytes_per_number", "expected"), [(1, 4, 1300), (10, 4, 4000), (10, 2, 2500), (0, 4, 1000)]
 )
 def test_memory_is_the_state_and_the_activations_of_a_batch(batch_size, bytes_per_number, expected):
-    found = Cost(1, 1, 1, 1, state_bytes=1000, activation_bytes_per_image=300)
-    assert found.memory_bytes(batch_size, bytes_per_number) == expected
+    cost = Cost(1, 1, 1, 1, state_bytes=1000, activation_bytes_per_image=300)
+    assert cost.memory_bytes(batch_size, bytes_per_number) == expected
 
 
 def test_no_memory_is_taken():
-    found = pretrain_cost(model_arguments("asymmetric", **TINY | dict(head_mlp_dim=2**20)), symmetric=False)
-    assert found.student_parameters > 4 * 96 * 2**20
+    cost = pretrain_cost(model_arguments("asymmetric", **TINY | dict(head_mlp_dim=2**20)), symmetric=False)
+    assert cost.student_parameters > 4 * 96 * 2**20
 
 
 @pytest.mark.parametrize("form", FORMS)

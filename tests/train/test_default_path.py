@@ -168,8 +168,8 @@ class FrozenStudent(FrozenEncoder):
         q = F.linear(normed[:, -last:], weight[: self.E], bias[: self.E]).unflatten(-1, (heads, -1))
         kv = F.linear(normed, weight[self.E :], bias[self.E :]).unflatten(-1, (2, heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
-        x = x[:, -last:] + layer.attn.proj(seen.transpose(1, 2).reshape(len(x), last, self.E))
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
+        x = x[:, -last:] + layer.attn.proj(attended.transpose(1, 2).reshape(len(x), last, self.E))
         return x + layer.mlp(layer.norm2(x))
 
 
@@ -189,9 +189,9 @@ class FrozenMomentum(FrozenEncoder):
 
     @torch.no_grad()
     def update(self, student: FrozenStudent, decay: float) -> None:
-        mine, theirs = self.state_dict(), student.state_dict()
-        moving = [n for n in mine if not n.endswith(("pos_embed", "num_batches_tracked"))]
-        torch._foreach_lerp_([mine[n] for n in moving], [theirs[n] for n in moving], 1 - decay)
+        averages, weights = self.state_dict(), student.state_dict()
+        moving = [n for n in averages if not n.endswith(("pos_embed", "num_batches_tracked"))]
+        torch._foreach_lerp_([averages[n] for n in moving], [weights[n] for n in moving], 1 - decay)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -259,11 +259,11 @@ def weights(state: TrainState) -> dict[str, dict[str, Tensor]]:
     return {name: {n: x.clone() for n, x in m.state_dict().items()} for name, m in models.items() if m is not None}
 
 
-def assert_equal_bits(found: dict[str, dict[str, Tensor]], frozen: dict[str, dict[str, Tensor]]) -> None:
-    assert found.keys() == frozen.keys()
+def assert_equal_bits(current: dict[str, dict[str, Tensor]], frozen: dict[str, dict[str, Tensor]]) -> None:
+    assert current.keys() == frozen.keys()
     for model in frozen:
-        assert list(found[model]) == list(frozen[model])
-        different = [name for name, x in frozen[model].items() if not torch.equal(x, found[model][name])]
+        assert list(current[model]) == list(frozen[model])
+        different = [name for name, x in frozen[model].items() if not torch.equal(x, current[model][name])]
         assert not different, f"{model}: {different[:4]}"
 
 
@@ -276,12 +276,12 @@ def distance(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 def test_the_default_path_is_unchanged_to_the_bit(form):
     flags, losses, distances = FORMS[form]
     config = parse_config(PretrainConfig, [*TINY.split(), *flags.split()], "main_pretrain.py")
-    found, frozen = build_state(config, None, CPU)[0], frozen_state(config)
-    before = weights(found)
+    current, frozen = build_state(config, None, CPU)[0], frozen_state(config)
+    before = weights(current)
     assert_equal_bits(before, weights(frozen))  # names, their order and initial values
-    curve = train(PretrainTrainer, config, found)
+    curve = train(PretrainTrainer, config, current)
     assert curve == train(FrozenTrainer, config, frozen)
-    after = weights(found)
+    after = weights(current)
     assert_equal_bits(after, weights(frozen))
 
     assert curve == pytest.approx(losses, rel=1e-4)

@@ -147,15 +147,15 @@ def test_weights_that_are_gone_are_not_missed_on_resume(request, pretrain, class
     pretrain("--data_path", class_folders, "--max_steps 1", output=tmp_path / "pre")
     start = tmp_path / "pre" / "checkpoint-0-step1.pth"
     main, flags = request.getfixturevalue(which), ("--data_path", class_folders, "--finetune", start)
-    whole = main(*flags, output=tmp_path / "whole")
+    complete = main(*flags, output=tmp_path / "whole")
     main(*flags, "--max_steps 3")
     start.unlink()
-    assert values(main(*flags, "--auto_resume"), "loss") == values(whole, "loss")
+    assert values(main(*flags, "--auto_resume"), "loss") == values(complete, "loss")
 
 
 def test_the_best_checkpoint_alone_is_a_run_to_go_on_with(finetune, class_folders, tmp_path, capsys):
     flags = ("--data_path", class_folders, "--epochs 3 --save_freq 3")
-    whole = finetune(*flags)
+    complete = finetune(*flags)
     run = tmp_path / "run"
     path = run / "checkpoint-best.pth"
     best = json.loads((run / "checkpoint-best.pth.json").read_text())
@@ -169,12 +169,12 @@ def test_the_best_checkpoint_alone_is_a_run_to_go_on_with(finetune, class_folder
     assert f"is a folder, give a checkpoint: {path}" in capsys.readouterr().err
     log = finetune(*flags, "--auto_resume")
     assert f"resumed after update {best['step']}" in capsys.readouterr().out
-    assert values(log, "loss") == values(whole, "loss")
+    assert values(log, "loss") == values(complete, "loss")
     assert len(read_results(run)) == 1
 
 
 def test_a_bad_validation_image_costs_no_epoch(finetune, class_folders, tmp_path, capsys):
-    whole = finetune("--data_path", class_folders, output=tmp_path / "whole")
+    complete = finetune("--data_path", class_folders, output=tmp_path / "whole")
     bad = next((class_folders / "val").rglob("*.png"))
     content = bad.read_bytes()
     bad.write_bytes(b"no picture")
@@ -184,7 +184,7 @@ def test_a_bad_validation_image_costs_no_epoch(finetune, class_folders, tmp_path
     bad.write_bytes(content)
     log = finetune("--data_path", class_folders, "--auto_resume")
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))  # none of them twice
-    assert values(log, "top1")[-1] == values(whole, "top1")[-1]
+    assert values(log, "top1")[-1] == values(complete, "top1")[-1]
 
 
 def test_a_finished_run_that_is_called_again_has_one_result(finetune, class_folders, tmp_path):
@@ -239,7 +239,7 @@ def test_a_checkpoint_of_another_kind_of_training_is_told_where_to_go(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--batch_size 1", "--batch_size 1: BatchNorm needs two images"),
         ("--layer_decay 0.5", "--layer_decay 0.5: LARS has none"),
@@ -247,10 +247,10 @@ def test_a_checkpoint_of_another_kind_of_training_is_told_where_to_go(
         ("--weights momentum", "--weights momentum: is of --finetune, which is not given"),
     ],
 )
-def test_flags_without_effect_on_a_linear_probe_are_refused(linprobe, class_folders, capsys, flags, said):
+def test_flags_without_effect_on_a_linear_probe_are_refused(linprobe, class_folders, capsys, flags, message):
     with pytest.raises(SystemExit):
         linprobe("--data_path", class_folders, flags)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_eval_of_a_fine_tuned_file(finetune, class_folders, tmp_path, capsys):
@@ -288,12 +288,12 @@ def test_grey_images_of_another_shape(finetune, class_folders):
 
 
 def test_accumulation_over_four_is_one_batch_of_four_times_the_size():
-    once, parts = trainer_of("--clip_grad 0.5"), trainer_of("--clip_grad 0.5 --accum_iter 4")
+    one_batch, parts = trainer_of("--clip_grad 0.5"), trainer_of("--clip_grad 0.5 --accum_iter 4")
     batch = random_batch(16)
-    once.update([batch])
+    one_batch.update([batch])
     parts.update([LabelledBatch(*(x[i : i + 4] for x in batch)) for i in range(0, 16, 4)])
-    assert parts.meter.drain()["loss"] == pytest.approx(once.meter.drain()["loss"], abs=1e-6)
-    for name, p in once.state.model.named_parameters():
+    assert parts.meter.drain()["loss"] == pytest.approx(one_batch.meter.drain()["loss"], abs=1e-6)
+    for name, p in one_batch.state.model.named_parameters():
         if not name.endswith("qkv.bias"):  # its keys' part has no gradient: noise decides the sign of AdamW's step
             torch.testing.assert_close(dict(parts.state.model.named_parameters())[name], p, atol=1e-6, rtol=0)
 
@@ -372,10 +372,10 @@ def test_scores_against_loops(batch_size):
     labels = torch.from_numpy(rng.integers(0, 6, 103))  # there is no image of the last class
     normalise = Normalise((0.5,), (0.25,), CPU)
     loader = list(zip(pixels.split(batch_size), labels.split(batch_size), strict=True))
-    about = (Fixed(), loader, normalise, 7, CPU, torch.autocast("cpu", enabled=False))
-    scores = evaluate(*about, per_class=True)
-    assert evaluate(*about)[:4] == scores[:4]
-    assert evaluate(*about).confusion is None
+    arguments = (Fixed(), loader, normalise, 7, CPU, torch.autocast("cpu", enabled=False))
+    scores = evaluate(*arguments, per_class=True)
+    assert evaluate(*arguments)[:4] == scores[:4]
+    assert evaluate(*arguments).confusion is None
 
     loss = top1 = top5 = 0
     confusion = np.zeros((7, 7), dtype=int)
@@ -413,15 +413,15 @@ def test_two_processes_evaluate_103_images_as_one_does(folders_of_103, tmp_path,
     config = config_of("--data_path", str(folders_of_103))
     model = Classifier(**config.model_arguments(3) | dict(head_std=0.5))
     torch.save({"model": model.state_dict()}, tmp_path / "tuned.pth")
-    found = []
+    scores = []
     for processes in (1, 2):
         output = tmp_path / f"on{processes}"
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         flags = [*TINY_CLASSIFIER.split(), "--data_path", folders_of_103, "--output_dir", output, "--per_class"]
         command = [sys.executable, *launch, "main_finetune.py", *flags, "--eval", "--resume", tmp_path / "tuned.pth"]
         subprocess.run([*map(str, command), dist_eval], cwd=ROOT, check=True, capture_output=True, timeout=300)
-        found.append((read_results(output)[-1]["metrics"], np.load(output / "confusion.npy")))
-    (one, confusion_one), (two, confusion_two) = found
+        scores.append((read_results(output)[-1]["metrics"], np.load(output / "confusion.npy")))
+    (one, confusion_one), (two, confusion_two) = scores
     assert confusion_one.sum() == confusion_two.sum() == 103
     assert (confusion_one == confusion_two).all()
     assert two == pytest.approx(one, rel=1e-6)

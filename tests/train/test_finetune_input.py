@@ -24,8 +24,8 @@ from util.train.classification import posterize, train_dataset
 @pytest.mark.parametrize("bits", [0, 1, 4, 8])
 def test_posterize_of_any_strength(mode, bits):
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert(mode)
-    found = np.asarray(posterize(image, bits))
-    assert (found == np.asarray(image) >> (8 - bits) << (8 - bits)).all()
+    posterized = np.asarray(posterize(image, bits))
+    assert (posterized == np.asarray(image) >> (8 - bits) << (8 - bits)).all()
 
 
 def test_the_paper_s_policy_bears_every_strength(class_folders):
@@ -74,14 +74,14 @@ def test_wrong_input_is_one_line(finetune, class_folders, tmp_path, capsys, flag
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
-    said = WRONG[flags].replace("JUNK", places["JUNK"]).replace("ABSENT", places["ABSENT"])
-    assert said in error[0]
+    message = WRONG[flags].replace("JUNK", places["JUNK"]).replace("ABSENT", places["ABSENT"])
+    assert message in error[0]
 
 
 @pytest.mark.parametrize("which", ["finetune", "linprobe"])
 @pytest.mark.parametrize("damage", ["empty val", "no val", "other classes", "no classes", "one class"])
 def test_data_that_no_classifier_can_use_is_one_line(request, class_folders, tmp_path, capsys, which, damage):
-    said = {
+    message = {
         "empty val": "val: holds no images",
         "no val": "no validation images of two classes",
         "other classes": "1 classes are in train but not in val (dog); 1 classes are in val but not in train (wolf)",
@@ -102,7 +102,7 @@ def test_data_that_no_classifier_can_use_is_one_line(request, class_folders, tmp
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
-    assert said in error[0]
+    assert message in error[0]
     assert not (tmp_path / "run").exists()
 
 

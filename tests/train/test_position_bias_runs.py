@@ -35,10 +35,10 @@ def test_a_trained_bias_survives_resume_eval_and_another_size(segment, scenes, t
     segment(*data, *ADDED, "--max_steps 3", output=tmp_path / "parts")
     log = segment(*data, *ADDED, "--auto_resume", output=tmp_path / "parts")
     assert values(log, "loss") == values(expected, "loss")
-    whole, parts = (newest(tmp_path / run) for run in ("whole", "parts"))
-    assert len(tables(whole)) == 6
-    assert all(x.abs().sum() > 0 for x in tables(whole).values())
-    assert all(torch.equal(x, parts["model"][name]) for name, x in whole["model"].items())
+    uninterrupted, parts = (newest(tmp_path / run) for run in ("whole", "parts"))
+    assert len(tables(uninterrupted)) == 6
+    assert all(x.abs().sum() > 0 for x in tables(uninterrupted).values())
+    assert all(torch.equal(x, parts["model"][name]) for name, x in uninterrupted["model"].items())
 
     trained = next((tmp_path / "whole").glob("checkpoint-*-step5.pth"))
     segment(*data, "--eval --resume", trained, output=tmp_path / "evaluated")  # the settings are the checkpoint's
@@ -83,8 +83,8 @@ def test_a_run_from_before_the_setting_existed_goes_on_without_it(segment, scene
 def test_two_processes_train_as_one_does(segment, scenes, tmp_path, parallel, kind):
     flags = ["--data_path", scenes, "--drop_path 0 --dropout 0 --layer_scale 1 --rel_pos_bias", kind]
     expected = values(segment(*flags, output=tmp_path / "one"), "loss")
-    words = ["main_segment.py", *TINY_SEGMENTER.split(), *" ".join(map(str, flags)).split(), "--batch_size", "2"]
-    with Ranks([*words, "--parallel", parallel, "--output_dir", tmp_path / "two"], 2) as ranks:
+    arguments = ["main_segment.py", *TINY_SEGMENTER.split(), *" ".join(map(str, flags)).split(), "--batch_size", "2"]
+    with Ranks([*arguments, "--parallel", parallel, "--output_dir", tmp_path / "two"], 2) as ranks:
         assert [status for status, _ in ranks.finish()] == [0, 0]
     log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert values(log, "loss") == pytest.approx(expected, abs=2e-5)

@@ -91,13 +91,13 @@ def test_mae_and_lut_start_from_the_same_weights():
 @pytest.mark.parametrize("views", ["asymmetric", "symmetric"])
 def test_accumulation_over_four_is_one_batch_of_four_times_the_size(views, distance):
     flags = f"--views {views} --distance {distance} --head_norm_layer none --clip_grad 0.5 --lr 1e-3".split()
-    once, parts = trainer_of(*flags), trainer_of(*flags, "--accum_iter", "4")
+    one_batch, parts = trainer_of(*flags), trainer_of(*flags, "--accum_iter", "4")
     batch = random_batch(16)
-    once.update([batch])
+    one_batch.update([batch])
     parts.update([Batch(*(x[i : i + 4] for x in batch)) for i in range(0, 16, 4)])
-    assert parts.meter.drain()["loss"] == pytest.approx(once.meter.drain()["loss"], abs=1e-6)
+    assert parts.meter.drain()["loss"] == pytest.approx(one_batch.meter.drain()["loss"], abs=1e-6)
     for state in ("model", "model_ema"):
-        a, b = (getattr(t.state, state).state_dict() for t in (once, parts))
+        a, b = (getattr(t.state, state).state_dict() for t in (one_batch, parts))
         for name, tensor in a.items():
             if tensor.is_floating_point() and not name.endswith("qkv.bias"):  # its keys' part has no gradient
                 # AdamW moves each weight by up to the learning rate, however small, and noisy, its gradient is
@@ -153,16 +153,16 @@ def test_a_finished_run_that_is_called_again_keeps_its_result(pretrain, flat_fol
 # ---- stop and go on -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stop_after", [4, 6])  # at the epoch's end; in the middle of one
 def test_a_resumed_run_ends_bit_equal(pretrain, flat_folder, tmp_path, stop_after):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    uninterrupted, parts = tmp_path / "whole", tmp_path / "parts"
     data = ("--data_path", flat_folder)
-    expected = pretrain(*data, output=whole)
+    expected = pretrain(*data, output=uninterrupted)
     pretrain(*data, "--max_steps", str(stop_after), output=parts)
     log = pretrain(*data, "--auto_resume", output=parts)
     assert losses(log) == losses(expected)
     seconds = [line["seconds"] for line in log]
     assert seconds == sorted(seconds)
     assert read_results(parts)[-1]["seconds"] >= seconds[-1]  # of both parts
-    a, b = (load_checkpoint(folder / "checkpoint-1.pth") for folder in (whole, parts))
+    a, b = (load_checkpoint(folder / "checkpoint-1.pth") for folder in (uninterrupted, parts))
     for part in ("model", "model_ema"):
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), part
     for moments in ("exp_avg", "exp_avg_sq", "step"):
@@ -262,8 +262,8 @@ def test_wrong_input_is_one_line(pretrain, flat_folder, capsys, monkeypatch, fla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["block", "whole", "block --checkpoint_activations"])
-def test_compiled_as_eager_and_nothing_compiled_twice(pretrain, flat_folder, tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("mode", ["block", "whole", "block --checkpoint_activations"])
+def test_compiled_as_eager_and_nothing_compiled_twice(pretrain, flat_folder, tmp_path, monkeypatch, mode):
     flags = ("--data_path", flat_folder, "--epochs 13 --monitor_freq 4 --monitor_images 12")
     eager = pretrain(*flags, output=tmp_path / "eager")
     graphs, update = [], PretrainTrainer.update
@@ -275,7 +275,7 @@ def test_compiled_as_eager_and_nothing_compiled_twice(pretrain, flat_folder, tmp
     monkeypatch.setattr(PretrainTrainer, "update", counted)
     torch._dynamo.reset()  # blocks that another test compiled would be found again
     counters.clear()
-    compiled = pretrain(*flags, f"--compile {how}", output=tmp_path / "compiled")
+    compiled = pretrain(*flags, f"--compile {mode}", output=tmp_path / "compiled")
     assert len(compiled) >= 50
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
     assert graphs[0] > 0
@@ -287,11 +287,11 @@ def test_compiled_as_eager_and_nothing_compiled_twice(pretrain, flat_folder, tmp
 @pytest.mark.slow
 def test_two_ranks_with_synchronised_batch_norm_compiled_as_eager(flat_folder, tmp_path):
     curves = []
-    for how in ("none", "whole"):
-        flags = f"--batch_size 4 --epochs 3 --head_norm_layer BN --compile {how}"
-        with Ranks(command(flat_folder, tmp_path / how, *flags.split()), 2) as ranks:
+    for mode in ("none", "whole"):
+        flags = f"--batch_size 4 --epochs 3 --head_norm_layer BN --compile {mode}"
+        with Ranks(command(flat_folder, tmp_path / mode, *flags.split()), 2) as ranks:
             assert {status for status, _ in ranks.finish()} == {0}
-        log = [json.loads(line) for line in (tmp_path / how / "log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (tmp_path / mode / "log.jsonl").read_text().splitlines()]
         curves.append([line["loss"] for line in log if "loss" in line])
     assert len(curves[0]) == 12
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
@@ -299,9 +299,9 @@ def test_two_ranks_with_synchronised_batch_norm_compiled_as_eager(flat_folder, t
 
 @pytest.mark.parametrize("flags", ["", "--model mae_vit_nano_patch4"])
 def test_checkpointed_activations_change_no_bit(pretrain, flat_folder, tmp_path, flags):
-    kept = pretrain("--data_path", flat_folder, flags, output=tmp_path / "kept")
+    stored = pretrain("--data_path", flat_folder, flags, output=tmp_path / "kept")
     again = pretrain("--data_path", flat_folder, flags, "--checkpoint_activations", output=tmp_path / "again")
-    assert losses(again) == losses(kept)
+    assert losses(again) == losses(stored)
 
 
 @pytest.mark.skipif(computes_in_bf16(torch.device("cpu")), reason="this CPU computes in bf16")
@@ -312,7 +312,7 @@ def test_bf16_where_it_cannot(pretrain, flat_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     {
         "": "--data_path: is missing, give a folder or .tar of images, or --dataset digits",
         "--data_path FOLDER --dataset digits": "FOLDER: --dataset digits has images of its own, leave one of them out",
@@ -321,12 +321,12 @@ def test_bf16_where_it_cannot(pretrain, flat_folder, capsys):
         "--data_path FOLDER --init_from FOLDER": "--init_from FOLDER: is a folder, give a checkpoint in it",
     }.items(),
 )
-def test_wrong_places_are_one_line(pretrain, flat_folder, capsys, flags, said):
+def test_wrong_places_are_one_line(pretrain, flat_folder, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         pretrain(flags.replace("FOLDER", str(flat_folder)))
     assert stop.value.code == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert said.replace("FOLDER", str(flat_folder)) in error
+    assert message.replace("FOLDER", str(flat_folder)) in error
 
 
 def test_validation_images_without_two_classes_are_said(pretrain, flat_folder, capsys):
@@ -342,9 +342,9 @@ def test_a_run_that_max_steps_ended_is_only_looked_at_again(pretrain, flat_folde
     assert capsys.readouterr().out.count(last) == 1
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("checkpoint*")}
     log = pretrain(*flags)
-    said = capsys.readouterr().out
-    assert last in said
-    assert f"after epoch {-(-steps // 4) + 1}" not in said
+    output = capsys.readouterr().out
+    assert last in output
+    assert f"after epoch {-(-steps // 4) + 1}" not in output
     assert len(losses(log)) == steps
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("checkpoint*")} == times
 
@@ -359,7 +359,7 @@ def test_a_finished_folder_is_not_begun_anew(pretrain, flat_folder, tmp_path, ca
 def test_resume_with_other_settings_names_both_values(pretrain, flat_folder, tmp_path, capsys):
     pretrain("--data_path", flat_folder, "--max_steps 4")
     shutil.copy(flat_folder / "image-000.png", flat_folder.parent / "one-more.png")
-    for flags, said in {
+    for flags, message in {
         "--mask_ratio 0.5": "mask_ratio is 0.5 here but 0.75 in the checkpoint",
         "--decoder_depth 2": "decoder_depth is 2 here but 1 in the checkpoint",
         "--alpha 0": "alpha is 0.0 here but 1.0 in the checkpoint",
@@ -368,17 +368,17 @@ def test_resume_with_other_settings_names_both_values(pretrain, flat_folder, tmp
     }.items():
         with pytest.raises(SystemExit):
             pretrain("--data_path", flat_folder, "--auto_resume", flags)
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_weights_that_are_gone_are_not_missed_on_resume(pretrain, flat_folder, tmp_path):
     pretrain("--data_path", flat_folder, "--max_steps 1", output=tmp_path / "pre")
     start = tmp_path / "pre" / "checkpoint-0-step1.pth"
     flags = ("--data_path", flat_folder, "--init_from", start)
-    whole = pretrain(*flags, output=tmp_path / "whole")
+    complete = pretrain(*flags, output=tmp_path / "whole")
     pretrain(*flags, "--max_steps 3")
     start.unlink()
-    assert losses(pretrain(*flags, "--auto_resume")) == losses(whole)
+    assert losses(pretrain(*flags, "--auto_resume")) == losses(complete)
 
 
 def test_resume_knows_its_images_by_their_names_wherever_they_lie(pretrain, flat_folder, tmp_path, capsys):

@@ -140,12 +140,12 @@ def test_grey_images_and_crops_that_are_not_square(segment, scenes):
 
 
 def test_accumulation_over_four_is_one_batch_of_four_times_the_size():
-    once, parts = trainer_of("--clip_grad 0.5"), trainer_of("--clip_grad 0.5 --accum_iter 4")
+    one_batch, parts = trainer_of("--clip_grad 0.5"), trainer_of("--clip_grad 0.5 --accum_iter 4")
     batch = random_batch(8)
-    once.update(once.to_device([batch]))
+    one_batch.update(one_batch.to_device([batch]))
     parts.update(parts.to_device([MaskedBatch(*(x[i : i + 2] for x in batch)) for i in range(0, 8, 2)]))
-    assert parts.meter.drain()["loss"] == pytest.approx(once.meter.drain()["loss"], abs=1e-5)
-    for name, p in once.state.model.named_parameters():
+    assert parts.meter.drain()["loss"] == pytest.approx(one_batch.meter.drain()["loss"], abs=1e-5)
+    for name, p in one_batch.state.model.named_parameters():
         if not name.endswith("qkv.bias"):  # its keys' part has no gradient: noise decides the sign of AdamW's step
             torch.testing.assert_close(dict(parts.state.model.named_parameters())[name], p, atol=2e-5, rtol=0)
 
@@ -178,8 +178,8 @@ def test_the_schedule_spans_the_updates_and_not_the_epochs():
 # ---- processes ---------------------------------------------------------------------------------------------
 def in_two(*flags: object) -> None:
     """Call the main in two processes."""
-    words = ["main_segment.py", *TINY_SEGMENTER.split(), *" ".join(map(str, flags)).split()]
-    with Ranks(words, 2) as ranks:
+    arguments = ["main_segment.py", *TINY_SEGMENTER.split(), *" ".join(map(str, flags)).split()]
+    with Ranks(arguments, 2) as ranks:
         assert [status for status, _ in ranks.finish()] == [0, 0]
 
 
@@ -238,17 +238,17 @@ def test_wrong_input_is_one_line(segment, scenes, tmp_path, capsys, flags):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_wrong_mask_is_found_before_anything_is_trained(segment, scenes, tmp_path, capsys, how, split):
+@pytest.mark.parametrize("damaged", DAMAGES)
+def test_a_wrong_mask_is_found_before_anything_is_trained(segment, scenes, tmp_path, capsys, damaged, split):
     path = scenes / "masks" / split / "scene-003.png"
-    damage(path, how)
+    damage(path, damaged)
     with pytest.raises(SystemExit) as stop:
         segment("--data_path", scenes)
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert str(path) in error[0]
-    assert DAMAGES[how] in error[0]
+    assert DAMAGES[damaged] in error[0]
     assert not (tmp_path / "run").exists()
 
 

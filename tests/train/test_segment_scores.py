@@ -58,7 +58,7 @@ def test_sliding_against_a_loop_over_pixels(size, stride, batch_size):
         mean = images.mean(dim=(1, 2, 3), keepdim=True)
         return mean * place + images[:, :1] * place.square()
 
-    found = slide(predict, image, window, stride, batch_size)
+    logits = slide(predict, image, window, stride, batch_size)
     tops = sorted({min(i * stride[0], size[0] - window[0]) for i in range(size[0])})
     lefts = sorted({min(i * stride[1], size[1] - window[1]) for i in range(size[1])})
     for y, x in np.ndindex(*size):
@@ -66,9 +66,9 @@ def test_sliding_against_a_loop_over_pixels(size, stride, batch_size):
         for top in tops:
             for left in lefts:
                 if top <= y < top + window[0] and left <= x < left + window[1]:
-                    seen = image[:, top : top + window[0], left : left + window[1]]
-                    votes.append(predict(seen[None])[0, :, y - top, x - left])
-        torch.testing.assert_close(found[:, y, x], torch.stack(votes).mean(0), rtol=1e-4, atol=1e-5)
+                    crop = image[:, top : top + window[0], left : left + window[1]]
+                    votes.append(predict(crop[None])[0, :, y - top, x - left])
+        torch.testing.assert_close(logits[:, y, x], torch.stack(votes).mean(0), rtol=1e-4, atol=1e-5)
 
 
 class Brightness(nn.Module):
@@ -91,8 +91,8 @@ def test_images_of_any_size_are_seen_whole(size, mode):
     config = config_of("--data_path anywhere --eval_mode", mode)
     image = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
     model = Brightness()
-    found = image_logits(model, image, config)
-    torch.testing.assert_close(found, model.predict(image[None])[0])
+    logits = image_logits(model, image, config)
+    torch.testing.assert_close(logits, model.predict(image[None])[0])
     model.sizes.clear()
     image_logits(model, image, config)
     assert model.sizes == {(32, 32)} if mode == "slide" else {tuple(-(-side // 8) * 8 for side in size)}
@@ -111,17 +111,21 @@ def test_classes_of_enlarged_logits(monkeypatch, most):
 
 def slow_scores(pairs: list[tuple[np.ndarray, np.ndarray]], classes: int) -> dict[str, float]:
     """Sets of pixels, class by class."""
-    counted = [(i, t, s) for truth, said in pairs for i, (t, s) in enumerate(zip(truth.flat, said.flat, strict=True))
-               if t != IGNORED]  # fmt: skip
+    counted = [
+        (i, t, s)
+        for truth, predicted in pairs
+        for i, (t, s) in enumerate(zip(truth.flat, predicted.flat, strict=True))
+        if t != IGNORED
+    ]
     ious, accuracies = [], []
     for k in range(classes):
         both = sum(t == k and s == k for _, t, s in counted)
         either = sum(t == k or s == k for _, t, s in counted)
-        there = sum(t == k for _, t, _ in counted)
+        present = sum(t == k for _, t, _ in counted)
         if either:
             ious.append(100 * both / either)
-        if there:
-            accuracies.append(100 * both / there)
+        if present:
+            accuracies.append(100 * both / present)
     right = sum(t == s for _, t, s in counted)
     return dict(miou=np.mean(ious), aacc=100 * right / len(counted), macc=np.mean(accuracies))
 
@@ -145,8 +149,8 @@ def test_scores_against_sets_of_pixels(seed, classes):
 
 def test_absent_classes_by_hand():
     truth = torch.tensor([[0, 0, 0, 1], [1, IGNORED, IGNORED, 1]], dtype=torch.uint8)
-    said = torch.tensor([[0, 0, 3, 1], [1, 2, 0, 0]])  # 3 is said and not there, 2 only where it is ignored
-    scores = SegmentScores(confusion_of(truth, said, 5), 1)
+    predicted = torch.tensor([[0, 0, 3, 1], [1, 2, 0, 0]])  # 3 is said and not there, 2 only where it is ignored
+    scores = SegmentScores(confusion_of(truth, predicted, 5), 1)
     assert scores.iou.nan_to_num(-1).tolist() == pytest.approx([50, 200 / 3, -1, 0, -1])
     assert scores.accuracy.nan_to_num(-1).tolist() == pytest.approx([200 / 3, 200 / 3, -1, -1, -1])
     assert scores.values == pytest.approx({"miou": (50 + 200 / 3 + 0) / 3, "aacc": 400 / 6, "macc": 200 / 3})
@@ -178,8 +182,8 @@ def test_evaluation_scores_at_the_mask_s_own_size():
         mask[:5] = IGNORED
         loader.append((pixels, torch.from_numpy(mask)))
         logits = model.predict(normalise(pixels)[None])
-        said = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)[0].argmax(0)
-        pairs.append((mask, said.numpy()))
+        predicted = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+        pairs.append((mask, predicted.numpy()))
     scores = evaluate(model, loader, 4, normalise, config, CPU, NO_AMP)
     assert scores.images == 3
     assert scores.values == pytest.approx(slow_scores(pairs, 4))
@@ -203,19 +207,19 @@ def test_colours_can_be_told_apart():
 def test_a_mask_over_its_image():
     image = np.full((2, 3, 3), 100, dtype=np.uint8)
     mask = np.array([[0, 1, 2], [0, 1, IGNORED]], dtype=np.uint8)
-    found = overlay(image, mask, palette(3))
-    assert found[1, 2].tolist() == [0, 0, 0]
+    drawn = overlay(image, mask, palette(3))
+    assert drawn[1, 2].tolist() == [0, 0, 0]
     for y, x in ((0, 0), (0, 1), (0, 2)):
-        assert found[y, x] == pytest.approx(0.65 * palette(3)[mask[y, x]] + 35, abs=1)
+        assert drawn[y, x] == pytest.approx(0.65 * palette(3)[mask[y, x]] + 35, abs=1)
 
 
 def test_the_legend_names_what_occurs():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
     truth = np.where(rng.random((40, 50)) < 0.2, IGNORED, 3).astype(np.uint8)
-    said = np.where(rng.random((40, 50)) < 0.5, 3, 7).astype(np.uint8)
-    shown = Predicted("a.jpg", image, truth, said)
-    counted = [(t, s) for t, s in zip(truth.flat, said.flat, strict=True) if t != IGNORED]
+    predicted = np.where(rng.random((40, 50)) < 0.5, 3, 7).astype(np.uint8)
+    shown = Predicted("a.jpg", image, truth, predicted)
+    counted = [(t, s) for t, s in zip(truth.flat, predicted.flat, strict=True) if t != IGNORED]
     assert shown.accuracy == pytest.approx(sum(t == s for t, s in counted) / len(counted))
     figure = segmentation_figure([shown], [f"thing {i}" for i in range(60)], "title")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -223,7 +227,7 @@ def test_the_legend_names_what_occurs():
     picture = as_array(figure)
     assert picture.shape[2] == 3
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
-    crowded = Predicted("b.jpg", image, (np.arange(2000) % 60).reshape(40, 50).astype(np.uint8), said)
+    crowded = Predicted("b.jpg", image, (np.arange(2000) % 60).reshape(40, 50).astype(np.uint8), predicted)
     legend = segmentation_figure([crowded], [f"thing {i}" for i in range(60)], "title").legends[0]
     assert len(legend.get_texts()) == 40
     assert "The 40 most frequent of 60 classes are named." in legend.get_title().get_text()

@@ -42,8 +42,8 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert store(tmp_path).load_latest() is None
     path = store(tmp_path).save(state(7), epoch=3, step=7)
     assert path.name == "checkpoint-3.pth"
-    loaded, found = store(tmp_path).load_latest()
-    assert found == path
+    loaded, loaded_path = store(tmp_path).load_latest()
+    assert loaded_path == path
     assert torch.equal(loaded["model"]["x"], state(7)["model"]["x"])
     assert {p.name for p in tmp_path.iterdir()} == {path.name, path.name + ".json"}  # no litter
 
@@ -67,8 +67,8 @@ def test_retention_against_the_policy_s_words(tmp_path_factory, keep_last, keep_
         # re-opened each time, as by a run that is interrupted after every epoch
         store(folder, keep_last, keep_every).save(state(epoch, 1), epoch=epoch, step=epoch + 1, metric=metric)
     epochs = range(len(metrics))
-    kept = {e for e in epochs if e >= len(metrics) - keep_last or (keep_every and (e + 1) % keep_every == 0)}
-    expected = {f"checkpoint-{e}.pth" for e in kept}
+    retained = {e for e in epochs if e >= len(metrics) - keep_last or (keep_every and (e + 1) % keep_every == 0)}
+    expected = {f"checkpoint-{e}.pth" for e in retained}
     measured = [m for m in metrics if m is not None]
     if measured:
         expected.add(BEST)
@@ -125,9 +125,9 @@ def test_a_newer_file_without_manifest_is_named_and_the_newest_is_told_by_name(t
         torch.save(state(number + 2), tmp_path / name)
         os.utime(tmp_path / name, (number, number))  # as a copy may leave it
     assert store(tmp_path).load_latest()[0]["updates"] == 1
-    said = capsys.readouterr().err
-    assert "checkpoint-10.pth has no manifest" in said
-    assert "going on from checkpoint-0.pth" in said
+    output = capsys.readouterr().err
+    assert "checkpoint-10.pth has no manifest" in output
+    assert "going on from checkpoint-0.pth" in output
     manifest_path(tmp_path / "checkpoint-0.pth").unlink()
     assert store(tmp_path).load_latest()[0]["updates"] == 2
     with pytest.raises(UserError, match=r"is a folder, give a checkpoint: .*checkpoint-10\.pth$"):

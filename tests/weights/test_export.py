@@ -110,8 +110,8 @@ def test_logits_are_those_of_our_classifier(tmp_path, run_convert, pool, to, in_
     images = torch.randn(5, in_chans, *img_size)
     with torch.no_grad():
         torch.testing.assert_close(model(images), classifier(images), rtol=1e-5, atol=1e-5)
-    seen = resolve_data_config(model=model)
-    assert (tuple(seen["mean"]), seen["crop_pct"], tuple(seen["input_size"])) == (
+    data_config = resolve_data_config(model=model)
+    assert (tuple(data_config["mean"]), data_config["crop_pct"], tuple(data_config["input_size"])) == (
         (0.4,) * in_chans,
         1.0,
         (in_chans, *img_size),
@@ -142,10 +142,10 @@ def test_a_fine_tuned_vit_base_loads_in_timm_by_its_own_name(tmp_path, run_conve
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["classifier", "encoder"])
-def test_onnx_runs_elsewhere_for_any_batch(tmp_path, run_convert, what):
+@pytest.mark.parametrize("output", ["classifier", "encoder"])
+def test_onnx_runs_elsewhere_for_any_batch(tmp_path, run_convert, output):
     onnxruntime = pytest.importorskip("onnxruntime")
-    if what == "classifier":
+    if output == "classifier":
         model = nano_classifier("avg")
         torch.save({"model": model.state_dict(), "config": {"model": "vit_nano_patch4"}}, tmp_path / "in.pth")
         run_convert(tmp_path / "in.pth", "--to", "onnx", "--output", tmp_path / "vit.onnx")
@@ -158,8 +158,8 @@ def test_onnx_runs_elsewhere_for_any_batch(tmp_path, run_convert, what):
     for batch in (1, 5):
         images = torch.randn(batch, 3, 32, 32)
         with torch.no_grad():
-            found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-            torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+            exported = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+            torch.testing.assert_close(exported, model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_our_own_checkpoint_needs_no_more_flags(tmp_path, run_convert, pretrain, flat_folder):
@@ -202,9 +202,9 @@ def test_wrong_input_is_one_line(tmp_path, run_convert, capsys, arguments):
     torch.save({"model": half}, tmp_path / "HALF")
     places = {"RELEASE": str(RELEASE), "MAE": str(DATA / "mae_full_tiny.pth")}
     places |= {name: str(tmp_path / name) for name in ("README", "EMPTY", "HALF")}
-    words = [places.get(word, word).replace("OUT", str(tmp_path / "out")) for word in arguments.split()]
+    call = [places.get(word, word).replace("OUT", str(tmp_path / "out")) for word in arguments.split()]
     with pytest.raises(SystemExit) as stop:
-        run_convert(*words)
+        run_convert(*call)
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1

@@ -293,8 +293,8 @@ def test_a_missing_last_block_is_refused_for_our_runs_and_said_for_others(tmp_pa
 
 def test_mae_s_training_checkpoint_is_not_resumed_from(tmp_path, pretrain, class_folders, capsys):
     mae = load_checkpoint(ROOT / "tests" / "files" / "mae_full_tiny.pth")
-    whole = mae | {"optimizer": {"state": {}, "param_groups": []}, "epoch": 7, "scaler": {}}
-    torch.save(whole, tmp_path / "mae.pth")
+    checkpoint = mae | {"optimizer": {"state": {}, "param_groups": []}, "epoch": 7, "scaler": {}}
+    torch.save(checkpoint, tmp_path / "mae.pth")
     with pytest.raises(SystemExit):
         pretrain("--data_path", class_folders, "--resume", tmp_path / "mae.pth")
     message = capsys.readouterr().err

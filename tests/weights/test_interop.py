@@ -70,11 +70,11 @@ def test_a_damaged_encoder_is_refused_by_name(tmp_path, name, damage):
     before = {n: x.clone() for n, x in student.state_dict().items()}
     with pytest.raises(UserError) as refusal:
         load_weights(student, tmp_path / name)
-    said = str(refusal.value)
-    assert victim in said
+    message = str(refusal.value)
+    assert victim in message
     assert {"renamed": "blocks.1.mlp.fc9.weight", "missing": "(missing)", "reshaped": "[24, 96] instead of [96, 24]"}[
         damage
-    ] in said
+    ] in message
     assert all(torch.equal(x, before[n]) for n, x in student.state_dict().items())  # nothing was loaded
 
 

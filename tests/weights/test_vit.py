@@ -67,11 +67,11 @@ def test_stochastic_depth_leaves_out_samples_and_keeps_the_mean(dtype):
     x = torch.randn(4000, 3, 2).to(dtype)
     layer = DropPath(0.3)
     y = layer(x)
-    kept = (y != 0).any(dim=(1, 2))
+    is_kept = (y != 0).any(dim=(1, 2))
     assert y.dtype == dtype
-    assert float(kept.float().mean()) == pytest.approx(0.7, abs=4 * math.sqrt(0.3 * 0.7 / 4000))
-    torch.testing.assert_close(y[kept], (x[kept].float() / 0.7).to(dtype))
-    assert not y[~kept].any()
+    assert float(is_kept.float().mean()) == pytest.approx(0.7, abs=4 * math.sqrt(0.3 * 0.7 / 4000))
+    torch.testing.assert_close(y[is_kept], (x[is_kept].float() / 0.7).to(dtype))
+    assert not y[~is_kept].any()
     assert torch.equal(layer.eval()(x), x)
 
 
@@ -233,7 +233,7 @@ def test_mae_s_fine_tuned_layout_loads_whole(tmp_path):
     tuned = tiny(head_std=0.5)
     torch.save({"model": tuned.state_dict(), "epoch": 99}, tmp_path / "tuned.pth")
     model = tiny()
-    report = load_weights(model, tmp_path / "tuned.pth", whole=True)
+    report = load_weights(model, tmp_path / "tuned.pth", strict=True)
     assert not report.missing
     assert not report.unexpected
     images = torch.randn(2, 3, 32, 32)
@@ -242,7 +242,7 @@ def test_mae_s_fine_tuned_layout_loads_whole(tmp_path):
     other = tiny(num_classes=9)
     assert "head.weight" in load_weights(other, tmp_path / "tuned.pth").missing  # the encoder alone is taken
     with pytest.raises(UserError, match=r"2 tensors of the model .*head\.weight .*\[5, 24\] instead of \[9, 24\]"):
-        load_weights(other, tmp_path / "tuned.pth", whole=True)
+        load_weights(other, tmp_path / "tuned.pth", strict=True)
     with pytest.raises(UserError, match=r"norm\.weight \(missing\).* no last norm: take the pre-training's file"):
         load_weights(tiny(pool="token"), tmp_path / "tuned.pth")
 
@@ -265,7 +265,7 @@ def test_grey_images_give_the_same_tokens_with_other_channels(tmp_path, old, new
     torch.save(tiny(in_chans=old, head_std=0.5).state_dict(), tmp_path / "vit.pth")
     a, b = tiny(in_chans=old), tiny(in_chans=new)
     for model in (a, b):
-        load_weights(model, tmp_path / "vit.pth", whole=True)
+        load_weights(model, tmp_path / "vit.pth", strict=True)
     grey = torch.randn(2, 1, 32, 32)
     logits = [m.eval()(grey.expand(-1, m.in_chans, -1, -1)) for m in (a, b)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)

@@ -39,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a folder of embeddings holds. Two calls with equal facts write equal bytes."""
+    """The facts of a folder of embeddings. Two calls with equal facts write equal bytes."""
 
     checkpoint: str
     sha256: str  # of the checkpoint; empty for random weights

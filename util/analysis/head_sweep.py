@@ -63,7 +63,7 @@ class FrozenTokens:
     loader_arguments: dict[str, Any] = field(default_factory=dict)
     augment: bool = False  # training passes see other views in every epoch
     keep: bool = False  # keep the tokens of all centre views in memory
-    _kept: Batch | None = None
+    _stored: Batch | None = None
 
     def passes(self, orders: Sequence[Sequence[Tensor]], training: bool = False) -> Iterator[Batch]:
         """Yield the batches of `orders`, which lists positions [B] for each batch of each epoch."""
@@ -73,20 +73,20 @@ class FrozenTokens:
             elif not self.keep:
                 yield from self._encoded(None, batches)
             else:
-                tokens, labels = self._kept = self._kept or self._encode_all(len(batches[0]))
+                tokens, labels = self._stored = self._stored or self._encode_all(len(batches[0]))
                 yield from ((tokens[batch], labels[batch]) for batch in batches)
 
     def _encode_all(self, batch_size: int) -> Batch:
         number = len(self.views(None))
         encoded = self._encoded(None, torch.arange(number).split(batch_size))
-        kept: Batch | None = None
+        stored: Batch | None = None
         begin = 0
         for tokens, labels in progress(encoded, number, "tokens", "images", lambda batch: len(batch[1])):
-            if kept is None:  # filled in place: a list of batches and its concatenation would take twice the memory
-                kept = tokens.new_empty(number, *tokens.shape[1:], device="cpu"), labels.new_empty(number)
-            kept[0][begin : begin + len(labels)], kept[1][begin : begin + len(labels)] = tokens, labels
+            if stored is None:  # filled in place: a list of batches and its concatenation would take twice the memory
+                stored = tokens.new_empty(number, *tokens.shape[1:], device="cpu"), labels.new_empty(number)
+            stored[0][begin : begin + len(labels)], stored[1][begin : begin + len(labels)] = tokens, labels
             begin += len(labels)
-        return kept
+        return stored
 
     def _encoded(self, epoch: int | None, batches: Sequence[Tensor]) -> Iterator[Batch]:
         sampler = [batch.tolist() for batch in batches]
@@ -109,7 +109,7 @@ class Grid(NamedTuple):
 
     @property
     def pairs(self) -> Tensor:
-        """Learning rate and weight decay of each head, [G, 2]."""
+        """The learning rate and weight decay of each head, [G, 2]."""
         return torch.tensor([(lr, decay) for lr in self.lrs for decay in self.weight_decays])
 
 

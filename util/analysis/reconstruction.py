@@ -19,7 +19,8 @@ from models_lut import LUT, Student
 from models_masking import num_visible_patches
 from models_simmim import SimMIM
 from util.analysis.images import Images, wrap_name
-from util.config.groups import DataConfig, check, config_from_dict
+from util.config.checks import check
+from util.config.groups import DataConfig, config_from_dict
 from util.config.pretrain import PretrainConfig
 from util.data.device_views import Normalise
 from util.figures.figure import Cell, picture_grid
@@ -78,7 +79,7 @@ def open_autoencoder(
     unit = model.mask_unit_patches * model.patch_size
     if any(side % unit for side in model.shape["img_size"]):
         raise UserError(f"--input_size {' '.join(map(str, size))}: patches are hidden in squares of {unit} pixels")
-    report = load_weights(model, path, flag="CHECKPOINT", whole=True, file=file)
+    report = load_weights(model, path, flag="CHECKPOINT", strict=True, file=file)
     pixels = DataConfig(in_chans=shape.in_chans, mean=tuple(run.get("mean") or ()), std=tuple(run.get("std") or ()))
     normalise = Normalise(pixels.resolved_mean, pixels.resolved_std, device)
     model = model.requires_grad_(False).eval().to(device)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from models_lut import Steering
+from util.config.checks import check, check_choice
 from util.config.command_line import flag_values, parse_config
-from util.config.groups import check, check_choice
 from util.config.pretrain import PretrainConfig
 from util.runtime.distributed import world_size
 
@@ -122,7 +122,7 @@ class StepConfig(BenchConfig):
 
     @property
     def sweep_axis(self) -> str:
-        """--sweep as flag=value,value, short names and default values filled in."""
+        """The value of --sweep as flag=value,value, with short names and default values filled in."""
         name, equals, values = self.sweep.partition("=")
         flag, default = SWEEPS.get(name, (name, ""))
         check_choice("sweep", name, [*SWEEPS, *(measured_settings() if equals else [])])

@@ -9,16 +9,8 @@ from typing import Any, ClassVar, Literal
 from models_architectures import ARCHITECTURES
 from models_position_bias import RelativeBias
 from models_vit import Pool
-from util.config.groups import (
-    DataConfig,
-    DownstreamConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    check,
-    check_batch_norm,
-    check_choice,
-)
+from util.config.checks import check, check_batch_norm, check_choice
+from util.config.groups import DataConfig, DownstreamConfig, ModelConfig, OptimConfig, RunConfig
 from util.config.same_run import DOWNSTREAM_MAY_CHANGE, resume_settings
 
 

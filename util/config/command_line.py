@@ -16,9 +16,9 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 import tyro
 import yaml
 
+from util.config.checks import check, check_choice
 from util.config.classifier import FinetuneConfig, LinprobeConfig
 from util.config.flags import check_flags, without_local_rank
-from util.config.groups import check, check_choice
 from util.config.pretrain import PretrainConfig
 from util.config.probe import ProbeConfig
 from util.config.segment import SegmentConfig

@@ -10,74 +10,23 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from models_architectures import ARCHITECTURES
+from util.config.checks import check, check_image_size, check_limits, check_loader_timeout
 from util.runtime.distributed import world_size
-from util.runtime.errors import UserError, nearest
+from util.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 Config = TypeVar("Config")
 
-LARGEST = 2**31 - 1  # of all whole numbers but the seed
-LIMITS = {  # what no machine trains with today: refused before memory is asked for
-    **dict.fromkeys(("input_size", "patch_size", "mask_unit", "eval_stride"), 2**14),
-    **dict.fromkeys(("head_depth", "predictor_depth", "decoder_depth"), 100),
-    **dict.fromkeys(("head_mlp_dim", "head_width", "nb_classes"), 2**20),
-    "num_workers": 256,
-    **dict.fromkeys(("seed", "attentive_seed"), 2**32 - 1),
-}
-PATHS = ("recipe", "output_dir", "log_dir", "data_path", "val_path", "resume", "finetune", "init_from")
-LONGEST_NAME = 255  # bytes of a file's name
-
-
-def check(holds: bool, flag: str, value: object, fix: str) -> None:
-    """Raise UserError `--flag value: fix` unless `holds` (a comparison with nan never does)."""
-    if not holds:
-        shown = " ".join(map(str, value if isinstance(value, tuple | list) else [value]))
-        raise UserError(f"--{flag} {shown}".rstrip() + f": {fix}")
-
-
-def check_limits(config: Any) -> None:
-    """Raise UserError for whole numbers beyond `LIMITS`, and for paths that no file system takes."""
-    for field in dataclasses.fields(config):
-        value, limit = getattr(config, field.name), LIMITS.get(field.name, LARGEST)
-        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) is int]
-        check(all(n <= limit for n in numbers), field.name, value, f"must be at most {limit}")
-        if field.name in PATHS and value:
-            fits = all(len(os.fsencode(part)) <= LONGEST_NAME for part in value.split("/"))
-            check(fits, field.name, f"{value[:40]}...", f"names of files have at most {LONGEST_NAME} bytes")
-
-
-def check_image_size(size: Sequence[int], least: int = 1) -> None:
-    """Raise UserError unless the size is empty, one number of pixels, or height and width."""
-    check(len(size) <= 2, "input_size", size, "give one number, or height and width")
-    check(all(n >= least for n in size), "input_size", size, f"must be {least} pixels or more")
-
-
-def check_loader_timeout(seconds: float) -> None:
-    """Raise UserError unless the timer of the data loader takes it."""
-    check(0 <= seconds <= 1e9, "loader_timeout", seconds, "must lie in 0 (never) .. 1000000000 seconds")
-
 
 def processors() -> int:
     """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def check_batch_norm(config: Any) -> None:
-    """Raise UserError if BatchNorm would be trained on a single image."""
-    fix = "BatchNorm needs two images at a time, over all processes"
-    check(config.eval or config.batch_size * world_size() >= 2, "batch_size", config.batch_size, fix)
-
-
-def check_choice(flag: str, value: str, known: Sequence[str]) -> None:
-    """Raise UserError with the nearest name unless `value` is known."""
-    check(value in known, flag, value, f"unknown{nearest(value, known)} (one of {', '.join(known)})")
 
 
 @dataclass(frozen=True)
@@ -111,12 +60,12 @@ class ModelConfig:
 
     @property
     def resolved_patch_size(self) -> int:
-        """Side of a patch in pixels."""
+        """The side of a patch in pixels."""
         return self.patch_size or self.architecture["patch_size"]
 
     @property
     def resolved_input_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """The height and width in pixels."""
         size = self.input_size or (self.architecture["img_size"],)
         return (size[0], size[-1])
 
@@ -158,17 +107,17 @@ class PixelConfig:
 
     @property
     def resolved_mean(self) -> tuple[float, ...]:
-        """Mean per channel, the default filled in."""
+        """The mean per channel, with the default filled in."""
         return self.mean or ((0.485, 0.456, 0.406) if self.in_chans == 3 else (0.5,) * self.in_chans)
 
     @property
     def resolved_std(self) -> tuple[float, ...]:
-        """Standard deviation per channel, the default filled in."""
+        """The standard deviation per channel, with the default filled in."""
         return self.std or ((0.229, 0.224, 0.225) if self.in_chans == 3 else (0.25,) * self.in_chans)
 
     @property
     def resolved_num_workers(self) -> int:
-        """Loader processes of this rank, the default filled in."""
+        """The number of this rank's data loader workers, with the default filled in."""
         return min(10, processors()) if self.num_workers is None else self.num_workers
 
     def pins(self, device: torch.device) -> bool:
@@ -233,7 +182,7 @@ class UpdateConfig:
 
     @property
     def effective_batch(self) -> int:
-        """Images per update, over all processes."""
+        """The number of images per update, over all processes."""
         return self.batch_size * self.accum_iter * world_size()
 
 
@@ -264,19 +213,19 @@ class OptimConfig(UpdateConfig):
 
     @property
     def resolved_warmup_epochs(self) -> float:
-        """--warmup_epochs, the default filled in; a default that does not fit shrinks with the epochs."""
+        """The value of --warmup_epochs, or its default, which shrinks with the epochs if it does not fit."""
         if self.warmup_epochs is not None:
             return self.warmup_epochs
         return self.default_warmup if self.default_warmup <= self.epochs else self.warmup_share * self.epochs
 
     @property
     def resolved_blr(self) -> float:
-        """--blr, the default filled in."""
+        """The value of --blr, or its default."""
         return self.blr
 
     @property
     def peak_lr(self) -> float:
-        """--lr, or the linear rule lr = blr x batch / 256."""
+        """The value of --lr, or the linear rule lr = blr x batch / 256."""
         return self.resolved_blr * self.effective_batch / 256 if self.lr is None else self.lr
 
 
@@ -377,7 +326,7 @@ class RunConfig:
 
     @property
     def keep_every(self) -> int | None:
-        """N of every_N_epochs, None if it is not given."""
+        """The number N of every_N_epochs, None if it is not given."""
         every = [p for p in self.save_periods if p.startswith("every_")]
         return int(every[0].split("_")[1]) if every else None
 

@@ -13,7 +13,8 @@ from models_architectures import MODELS
 from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, Steering, Student
 from models_masking import num_visible_patches
 from models_simmim import METHODS
-from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig, check, check_choice
+from util.config.checks import check, check_choice
+from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig
 from util.config.same_run import resume_settings
 from util.runtime.distributed import world_size
 
@@ -199,27 +200,27 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
 
     @property
     def num_patches(self) -> int:
-        """L, the number of patches in an image."""
+        """The number L of patches in an image."""
         height, width = self.resolved_input_size
         return (height // self.resolved_patch_size) * (width // self.resolved_patch_size)
 
     @property
     def resolved_mask_ratio(self) -> float:
-        """--mask_ratio, the default filled in: MAE's or SimMIM's."""
+        """The value of --mask_ratio, or its default: MAE's or SimMIM's."""
         if self.mask_ratio is not None:
             return self.mask_ratio
         return 0.75 if self.method == "mae" else 0.6
 
     @property
     def mask_unit_pixels(self) -> int:
-        """--mask_unit in pixels, the default filled in."""
+        """The value of --mask_unit in pixels, or its default."""
         if self.mask_unit is not None:
             return self.mask_unit
         return self.resolved_patch_size if self.method == "mae" else 2 * self.resolved_patch_size
 
     @property
     def resolved_alpha(self) -> float:
-        """alpha of Eq. 3, the default filled in: 1.0 for ViT-S, 0.25 for ViT-B and L (Section 5.1)."""
+        """The alpha of Eq. 3, or its default: 1.0 for ViT-S, 0.25 for ViT-B and L (Section 5.1)."""
         if self.steered_tokens == "none":
             return 0.0
         if self.alpha is not None:
@@ -230,7 +231,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
 
     @property
     def resolved_crop(self) -> Literal["src", "rrc"]:
-        """--crop, the default filled in: MAE's own or LUT's (Table 4f)."""
+        """The value of --crop, or its default: MAE's own or LUT's (Table 4f)."""
         return self.crop or ("rrc" if self.model.startswith("mae_") else "src")
 
     @property

@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from models_vit import Pool
-from util.config.groups import check, check_image_size, check_limits, check_loader_timeout
+from util.config.checks import check, check_image_size, check_limits, check_loader_timeout
 
 
 @dataclass(frozen=True)

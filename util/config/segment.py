@@ -8,16 +8,8 @@ from typing import Any, Literal
 
 from models_architectures import ARCHITECTURES
 from models_position_bias import RelativeBias
-from util.config.groups import (
-    DownstreamConfig,
-    ModelConfig,
-    PixelConfig,
-    RunConfig,
-    UpdateConfig,
-    check,
-    check_batch_norm,
-    check_choice,
-)
+from util.config.checks import check, check_batch_norm, check_choice
+from util.config.groups import DownstreamConfig, ModelConfig, PixelConfig, RunConfig, UpdateConfig
 from util.config.same_run import DOWNSTREAM_MAY_CHANGE, resume_settings
 
 
@@ -163,7 +155,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate at the end of the warm-up."""
+        """The learning rate at the end of the warm-up."""
         return self.lr
 
     @property
@@ -173,7 +165,7 @@ class SegmentConfig(DownstreamConfig, ModelConfig, PixelConfig, UpdateConfig, Ru
 
     @property
     def window_stride(self) -> tuple[int, int]:
-        """Pixels between two windows down and across, the default filled in."""
+        """The pixels between two windows down and across, with the default filled in."""
         if self.eval_stride:
             return (self.eval_stride[0], self.eval_stride[-1])
         height, width = self.resolved_input_size

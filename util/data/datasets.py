@@ -52,9 +52,9 @@ def open_files(path: Path, split: str, flag: str) -> ImageSource:
     if not os.path.exists(path):
         raise UserError(f"{flag} {path}: there is no such file or folder")
     check_access(path, flag)
-    found = find_split(path, split, flag) if path.is_dir() else None
-    is_split = found is not None or split_kind(path.stem) is not None
-    path = found or path
+    split_path = find_split(path, split, flag) if path.is_dir() else None
+    is_split = split_path is not None or split_kind(path.stem) is not None
+    path = split_path or path
     check_access(path, flag)
     if path.is_file():
         if path.suffix.lower() != ".tar":

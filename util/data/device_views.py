@@ -30,14 +30,14 @@ ROW_LENGTH = 10
 
 
 def photometry_row(photometry: Photometry) -> list[float]:
-    """The draw of one sample as numbers: four factors, the order of the four steps, the branch, the blur's radius."""
+    """Return one sample's draw as numbers: four factors, the order of the four steps, branch, blur radius."""
     jitter = photometry.jitter
     steps = _UNCHANGED if jitter is None else (*jitter[:4], *jitter.order)
     return [*map(float, steps), float(BRANCHES.index(photometry.branch)), photometry.radius]
 
 
 def apply_photometry_rows(images: Tensor, rows: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] with the draws in `rows` [B, ROW_LENGTH], which lie on the CPU, so that nobody waits."""
+    """Apply the draws in `rows` [B, ROW_LENGTH] to uint8 images; `rows` lies on the CPU, so that nobody waits."""
     x = images.float()
     for place in range(4):
         x = jitter_step(x, rows, rows[:, _ORDER][:, place].long())
@@ -52,7 +52,7 @@ def apply_photometry_rows(images: Tensor, rows: Tensor) -> Tensor:
 
 
 def jitter_step(x: Tensor, rows: Tensor, step: Tensor) -> Tensor:
-    """One of brightness, contrast, saturation and hue for each image [B, C, H, W]; `step` [B] says which.
+    """Change brightness, contrast, saturation or hue of each image [B, C, H, W]; `step` [B] says which.
 
     The first three blend the image with black, with its mean grey and with its grey.
     """
@@ -74,24 +74,24 @@ def jitter_step(x: Tensor, rows: Tensor, step: Tensor) -> Tensor:
 
 
 def grey_of(x: Tensor) -> Tensor:
-    """Luma [B, 1, H, W] of [B, C, H, W], with torchvision's weights."""
+    """Return the luma [B, 1, H, W] of [B, C, H, W], with torchvision's weights."""
     if x.shape[1] == 1:
         return x
     return (x[:, 0] * 0.2989).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114).unsqueeze(1)
 
 
 def greyscale(x: Tensor, radius: Tensor) -> Tensor:
-    """All channels become the luma."""
+    """Set all channels to the luma."""
     return grey_of(x).floor().expand_as(x)
 
 
 def solarise(x: Tensor, radius: Tensor) -> Tensor:
-    """Bright values are inverted."""
+    """Invert bright values."""
     return torch.where(x >= SOLARISE_THRESHOLD, 255 - x, x)
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """[B, 3, H, W] with the hue turned by `shift` [B] of a circle: `util.data.views.shift_hue` for many images."""
+    """Turn the hue of images [B, 3, H, W] by `shift` [B] of a circle, as `util.data.views.shift_hue` does for one."""
     red, green, blue = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
@@ -105,7 +105,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, radius: Tensor) -> Tensor:
-    """Gaussian blur [B, C, H, W] with standard deviations `radius` [B], cut off beyond three of them."""
+    """Blur images [B, C, H, W] by Gaussians with standard deviations `radius` [B], cut off beyond three of them."""
     B, C, H, W = x.shape
     widest = min(math.ceil(3 * BLUR_RADIUS[1]), H - 1, W - 1)
     distance = torch.arange(-widest, widest + 1, device=x.device)
@@ -126,7 +126,7 @@ CROP_LENGTH = 5
 
 
 def crop_rows(plan: ViewParams) -> np.ndarray:
-    """int64 [views, CROP_LENGTH]: top, left, height, width and flip of each window."""
+    """Return top, left, height, width and flip of each window, int64 [views, CROP_LENGTH]."""
     return np.array(plan.crops, dtype=np.int64)
 
 
@@ -140,7 +140,7 @@ class StoredImages:
     channels: int
 
     def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """uint8 [B, views, C, H, W], the pixels at `rows` [B, views, H] and `columns` [B, views, W] of each image."""
+        """Return each image's pixels at `rows` [B, views, H] and `columns` [B, views, W], uint8 [B, views, C, H, W]."""
         h, w = self.sizes[:, None, None, 0], self.sizes[:, None, None, 1]
         within = (rows * w).unsqueeze(-1) + columns.unsqueeze(-2)  # [B, views, H, W]
         channel = torch.arange(self.channels, device=rows.device).view(1, 1, -1, 1, 1) * (h * w)[..., None, None]
@@ -148,7 +148,7 @@ class StoredImages:
 
 
 def cut_simple(images: StoredImages, crops: Tensor, size: Size) -> Tensor:
-    """SRC windows with a reflected border, uint8 [B, views, C, H, W].
+    """Cut SRC's windows with a reflected border, uint8 [B, views, C, H, W].
 
     Args:
         crops: [B, views, CROP_LENGTH] of `crop_rows`.
@@ -163,7 +163,7 @@ def cut_simple(images: StoredImages, crops: Tensor, size: Size) -> Tensor:
 
 
 def cut_resized(images: StoredImages, crops: Tensor, size: Size, largest: Size) -> Tensor:
-    """RRC windows at `size`, uint8 [B, views, C, H, W]; bicubic with antialiasing, rounded after each of its passes.
+    """Cut RRC's windows at `size`, uint8 [B, views, C, H, W]: bicubic, antialiased, rounded after each of two passes.
 
     Args:
         crops: [B, views, CROP_LENGTH] of `crop_rows`.
@@ -183,9 +183,9 @@ def cut_resized(images: StoredImages, crops: Tensor, size: Size, largest: Size) 
 
 
 def bicubic_weights(length: Tensor, size: int, most: int) -> Tensor:
-    """What each of `most` places gives to each of `size` places of the resized image: [..., size, most], rows sum to 1.
+    """Return the share [..., size, most] of each of `most` places in each of `size` places of the resized image.
 
-    As Pillow and torchvision with antialiasing: Keys' cubic with a = -1/2, widened where the image becomes smaller.
+    Rows sum to 1. As in Pillow and torchvision with antialiasing: Keys' cubic with a = -1/2, widened to make smaller.
 
     Args:
         length: [..., 1] places there are, at most `most`; those beyond give nothing.
@@ -200,13 +200,13 @@ def bicubic_weights(length: Tensor, size: int, most: int) -> Tensor:
 
 
 def mirrored(flip: Tensor, length: int) -> Tensor:
-    """[B, views, length] places from left to right, or from right to left where `flip` [B, views] is 1."""
+    """Return places [B, views, length] from left to right, or from right to left where `flip` [B, views] is 1."""
     places = torch.arange(length, device=flip.device)
     return torch.where(flip.unsqueeze(-1) == 1, length - 1 - places, places)
 
 
 def reflect(place: Tensor, length: Tensor) -> Tensor:
-    """Places beyond 0..length - 1 mirrored at the edge, which is not repeated."""
+    """Mirror places beyond 0..length - 1 at the edge, which is not repeated."""
     place = place.abs()
     return torch.where(place >= length, 2 * (length - 1) - place, place)
 

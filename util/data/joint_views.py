@@ -29,7 +29,7 @@ HUE = 0.1  # of the circle, to either side
 
 
 def scaled_size(image_size: Size, size: Size, factor: float = 1.0) -> Size:
-    """An image's size once it covers `size` (a square: its shorter side has that length), times `factor`.
+    """Return an image's size once it covers `size` (a square: its shorter side has that length), times `factor`.
 
     Images longer than `LONGEST` crops become smaller than that.
     """
@@ -39,17 +39,17 @@ def scaled_size(image_size: Size, size: Size, factor: float = 1.0) -> Size:
 
 
 def resized_image(image: Tensor, size: Size) -> Tensor:
-    """[C, h, w] uint8, bilinear with antialiasing."""
+    """Resize an image [C, h, w] uint8, bilinear with antialiasing."""
     return TF.resize_image(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
 def resized_mask(mask: Tensor, size: Size) -> Tensor:
-    """[h, w]: the class at each new pixel's centre (torchvision's own for masks, NEAREST, is half a pixel off)."""
+    """Take the class at each new pixel's centre, [h, w]; torchvision's own for masks, NEAREST, is half a pixel off."""
     return TF.resize_image(mask.unsqueeze(0), list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0]
 
 
 def padded(image: Tensor, size: Size, fill: tuple[int, ...]) -> Tensor:
-    """An image [C, h, w] with a border of `fill` (a number per channel) below and to the right, up to `size`."""
+    """Add a border of `fill` (a number per channel) to an image [C, h, w] below and to the right, up to `size`."""
     bottom, right = (max(0, want - have) for want, have in zip(size, image.shape[-2:], strict=True))
     return TF.pad(image, [0, 0, right, bottom], fill=list(fill)) if bottom or right else image
 
@@ -60,7 +60,7 @@ def padded(image: Tensor, size: Size, fill: tuple[int, ...]) -> Tensor:
 
 
 class Distortion(NamedTuple):
-    """What happens to the colours of an image; neutral numbers where nothing does."""
+    """The changes to the colours of an image; a step that is left out has its neutral number."""
 
     brightness: float  # added
     contrast: float  # factor
@@ -70,7 +70,7 @@ class Distortion(NamedTuple):
 
 
 def draw_distortion(rng: np.random.Generator) -> Distortion:
-    """Each of the four with probability `DISTORTED`, contrast before or after saturation and hue."""
+    """Draw each of the four with probability `DISTORTED`, contrast before or after saturation and hue."""
     low, high = zip(*((-BRIGHTNESS, BRIGHTNESS), CONTRAST, SATURATION, (-HUE, HUE)), strict=True)
     drawn = rng.uniform(low, high)
     brightness, contrast, saturation, hue = np.where(rng.random(4) < DISTORTED, drawn, (0, 1, 1, 0)).tolist()
@@ -78,7 +78,7 @@ def draw_distortion(rng: np.random.Generator) -> Distortion:
 
 
 def distort(image: Tensor, drawn: Distortion) -> Tensor:
-    """uint8 [C, H, W] with C = 1 or 3; saturation and hue leave one channel as it is."""
+    """Change an image's colours, uint8 [C, H, W] with C = 1 or 3; saturation and hue leave one channel as it is."""
     early, late = (1.0, drawn.contrast) if drawn.contrast_last else (drawn.contrast, 1.0)
     image = shift_levels(image, early, early * drawn.brightness)
     if image.shape[0] == 3 and drawn.saturation != 1:
@@ -89,7 +89,7 @@ def distort(image: Tensor, drawn: Distortion) -> Tensor:
 
 
 def shift_levels(image: Tensor, factor: float, summand: float) -> Tensor:
-    """factor * image + summand, in uint8."""
+    """Return factor * image + summand, in uint8."""
     if (factor, summand) == (1.0, 0.0):
         return image
     return image.float().mul_(factor).add_(summand).round_().clamp_(0, 255).to(torch.uint8)
@@ -119,7 +119,7 @@ class JointView:
     fill: tuple[int, ...]
 
     def __call__(self, image: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """uint8 [C, h, w] and [h, w] to [C, H, W] and [H, W]."""
+        """Turn image [C, h, w] uint8 and mask [h, w] into views [C, H, W] and [H, W]."""
         size = scaled_size(tuple(mask.shape), self.size, rng.uniform(*self.scale_range))
         pair = Image(resized_image(image, size)), Mask(resized_mask(mask, size))
         window = self.draw_window(pair[1], rng)
@@ -132,7 +132,7 @@ class JointView:
         return padded(view, self.size, self.fill), padded(mask.unsqueeze(0), self.size, (IGNORED,))[0]
 
     def draw_window(self, mask: Mask, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Top, left, height and width; smaller than the crop where the image is."""
+        """Draw top, left, height and width of a window; it is smaller than the crop where the image is."""
         h, w = mask.shape
         height, width = min(h, self.size[0]), min(w, self.size[1])
         for _ in range(MOST_CROPS):
@@ -142,7 +142,7 @@ class JointView:
         return top, left, height, width
 
     def is_varied(self, mask: Tensor) -> bool:
-        """Whether there are two classes, and none has more than its share."""
+        """True if there are two classes or more, and none has more than its share."""
         if self.most_of_a_class == 1:
             return True
         count = torch.bincount(mask.flatten(), minlength=IGNORED + 1)[:IGNORED]

@@ -280,7 +280,7 @@ def stem_of_mask(image: str, folder: Path, image_suffix: str, mask_suffix: str, 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a folder of the data set is arranged."""
+    """The arrangement of a folder of the data set."""
 
     root: Path
     mask_folder: str

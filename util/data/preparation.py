@@ -44,7 +44,7 @@ TIMMS_NAMES = {"train": "train", "val": "validation"}
 
 @dataclass(frozen=True)
 class Preparation:
-    """The splits of a data set, and how they are made small."""
+    """The splits of a data set, and the settings by which their images are made small."""
 
     splits: list[Split]
     output: Path

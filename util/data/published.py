@@ -183,8 +183,8 @@ def aircraft(folder: Path, split: str) -> FileSource:
 
 def aircraft_cropped(folder: Path, split: str) -> BannerlessSource:
     """Read FGVC-Aircraft without the banner of 20 pixels at the bottom of each image."""
-    whole = aircraft(folder, split)
-    return BannerlessSource(whole.paths, whole.labels, whole.class_names)
+    images = aircraft(folder, split)
+    return BannerlessSource(images.paths, images.labels, images.class_names)
 
 
 def naturalist(train: str, val: str) -> Callable[[Path, str], FileSource]:

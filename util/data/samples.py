@@ -174,7 +174,7 @@ class PretrainStream(IterableDataset):
 
 @dataclass
 class BatchOrder(Sampler):
-    """Which samples make up which batch of one rank; each sample at most once in an epoch.
+    """The samples of each batch of one rank; each sample occurs at most once in an epoch.
 
     An epoch is a permutation of all samples from (seed, epoch), cut into updates of `effective_batch` samples;
     each update into `accum_iter` parts, and each part evenly over the ranks. The remainder is left out. So an

@@ -20,7 +20,7 @@ from util.runtime.files import TEMPORARY, HashingWriter, manifest_path, sha256_o
 
 
 class Sample(NamedTuple):
-    """What a shard gets of one image."""
+    """The files of one image in a shard, or why it has none."""
 
     source_name: str
     source_bytes: int

@@ -46,8 +46,8 @@ def open_tars(root: Path, tars: Sequence[Path], split: str, flag: str, is_split:
     )
     if unlisted := set(class_of.values()) - set(class_of.values() if classes is None else classes):
         raise UserError(f"{flag} {root}: holds shards of several data sets, only one has a class {min(unlisted)!r}")
-    found = sorted((member, class_of[folder]) for folder, members in listing.images.items() for member in members)
-    return TarSource([member for member, _ in found], *number_classes([name for _, name in found], classes))
+    labelled = sorted((member, class_of[folder]) for folder, members in listing.images.items() for member in members)
+    return TarSource([member for member, _ in labelled], *number_classes([name for _, name in labelled], classes))
 
 
 def holds_validation(tars: Sequence[Path], flag: str, root: Path) -> bool:
@@ -163,15 +163,15 @@ class Contents:
                 real.pop()
             elif part not in ("", "."):
                 real.append(part)
-            here = "/".join(real)
-            if part not in ("", ".", "..") and here in self.links:
+            current = "/".join(real)
+            if part not in ("", ".", "..") and current in self.links:
                 hops += 1
                 if hops > MOST_LINKS_IN_A_ROW:
                     raise self.error(path, "leads in a circle")
-                if self.links[here].startswith("/"):
+                if self.links[current].startswith("/"):
                     raise self.error(path, "leads out of it")
                 real.pop()
-                parts.extendleft(reversed(self.links[here].split("/")))
+                parts.extendleft(reversed(self.links[current].split("/")))
         return "/".join(real)
 
     def error(self, path: str, reason: str) -> UserError:

@@ -31,7 +31,7 @@ BLUR_RADIUS = (0.1, 2.0)  # standard deviation in pixels
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The randomness of one sample in one epoch; Philox keys give independent streams at no cost.
+    """Return the generator of one sample in one epoch; Philox keys give independent streams at no cost.
 
     `seed` and `epoch` lie in [0, 2^32), `index` in [0, 2^64).
     """
@@ -55,7 +55,7 @@ class Crop(NamedTuple):
 
 
 def cover_size(image_size: Size, size: Size) -> Size:
-    """The smallest size of the image's shape that covers `size`: for a square, shorter side to `size`.
+    """Return the smallest size of the image's shape that covers `size`; for a square, the shorter side equals it.
 
     The longer side is truncated, as torchvision's Resize does.
     """
@@ -66,27 +66,27 @@ def cover_size(image_size: Size, size: Size) -> Size:
 
 
 def resize(image: Tensor, size: Size) -> Tensor:
-    """Bicubic with antialiasing, in uint8."""
+    """Resize an image: bicubic with antialiasing, in uint8."""
     if image.shape[-2:] == size:
         return image
     return TF.resize_image(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 def reflect_border(image: Tensor) -> Tensor:
-    """`REFLECT_PAD` more pixels on each side, mirrored without repeating the edge."""
+    """Add `REFLECT_PAD` pixels on each side, mirrored without repeating the edge."""
     n = REFLECT_PAD  # torchvision's pad takes three times as long: it goes by way of floats
     image = torch.cat([image[:, 1 : n + 1].flip(1), image, image[:, -n - 1 : -1].flip(1)], dim=1)
     return torch.cat([image[..., 1 : n + 1].flip(2), image, image[..., -n - 1 : -1].flip(2)], dim=2)
 
 
 def draw_simple_crop(rng: np.random.Generator, padded: Size, size: Size, hflip: float) -> Crop:
-    """SRC: a window of `size` in the resized image with its reflected border, each place as likely."""
+    """Draw SRC's window: of `size` in the resized image with its reflected border, each place as likely."""
     top, left = (int(rng.integers(0, have - want + 1)) for have, want in zip(padded, size, strict=True))
     return Crop(top, left, *size, flip=rng.random() < hflip)
 
 
 def draw_resized_crop(rng: np.random.Generator, image_size: Size, hflip: float) -> Crop:
-    """RRC: a window of random area and shape in the original image; after ten misfits the central one."""
+    """Draw RRC's window: of random area and shape in the original image; after ten misfits the central one."""
     h, w = image_size
     for _ in range(10):
         area = h * w * rng.uniform(*RRC_SCALE)
@@ -100,7 +100,7 @@ def draw_resized_crop(rng: np.random.Generator, image_size: Size, hflip: float) 
 
 
 def apply_crop(image: Tensor, crop: Crop, size: Size) -> Tensor:
-    """The window of an image [C, h, w], resized to `size` where it has another."""
+    """Cut the window out of an image [C, h, w], and resize it if its size is not `size`."""
     window = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     view = resize(window, size)
     return view.flip(-1) if crop.flip else view
@@ -122,7 +122,7 @@ class Jitter(NamedTuple):
 
 
 class Photometry(NamedTuple):
-    """What happens to the colours of a view: jitter or none, then exactly one of three."""
+    """The changes to the colours of a view: jitter or none, then exactly one of three."""
 
     jitter: Jitter | None
     branch: Literal["grey", "solarise", "blur"]
@@ -130,7 +130,7 @@ class Photometry(NamedTuple):
 
 
 def draw_photometry(rng: np.random.Generator) -> Photometry:
-    """Jitter with probability .8, then greyscale, solarise or blur with a third each (3-Augment)."""
+    """Draw jitter with probability .8, then greyscale, solarise or blur with a third each (3-Augment)."""
     jitter = None
     if rng.random() < JITTER_PROBABILITY:
         factors = (rng.uniform(1 - x, 1 + x) for x in (BRIGHTNESS, CONTRAST, SATURATION))
@@ -140,7 +140,7 @@ def draw_photometry(rng: np.random.Generator) -> Photometry:
 
 
 def apply_photometry(image: Tensor, photometry: Photometry) -> Tensor:
-    """[C, H, W] with C = 1 or 3; saturation, hue and greyscale leave one channel as it is."""
+    """Change the colours [C, H, W] with C = 1 or 3; saturation, hue and greyscale leave one channel as it is."""
     if photometry.jitter is not None:
         steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, shift_hue)
         for step in photometry.jitter.order:
@@ -168,7 +168,7 @@ def shift_hue(image: Tensor, shift: float) -> Tensor:
 
 
 def blur(image: Tensor, radius: float) -> Tensor:
-    """Gaussian blur with standard deviation `radius`, cut off beyond three of them."""
+    """Blur by a Gaussian with standard deviation `radius`, cut off beyond three of them."""
     reach = min(math.ceil(3 * radius), *(side - 1 for side in image.shape[-2:]))
     return TF.gaussian_blur(image, [2 * reach + 1] * 2, [radius] * 2)
 
@@ -179,7 +179,7 @@ def blur(image: Tensor, radius: float) -> Tensor:
 
 
 class ViewParams(NamedTuple):
-    """What was drawn for the views of one image."""
+    """The random parameters of the views of one image."""
 
     crops: tuple[Crop, ...]  # of each view
     photometry: Photometry | None  # of view v
@@ -197,7 +197,7 @@ class TwoViews:
     photometric: bool = True
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """Both views of an image, photometry included."""
+        """Make both views of an image, photometry included."""
         plan = self.draw(tuple(image.shape[-2:]), rng)
         views = self.cut(image, plan)
         if plan.photometry is not None:
@@ -205,7 +205,7 @@ class TwoViews:
         return views
 
     def draw(self, image_size: Size, rng: np.random.Generator) -> ViewParams:
-        """View u first, so that it is the same whether or not there is a view v."""
+        """Draw view u first, so that it is the same whether or not there is a view v."""
         crops = [self.draw_crop(image_size, rng)]
         photometry = None
         if self.num_views == 2:
@@ -214,30 +214,30 @@ class TwoViews:
         return ViewParams(tuple(crops), photometry)
 
     def draw_crop(self, image_size: Size, rng: np.random.Generator) -> Crop:
-        """A window in the original image for RRC, and for SRC in the resized one with its reflected border."""
+        """Draw a window in the original image for RRC, and for SRC in the resized one with its reflected border."""
         if self.crop == "rrc":
             return draw_resized_crop(rng, image_size, self.hflip)
         h, w = cover_size(image_size, self.size)
         return draw_simple_crop(rng, (h + 2 * REFLECT_PAD, w + 2 * REFLECT_PAD), self.size, self.hflip)
 
     def cut(self, image: Tensor, plan: ViewParams) -> Tensor:
-        """The windows of an image [C, h, w], at the size of a view: [num_views, C, H, W]."""
+        """Cut the windows out of an image [C, h, w], and resize them to the size of a view: [num_views, C, H, W]."""
         if self.crop == "src":  # once, for both views
-            image = reflect_border(self.fit(image))
+            image = reflect_border(self.shrink(image))
         return torch.stack([apply_crop(image, crop, self.size) for crop in plan.crops])
 
-    def fit(self, image: Tensor) -> Tensor:
-        """All of an image that its views depend on: for SRC it may be resized at once, and again without effect."""
+    def shrink(self, image: Tensor) -> Tensor:
+        """Return all of an image that its views depend on: SRC resizes first, and a second time has no effect."""
         return resize(image, cover_size(tuple(image.shape[-2:]), self.size)) if self.crop == "src" else image
 
 
 def crop_share(size: Size) -> float:
-    """Of the shorter side of an image, what an evaluation at `size` sees of it (timm's crop_pct)."""
+    """Return the share of an image's shorter side that an evaluation at `size` sees (timm's crop_pct)."""
     return 7 / 8 if 96 <= min(size) <= 224 else 1.0
 
 
 def centre_view(image: Tensor, size: Size) -> Tensor:
-    """For evaluation, uint8 [C, h, w] to [C, H, W]: cover `size` and cut its centre.
+    """Resize an image [C, h, w] uint8 so that it covers `size`, and cut out its centre, [C, H, W]; for evaluation.
 
     From 96 to 224 pixels the image is first made 8/7 larger (256 for 224), as is usual. Smaller images are seen whole,
     since their borders carry the object, and larger ones as MAE does.

@@ -80,7 +80,7 @@ class Predicted:
 
     @property
     def accuracy(self) -> float:
-        """Share of correct pixels among those that are not ignored; nan if all are ignored."""
+        """The share of correct pixels among those that are not ignored; nan if all are ignored."""
         counted = self.truth != IGNORED
         return float((self.truth == self.prediction)[counted].mean()) if counted.any() else float("nan")
 

@@ -99,7 +99,7 @@ class NonFiniteWatch:
         """
         norms = self.norms.tolist()
         update = int(self.first)
-        mine = {
+        own_report = {
             "update": update if update < NEVER else None,
             "losses": {name: number(x.item()) for name, x in self.losses.items()},
             "samples": {step: torch.cat(ids).tolist() for step, ids in self.samples.items()},
@@ -107,10 +107,10 @@ class NonFiniteWatch:
                 group: number(math.hypot(*(norms[i] for i in places))) for group, places in grouped(self.names).items()
             },
         }
-        ranks = [mine]
+        ranks = [own_report]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, mine)
+            dist.all_gather_object(ranks, own_report)
         updates = [r["update"] for r in ranks if r["update"] is not None]
         if not updates:
             return {}

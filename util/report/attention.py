@@ -27,7 +27,7 @@ NUM_IMAGES = 3
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """How the newest checkpoint of a run attends from the query."""
+    """The attention from the query in the newest checkpoint of a run."""
 
     label: str
     cells: list[tuple[str, Embedded]]  # `mean`, `head 0`, ...

@@ -1,4 +1,4 @@
-"""What made the runs of a report: settings, environment, and the commands that repeat them, as strings."""
+"""The settings and environment of the runs of a report, and the commands that repeat them, as strings."""
 
 from __future__ import annotations
 
@@ -106,6 +106,6 @@ def commands(run: RunFolder) -> list[tuple[str, str]]:
         launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
         flags = ["--recipe", str(run.path / CONFIG_FILE), "--output_dir", "AGAIN"]
         flags += ["--resume", ""] if run.config.get("resume") else []
-        again = shlex.join([*launcher, MAINS[run.stage].program, *flags])
-        steps.append(("From its saved settings, even if the recipe has changed", again))
+        from_settings = shlex.join([*launcher, MAINS[run.stage].program, *flags])
+        steps.append(("From its saved settings, even if the recipe has changed", from_settings))
     return steps

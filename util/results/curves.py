@@ -19,7 +19,7 @@ DIGITS = 6  # of each number in the page
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number of the log is shown."""
+    """The style in which a number of the log is shown."""
 
     title: str
     group: str  # the panels under one heading, see GROUPS

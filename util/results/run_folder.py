@@ -53,7 +53,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has written so far."""
+    """The files that a run has written so far."""
 
     path: Path
     label: str

@@ -234,7 +234,7 @@ def validation_set(source: ImageSource, numbers: list[int], where: str, partial:
 
 @dataclass(frozen=True)
 class Task:
-    """The images of a column of Table 5, and how they are shown and scored."""
+    """The images of a column of Table 5, their preparation and their metrics."""
 
     key: str  # of the column in tables/paper.yaml
     source: ImageSource = field(repr=False)

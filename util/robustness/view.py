@@ -80,10 +80,10 @@ class ModelResults:
         images = [line["config"]["lacking"], f"{unreadable} unreadable images left out" if unreadable else ""]
         parts = [", ".join(filter(None, images))]
         for other in self.others[key]:
-            here, there = line["config"], other["config"]
-            names = [name for name in here if name not in NOT_COMPARED and here[name] != there.get(name)]
-            own, its = (", ".join(f"{name} {config.get(name)}" for name in names) for config in (here, there))
-            parts.append(f"with {own}; {main_metric(key, other):.1f} with {its}")
+            shown, hidden = line["config"], other["config"]
+            names = [name for name in shown if name not in NOT_COMPARED and shown[name] != hidden.get(name)]
+            ours, others = (", ".join(f"{name} {config.get(name)}" for name in names) for config in (shown, hidden))
+            parts.append(f"with {ours}; {main_metric(key, other):.1f} with {others}")
         return "; ".join(filter(None, parts))
 
     @property

@@ -50,7 +50,7 @@ def rank() -> int:
 
 
 def check_launcher() -> None:
-    """UserError that names the variable if the environment holds a part of what a launcher sets, or nonsense."""
+    """Raise UserError that names the variable if the environment holds a part of what a launcher sets, or nonsense."""
     launcher_number("LOCAL_RANK", 0, least=0)
     launcher_number("MASTER_PORT", 29500, least=1, most=65535)
     number, processes = rank(), world_size()

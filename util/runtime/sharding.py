@@ -1,8 +1,8 @@
 """Fully sharded data parallelism (torch's FSDP2): each rank keeps a part of every weight, gradient and moment.
 
 A sharded weight is a DTensor. The weights of a block are put together right before it computes and dropped after it.
-Checkpoints do not depend on sharding: tensors are put together before they are saved (`whole`) and sharded again after
-they are loaded (`cut_like`), so a run can resume with any number of processes, sharded or not.
+Checkpoints do not depend on sharding: tensors are put together before they are saved (`unsharded`) and sharded again
+after they are loaded (`cut_like`), so a run can resume with any number of processes, sharded or not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def local(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole(state: Any, keep: bool) -> Any:
+def unsharded(state: Any, keep: bool) -> Any:
     """Return nested dicts and lists with every sharded tensor put together on the CPU, one after the other.
 
     It is a collective. Without `keep` this rank only takes part, and gets None instead of each tensor.
@@ -79,9 +79,9 @@ def whole(state: Any, keep: bool) -> Any:
         full = state.full_tensor()
         return full.cpu() if keep else None
     if isinstance(state, dict):
-        return {name: whole(value, keep) for name, value in state.items()}
+        return {name: unsharded(value, keep) for name, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(whole(value, keep) for value in state)
+        return type(state)(unsharded(value, keep) for value in state)
     return state
 
 
@@ -124,7 +124,7 @@ def gathered(module: nn.Module, skeleton: nn.Module | None, device: torch.device
     """
     if skeleton is None:
         return module
-    weights = whole(module.state_dict(), keep)
+    weights = unsharded(module.state_dict(), keep)
     if not keep:
         return None
     built = copy.deepcopy(skeleton)

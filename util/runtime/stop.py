@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Whether to stop early, agreed between the ranks without waiting for each other.
+    """A request to stop early, on which the ranks agree without waiting for each other.
 
     Every rank calls `agreed` once per update. It starts a small exchange on the CPU (gloo) and reads the result of the
     exchange before it, which has had the time of a whole update. So all ranks see the same answer at the same update,

@@ -90,7 +90,7 @@ def copy_results(runs: Sequence[Run], source: Path, target: Path) -> int:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a running main has come, by the newest line of its log."""
+    """The progress of a running main, read from the newest line of its log."""
 
     share: float  # of its updates, 0 to 1
     line: str

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from util.config.checks import check_choice
 from util.config.command_line import MAINS, as_flags, parse_config, recipe_chain
-from util.config.groups import check_choice
 from util.runtime.errors import UserError
 from util.tables.schema import Key, check_mapping, read_yaml
 from util.tables.tables import FOLDER, PRETRAIN, PROBE, STAGES, Column, Row, Table
@@ -116,7 +116,7 @@ def changes_to_base(recipe: str, scale: Scale) -> tuple[str | None, dict[str, An
 
 @dataclass(frozen=True)
 class Options:
-    """What all runs of a plan share."""
+    """The settings that all runs of a plan share."""
 
     scale: Scale
     folder: Path  # of all scales

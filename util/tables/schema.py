@@ -16,7 +16,7 @@ REQUIRED = object()  # default of a key that must be given
 
 @dataclass(frozen=True)
 class Key:
-    """What a mapping may hold under one of its keys."""
+    """The values that a mapping may have under one of its keys."""
 
     types: type | tuple[type, ...]
     rule: str | Callable[[Any], str]  # ends the error `KEY VALUE RULE`

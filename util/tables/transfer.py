@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from util.config.checks import check
 from util.config.classifier import FinetuneConfig
 from util.config.command_line import as_flags, last_value
-from util.config.groups import check
 from util.data.datasets import published_names
 from util.data.splits import split_kind
 from util.runtime.errors import UserError
@@ -62,7 +62,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Search:
-    """A grid search: what the runs on all data sets share."""
+    """A grid search: the settings that the runs on all data sets share."""
 
     folder: Path  # OUTPUT/LABEL
     finetune: str  # pre-trained weights; empty: from scratch
@@ -295,7 +295,7 @@ def accuracies(cell: Path) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class GridResult:
-    """A grid, and what a table shows of it."""
+    """A grid, and the results that a table shows."""
 
     grid: Grid  # the cells among which the best is chosen
     score: Score | None  # best cell's accuracy on the test images, and the spread of the grid; None: not evaluated yet

@@ -14,8 +14,8 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from util.config.checks import check
 from util.config.classifier import ClassifierConfig, LinprobeConfig
-from util.config.groups import check
 from util.data.cache import CachedImages, cache_images
 from util.data.clamped_crop import ClampedResizedCrop
 from util.data.datasets import find_validation, hold_out_labelled, open_images
@@ -35,7 +35,7 @@ class LabelledImages:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes in the order of their numbers; None if the data has none."""
+        """The names of the classes in the order of their numbers; None if the data has none."""
         return self.val.class_names
 
 

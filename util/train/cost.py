@@ -21,7 +21,7 @@ _BATCH = 2  # BatchNorm needs two images; everything else is proportional
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one pre-training step."""
+    """The cost of one pre-training step."""
 
     student_parameters: int
     encoder_parameters: int
@@ -36,7 +36,7 @@ class Cost:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that training changes."""
+    """Count the numbers that training changes."""
     return sum(p.numel() for p in module.parameters())
 
 

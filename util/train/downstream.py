@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from util.config.checks import check
 from util.config.command_line import as_flags, last_value, parse_config
-from util.config.groups import DownstreamConfig, PixelConfig, check
+from util.config.groups import DownstreamConfig, PixelConfig
 from util.config.same_run import KIND, kind_of
 from util.runtime.errors import UserError
 from util.train.resume import resumes
@@ -80,7 +81,7 @@ def load_initial_weights(model: nn.Module, config: DownstreamConfig, class_names
         where = f"{flag} {path}"
         file = read_weights(Path(path), config.weights, flag)
         permutation = class_permutation(file.class_names, class_names, where)
-        report = load_weights(model, Path(path), flag=flag, whole=True, file=file, num_heads=config.num_heads)
+        report = load_weights(model, Path(path), flag=flag, strict=True, file=file, num_heads=config.num_heads)
         reorder_classes(model, permutation)
         return f"{where}: {report}{mapping_remark(permutation, file.class_names)}"
     if not config.finetune:

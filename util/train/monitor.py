@@ -59,7 +59,7 @@ class Monitor(Evaluation):
 
     @cached_property
     def val(self) -> ImageSource | None:
-        """Labelled validation images of the training images' classes; None where there are none, said once."""
+        """The labelled validation images of the training images' classes; None, logged once, if there are none."""
         config = self.config
         if self.held_out is not None:
             return self.held_out

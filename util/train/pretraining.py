@@ -67,7 +67,7 @@ def cached(config: PretrainConfig, source: ImageSource) -> ImageSource | CachedI
         raise UserError(f"--cache {config.cache}: a stream has no images by number, leave it out")
     workers, timeout = config.resolved_num_workers, config.loader_timeout
     skip_bad = config.on_bad_image == "skip"
-    return cache_images(source, config.in_chans, workers, timeout, skip_bad, two_views(config).fit, config.exif)
+    return cache_images(source, config.in_chans, workers, timeout, skip_bad, two_views(config).shrink, config.exif)
 
 
 def pretrain_dataset(config: PretrainConfig, source: ImageSource, rank: int) -> Dataset:

@@ -99,7 +99,7 @@ def resumes(config: Any) -> bool:
 
 
 def share_saved_batch(config: Any) -> Any:
-    """With --elastic, return settings whose batch size and accumulation keep the images of the saved run's update.
+    """Return, with --elastic, settings whose batch size and accumulation keep the images of the saved run's update.
 
     Raises:
         UserError: the images cannot be shared out among these processes.

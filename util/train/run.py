@@ -15,7 +15,8 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from util.config.groups import as_dict, check
+from util.config.checks import check
+from util.config.groups import as_dict
 from util.config.same_run import check_same_run, kind_of
 from util.data.loader import training_loader
 from util.data.samples import BatchOrder
@@ -70,7 +71,7 @@ class Run:
 
     @property
     def loader_arguments(self) -> dict[str, Any]:
-        """Arguments of `training_loader` beside its dataset."""
+        """The arguments of `training_loader` beside its dataset."""
         config = self.config
         return dict(
             order=self.order,

@@ -72,7 +72,7 @@ class MaskedImages:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes in the order of their numbers."""
+        """The names of the classes in the order of their numbers."""
         return list(self.val.classes.names)
 
 

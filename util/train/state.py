@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from util.optim.optimizer import build_optimizer
 from util.runtime.amp import choose_attention, grad_scaler
 from util.runtime.distributed import is_main
-from util.runtime.sharding import cut_moments, cut_weights, gathered, is_sharded, shard, whole
+from util.runtime.sharding import cut_moments, cut_weights, gathered, is_sharded, shard, unsharded
 
 EMA_PREFIX = "ema."  # of the names in a checkpoint's `model_ema`, as LUT's release writes them
 
 
 @dataclass
 class TrainState:
-    """All that training changes, and so all that a checkpoint must hold.
+    """Everything that training changes, and so everything that a checkpoint must hold.
 
     There is no generator state: every random draw is a function of (seed, epoch, sample) or of (seed, update, rank).
     """
@@ -52,7 +52,7 @@ class TrainState:
         }
         if self.model_ema is not None:
             state["model_ema"] = {EMA_PREFIX + name: x for name, x in self.model_ema.state_dict().items()}
-        return state if self.skeleton is None else whole(state, keep=is_main())
+        return state if self.skeleton is None else unsharded(state, keep=is_main())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned. Missing and unexpected names raise an error."""

@@ -40,7 +40,7 @@ class NonFiniteError(RunError):
 
 @dataclass
 class Trainer:
-    """What an update needs beside its batches. `config` holds the settings of UpdateConfig and RunConfig."""
+    """Makes updates from batches that are handed to it; `config` holds the settings of UpdateConfig and RunConfig."""
 
     config: Any
     state: TrainState

@@ -37,7 +37,7 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run knows about a checkpoint without opening it."""
+    """The facts about a checkpoint that a run knows without opening it."""
 
     sha256: str
     bytes: int
@@ -291,7 +291,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
 
 
 def check_file(path: Path, flag: str) -> None:
-    """UserError if there is no such file; for a folder the message names its newest checkpoint."""
+    """Raise UserError if there is no such file; for a folder the message names its newest checkpoint."""
     try:
         kind = path.stat().st_mode
     except OSError as error:
@@ -338,7 +338,7 @@ def order_by_name(path: Path) -> tuple[int, int, int]:
 
 
 def verify_hash(path: Path, flag: str) -> None:
-    """UserError if the manifest beside the file gives another size or hash."""
+    """Raise UserError if the manifest beside the file gives another size or hash."""
     manifest = read_manifest(path)
     if manifest is None:
         return

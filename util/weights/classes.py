@@ -62,7 +62,7 @@ def reorder_classes(model: nn.Module, permutation: Sequence[int] | None) -> None
 
 
 def mapping_remark(permutation: Sequence[int] | None, saved_names: Sequence[str] | None) -> str:
-    """What to add to the log line of a classifier that is evaluated."""
+    """Return the remark that the log line of an evaluated classifier ends with."""
     if permutation is not None:
         return "; the data has its classes in another order, logits are mapped by name"
     return "" if saved_names is not None else "; the file names no classes, they are taken in the order of the data"

@@ -27,7 +27,7 @@ View = Callable[[Tensor], Tensor]  # uint8 image [C, h, w] to the uint8 input of
 
 @dataclass(frozen=True)
 class NamedClassifier:
-    """A model in eval mode and without gradients on its device, and how its images are made."""
+    """A model in eval mode and without gradients on its device, and the preparation of its images."""
 
     label: str
     model: nn.Module  # normalised images [B, C, H, W] to logits [B, K]
@@ -83,7 +83,7 @@ def open_classifier(
 
 
 def check_classes(number: int, wanted: int, where: str) -> None:
-    """UserError if a classifier has another number of classes than it must have."""
+    """Raise UserError if a classifier has another number of classes than it must have."""
     if number != wanted:
         raise UserError(f"{where}: has {number} classes, give a classifier of ImageNet-1k's {wanted}")
 

@@ -49,7 +49,7 @@ MOST_NAMES_PRINTED = 20
 
 @dataclass(frozen=True)
 class ViTShape:
-    """The shape of an encoder: what its tensors tell, and heads and grid, which they do not tell."""
+    """The shape of an encoder, as its tensors tell it, and its heads and grid, which they do not tell."""
 
     embed_dim: int
     depth: int
@@ -119,7 +119,7 @@ def img_size_of(state: Mapping[str, Tensor], size: tuple[int, ...], patch_size: 
 
 
 def depth_remark(shape: ViTShape) -> str:
-    """What to add if no known model of that width has so many blocks: the last ones may be missing."""
+    """Return a remark if no known model of that width has so many blocks: the last ones may be missing."""
     depths = {known["depth"] for known in ARCHITECTURES.values() if known["embed_dim"] == shape.embed_dim}
     if not depths or shape.depth in depths:
         return ""
@@ -175,7 +175,7 @@ def mae_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_complete(file: WeightsFile, state: Mapping[str, Tensor]) -> None:
-    """UserError unless these are all tensors of an encoder, an autoencoder or a classifier, in their shapes.
+    """Raise UserError unless these are all tensors of an encoder, an autoencoder or a classifier, in their shapes.
 
     The model that they are compared with has no memory. Its heads and its grid do not matter to any shape.
     """

@@ -36,7 +36,7 @@ PASSED_THROUGH = ("blocks", "patch_embed", "norm_pre", "reg_token", "dist_token"
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of each tensor; names as in our models."""
+    """The tensors of a file that were loaded, resampled, missing or not used; names as in our models."""
 
     layout: str  # which program wrote the file, and which of its networks was taken
     loaded: tuple[str, ...]
@@ -48,7 +48,7 @@ class LoadReport:
     remarks: tuple[str, ...] = ()  # what the file does not say, and what was taken for it
 
     def __str__(self) -> str:
-        """One line; a part that is wholly missing or unused is named as one."""
+        """Return one line; a part that is wholly missing or unused is named as one."""
         lists = {
             "left as initialised": by_part(self.missing),
             "of another shape": shortened(list(self.mismatched)),
@@ -67,7 +67,7 @@ def resampling_note(report: LoadReport) -> str:
 
 
 def by_part(names: tuple[str, ...]) -> str:
-    """Names of the encoder's tensors, and the number of tensors of each other part."""
+    """Return the names of the encoder's tensors, and the number of tensors of each other part."""
     count = Counter(part_of(name) for name in names)
     encoder = [name for name in names if part_of(name) == "encoder"]
     others = [f"{part} ({n} tensors)" for part, n in count.items() if part != "encoder"]
@@ -80,7 +80,7 @@ def by_part(names: tuple[str, ...]) -> str:
 
 
 class WeightsFile(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     state: dict[str, Tensor]  # under MAE's names, which are ours
     layout: str  # which program wrote it, and which of its networks was taken
@@ -131,7 +131,7 @@ def weights_in(checkpoint: dict[str, Any], weights: Weights | None, where: str) 
 
 
 def check_parameters(state: dict[str, Tensor], where: str) -> None:
-    """UserError with the names of weights that are not floating-point numbers, or not finite."""
+    """Raise UserError with the names of weights that are not floating-point numbers, or not finite."""
     kinds = {name: str(x.dtype).removeprefix("torch.") for name, x in state.items()}
     usable = ("float16", "bfloat16", "float32", "float64")
     wrong = [f"{n} ({kind})" for n, kind in kinds.items() if kind not in usable and ENCODER_NAME.match(n)]
@@ -150,7 +150,7 @@ def load_weights(
     path: Path,
     weights: Weights = "student",
     flag: str = "--init_from",
-    whole: bool = False,
+    strict: bool = False,
     file: WeightsFile | None = None,
     num_heads: int | None = None,
 ) -> LoadReport:
@@ -161,7 +161,7 @@ def load_weights(
     patches of another size and other numbers of channels are resampled.
 
     Args:
-        whole: every tensor of the model must match, not only those of the encoder.
+        strict: every tensor of the model must match, not only those of the encoder.
         file: what `read_weights` returned for the path, so that it is not read again.
         num_heads: the value of --num_heads, which overrides what the file tells.
 
@@ -178,12 +178,8 @@ def load_weights(
     state, resampled = resample_to_model(
         file.state, own, model.patch_embed.grid_size, file.config, computes_positions=positions_are_fixed
     )
-    wrong = {
-        name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name not in state or state[name].shape != tensor.shape
-    }
-    check_match(file, state, own, wrong, whole, where)
+    wrong = differences(state, own)
+    check_match(file, state, own, wrong, strict, where)
     remark = check_heads(model, file, num_heads, where)
     incomplete = {part_of(name) for name in wrong}
     loaded = {name: state[name] for name in own if part_of(name) not in incomplete}
@@ -198,6 +194,15 @@ def load_weights(
         settings=file.config or {},
         remarks=(remark,) if remark else (),
     )
+
+
+def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the reason for each tensor of `own` that `state` lacks or has in another shape."""
+    return {
+        name: "missing" if name not in state else f"{list(state[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name not in state or state[name].shape != tensor.shape
+    }
 
 
 def check_heads(model: nn.Module, file: WeightsFile, num_heads: int | None, where: str) -> str:
@@ -224,23 +229,23 @@ def check_match(
     state: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
     wrong: Mapping[str, str],
-    whole: bool,
+    strict: bool,
     where: str,
 ) -> None:
-    """UserError if the encoder (or with `whole` the model) lacks tensors, or passes tokens through fewer layers.
+    """Raise UserError if the encoder (or with `strict` the model) lacks tensors, or passes tokens through fewer layers.
 
     Args:
         state: the file's, resampled to the model.
         own: the model's state.
         wrong: name of each tensor of the model that is not in `state` with its shape -> the reason.
     """
-    refused = [f"{name} ({reason})" for name, reason in wrong.items() if whole or part_of(name) == "encoder"]
+    refused = [f"{name} ({reason})" for name, reason in wrong.items() if strict or part_of(name) == "encoder"]
     if refused:
         plain = any(transfer_part(name) for name in wrong if name not in state)
         pooled = "norm.weight" in wrong and "fc_norm.weight" in state and "fc_norm.weight" not in own
         run_model = (file.config or {}).get("model")
         raise UserError(
-            f"{where}: {len(refused)} tensors of the {'model' if whole else 'encoder'} do not fit:"
+            f"{where}: {len(refused)} tensors of the {'model' if strict else 'encoder'} do not fit:"
             f" {shortened(refused)};"
             f" the file ({file.layout}) has besides: {shortened(sorted(set(state) - set(own))) or 'nothing'}"
             + "; fine-tuned on the mean of the tokens it has no last norm: take the pre-training's file" * pooled

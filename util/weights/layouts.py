@@ -147,7 +147,7 @@ def is_dinov2(state: Mapping[str, Tensor]) -> bool:
 
 
 def dinov2_description(state: Mapping[str, Tensor]) -> str:
-    """What a DINOv2 file has that our encoder lacks, and how it can be opened."""
+    """Say what a DINOv2 file has that our encoder lacks, and how it can be opened."""
     kernel = state.get(PATCH_KERNEL)
     registers = ["registers"] * ("register_tokens" in state or "reg_token" in state)
     patch = [f"patch {kernel.shape[-1]}"] if kernel is not None else []
@@ -195,7 +195,7 @@ def heads_of(
 
 
 def export_heads(checkpoint: Mapping[str, Any]) -> int | None:
-    """The number that scripts/convert.py writes: at the top of a .pth, in the header of a .safetensors file."""
+    """Return the number that scripts/convert.py writes: at the top of a .pth, in the header of a .safetensors file."""
     metadata = checkpoint.get("metadata")
     text = metadata.get("num_heads", "") if isinstance(metadata, dict) else ""
     number = checkpoint.get("num_heads", int(text) if re.fullmatch(r"\d{1,3}", str(text)) else None)
@@ -203,7 +203,7 @@ def export_heads(checkpoint: Mapping[str, Any]) -> int | None:
 
 
 def heads_of_model(name: str, width: int) -> int | None:
-    """Heads of the model of ours, MAE's or timm's of that name, None if there is none of that width."""
+    """Return the heads of our, MAE's or timm's model of that name, None if there is none of that width."""
     ours = ARCHITECTURES.get(name.removeprefix("lut_").removeprefix("mae_"))
     if ours:
         return ours["num_heads"] if ours["embed_dim"] == width else None

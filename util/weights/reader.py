@@ -57,13 +57,13 @@ def read_checkpoint(path: Path, where: str) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors under `state_dict`, and the texts of the header under `metadata`."""
+    """Read the tensors under `state_dict`, and the texts of the header under `metadata`."""
     with safe_open(path, "pt") as file:
         return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, "metadata": file.metadata() or {}}  # noqa: SIM118
 
 
 def read_pickle(path: Path, where: str) -> Any:
-    """A file of torch.save, with torch's list of harmless types alone."""
+    """Read a file of torch.save, with torch's list of harmless types alone."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             check_archive(archive, path.stat().st_size, where)
@@ -73,7 +73,7 @@ def read_pickle(path: Path, where: str) -> Any:
 
 
 def check_archive(archive: zipfile.ZipFile, size: int, where: str) -> None:
-    """UserError if a zip file, of `size` bytes, would unpack to more, or if its pickle is too long or too deep."""
+    """Raise UserError if a zip file of `size` bytes would unpack to more, or its pickle is too long or deep."""
     members = archive.infolist()
     if sum(member.file_size for member in members) > size:
         raise UserError(f"{where}: unpacks to more than its {size} bytes, torch.save writes no such file")
@@ -93,7 +93,7 @@ def is_nested(pickled: bytes) -> bool:
 
 
 def check_tensors(state: dict[str, Any], size: int, where: str) -> None:
-    """UserError if a tensor is sparse, quantised or without numbers, or announces more numbers than the file holds."""
+    """Raise UserError if a tensor is sparse, quantised or on meta, or announces more numbers than the file holds."""
     storages: dict[int, int] = {}
     for name, tensor in all_tensors(state, where):
         kind = unusual_kind(tensor)
@@ -111,7 +111,7 @@ def check_tensors(state: dict[str, Any], size: int, where: str) -> None:
 
 
 def unusual_kind(tensor: Tensor) -> str:
-    """`sparse`, `quantised` or `meta`; empty for a tensor of numbers in memory."""
+    """Return `sparse`, `quantised` or `meta`, or an empty text for a tensor of numbers in memory."""
     if tensor.is_quantized:
         return "quantised"
     if tensor.layout is not torch.strided:
@@ -120,7 +120,7 @@ def unusual_kind(tensor: Tensor) -> str:
 
 
 def all_tensors(state: dict[str, Any], where: str) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in nested containers with its name; each container is entered once, so that cycles end.
+    """Yield each tensor in nested containers with its name; each container is entered once, so that cycles end.
 
     Raises:
         UserError: the containers are nested too deeply.
@@ -144,13 +144,13 @@ def all_tensors(state: dict[str, Any], where: str) -> Iterator[tuple[str, Tensor
 
 
 def short_name(name: object, most: int = 100) -> str:
-    """A text from a file as one line of at most `most` characters, without control characters."""
+    """Return a text from a file as one line of at most `most` characters, without control characters."""
     text = str(name)
     text = text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[-most // 4 :]}"
     return printable(text)
 
 
 def shortened(names: list[str], most: int = SHOWN) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(short_name, names[:most])) + more

@@ -59,7 +59,7 @@ def check_run_state(state: Mapping[str, Any], where: str) -> None:
 
 
 def check_resumable(state: Mapping[str, Any], where: str, start_flag: str) -> None:
-    """UserError unless a run can go on from the checkpoint.
+    """Raise UserError unless a run can go on from the checkpoint.
 
     Args:
         start_flag: takes the weights alone, `--init_from` or `--finetune`.
@@ -115,7 +115,7 @@ def check_sizes(run: PretrainConfig, state: Mapping[str, Tensor], where: str) ->
 
 
 def check_moments(optimizer: torch.optim.Optimizer, where: str) -> None:
-    """UserError if a moment of the optimiser has another shape than its parameter."""
+    """Raise UserError if a moment of the optimiser has another shape than its parameter."""
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if isinstance(moment, Tensor) and moment.ndim and moment.shape != parameter.shape:
@@ -126,7 +126,7 @@ def check_moments(optimizer: torch.optim.Optimizer, where: str) -> None:
 
 
 def check_finite(state: Mapping[str, Any], where: str) -> None:
-    """UserError with the names of the tensors that hold NaN or infinity."""
+    """Raise UserError with the names of the tensors that hold NaN or infinity."""
     floating = {name: x for name, x in state.items() if isinstance(x, Tensor) and x.is_floating_point()}
     broken = [str(name) for name, x in floating.items() if not torch.isfinite(x).all()]
     if broken:
@@ -134,14 +134,14 @@ def check_finite(state: Mapping[str, Any], where: str) -> None:
 
 
 def contents(state: Mapping[str, Any]) -> str:
-    """The keys of a checkpoint of another program, with the epoch that it says."""
+    """Return the keys of a checkpoint of another program, with the epoch that it says."""
     epoch = state.get("epoch")
     after = f" after epoch {epoch}" if isinstance(epoch, int) else ""
     return shortened([str(key) for key in state], most=8) + after if state else "nothing"
 
 
 def run_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of the run that wrote a checkpoint, None if there are none.
+    """Return the settings of the run that wrote a checkpoint, None if there are none.
 
     In a file of another program, entries that share a name with a setting of ours but not its type are left out.
     """
@@ -152,7 +152,7 @@ def run_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def class_names_in(checkpoint: Mapping[str, Any], where: str) -> list[str] | None:
-    """The names of a classifier's classes in the order of its logits, None if the file has none.
+    """Return the names of a classifier's classes in the order of its logits, None if the file has none.
 
     Raises:
         UserError: they are not a list of texts.
@@ -213,7 +213,7 @@ def is_plain(value: object, depth: int = 0) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value from a file for a message."""
+    """Return a value from a file as a message shows it."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     if isinstance(value, str | int | float | None):

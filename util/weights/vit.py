@@ -91,7 +91,7 @@ def block_number(model: AnyViT, layer: int, label: str) -> int:
 
 @dataclass(frozen=True)
 class NamedViT:
-    """A model in eval mode and without gradients on its device, and how its images are made."""
+    """A model in eval mode and without gradients on its device, and the preparation of its images."""
 
     label: str
     model: AnyViT
@@ -168,7 +168,7 @@ def open_file(file: WeightsFile, path: Path, size: Sequence[int], num_heads: int
     shape = shape_of(file, num_heads, (), f"{flag} {path}")
     model = empty_model(file, shape, image_size(size, shape.img_size, shape.patch_size))
     report = load_weights(
-        model, path, flag=flag, whole=isinstance(model, Classifier), file=file, num_heads=shape.num_heads
+        model, path, flag=flag, strict=isinstance(model, Classifier), file=file, num_heads=shape.num_heads
     )
     run = file.config or {}
     taken = "" if run else "; the file does not tell how pixels are normalised, ImageNet's mean and std taken"
