@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import unicodedata
 
 import pytest
 
@@ -318,3 +319,17 @@ def test_many_tars_with_few_descriptors_and_a_worker(tmp_path, starve):
         assert call.stderr.splitlines()[-1].startswith("x: error: too many files are open: raise the limit (ulimit -n")
     else:
         assert (call.returncode, call.stdout) == (0, "600\n"), call.stderr
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_class_names_that_macos_decomposed_are_those_of_linux(tmp_path, tar):
+    names = [unicodedata.normalize(form, f"{split}/café/1.png") for form, split in (("NFD", "train"), ("NFC", "val"))]
+    path = write_plain(tmp_path / ("x.tar" if tar else "x"), [*names, "train/dog/1.png", "val/dog/1.png"])
+    train, val = (open_images(str(path), "", split) for split in ("train", "val"))
+    assert train.class_names == val.class_names == [unicodedata.normalize("NFC", "café"), "dog"]
+
+
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_image(open_images(str(tmp_path), "", "train"), 0, 3, skip_bad=False)

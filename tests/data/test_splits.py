@@ -95,3 +95,10 @@ def test_several_folders_of_one_split_are_refused(tmp_path):
 def test_training_images_are_never_taken_for_validation_images(tmp_path):
     path = write_plain(tmp_path / "x", ["train/cat/a.png", "train/dog/a.png"])
     assert "holds train but no val, name the validation images val" in refused(path, "val")
+
+
+@pytest.mark.parametrize("name", ["train 2", "train - Copy", "val_old"])
+def test_a_folder_beside_train_that_looks_like_a_split_is_named(tmp_path, capsys, name):
+    path = write_plain(tmp_path / "x", [f"{split}/cat/a.png" for split in ("train", "val", name)])
+    assert len(open_images(str(path), "", "train")) == 1
+    assert f"--data_path {path}: {name} beside train is not read" in capsys.readouterr().err

@@ -271,6 +271,15 @@ def test_masks_that_are_ignored_altogether_are_one_line(segment, scenes, capsys)
     assert "all pixels of the validation masks are ignored" in capsys.readouterr().err
 
 
+def test_training_masks_of_a_single_class_are_one_line(segment, scenes, capsys):
+    for path in (scenes / "masks" / "train").iterdir():  # as masks of 0 and 255 are, where 255 is ignored
+        numbers = np.asarray(Image.open(path))
+        Image.fromarray(np.where(numbers == 0, 0, 3).astype(np.uint8)).save(path)
+    with pytest.raises(SystemExit):
+        segment("--data_path", scenes)
+    assert "the training masks hold one class only, brick, and" in capsys.readouterr().err
+
+
 def test_a_bad_image_can_be_skipped(segment, scenes, capsys):
     (scenes / "images" / "train" / "scene-002.png").write_text("no image")
     with pytest.raises(SystemExit):

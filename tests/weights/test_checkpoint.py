@@ -256,3 +256,10 @@ def test_a_run_that_saves_in_the_background_ends_the_same(pretrain, flat_folder,
     pretrain(*flags, "--save_in_background --max_steps 6", output=tmp_path / "b")
     pretrain(*flags, "--save_in_background --auto_resume", output=tmp_path / "b")
     same_end(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path, name):
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    with pytest.raises(UserError, match=f"--init_from .*{name}: is a pointer of Git LFS"):
+        load_checkpoint(tmp_path / name, "--init_from")

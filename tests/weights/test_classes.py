@@ -9,11 +9,14 @@ import torch
 
 import main_finetune
 import main_linprobe
+from models_architectures import ARCHITECTURES
 from models_upernet import UperNet
 from models_vit import Classifier, LinearProbe
 from shared.calls import one_line
 from shared.images import write_images, write_masked
+from util.config.classifier import FinetuneConfig
 from util.runtime.errors import UserError
+from util.train.downstream import load_initial_weights
 from util.weights.checkpoint import load_checkpoint
 from util.weights.classes import class_permutation, reorder_classes
 
@@ -29,6 +32,7 @@ COMMON = dict(img_size=(16, 16), patch_size=8, in_chans=3, num_classes=4)
         (None, ["a"], None),
         (["a"], None, None),
         (["a", "a"], ["a", "a"], None),
+        (["cafe\u0301"], ["caf\u00e9"], None),  # as macOS writes it, and as Linux does
     ],
 )
 def test_the_place_of_each_class(saved, data, expected):
@@ -108,6 +112,27 @@ def test_a_classifier_is_evaluated_on_the_same_classes_in_another_order(
         call("--eval --resume", checkpoint, "--data_path", other, output=tmp_path / "refused")
     assert stop.value.code == 2
     assert "1 are only in the classifier (cow); 1 are only in the data (dog)" in capsys.readouterr().err
+
+
+def test_fine_tuning_takes_the_head_of_the_same_classes_alone(finetune, tmp_path, capsys):
+    names = ["ape", "bee", "cow"]
+    data = class_tree(tmp_path / "data", names, [0, 1, 2])
+    finetune("--data_path", data, "--max_steps 1", output=tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-[0-9]*.pth")
+    saved = load_checkpoint(checkpoint)
+    torch.manual_seed(0)
+    head = saved["model"]["head.weight"] = torch.randn_like(saved["model"]["head.weight"])
+    heads = {}
+    for title, classes in (("same", names), ("moved", ["cow", "ape", "bee"]), ("other", ["ape", "bee", "dog"])):
+        torch.save(saved | {"class_names": classes}, tmp_path / f"{title}.pth")
+        config = FinetuneConfig(finetune=str(tmp_path / f"{title}.pth"), data_path=str(data), device="cpu")
+        model = Classifier(ARCHITECTURES["vit_nano_patch4"], img_size=(32, 32), patch_size=8, in_chans=3, num_classes=3)
+        origin = load_initial_weights(model, config, names)
+        heads[title] = model.head.weight.detach()
+        assert ("mapped by name" in origin, "for other classes" in origin) == (title == "moved", title == "other")
+    assert torch.equal(heads["same"], head)
+    assert torch.equal(heads["moved"], head[[1, 2, 0]])
+    assert heads["other"].abs().max() < 1e-3  # as initialised
 
 
 def test_a_segmenter_keeps_its_classes_and_is_refused_on_others(segment, tmp_path, capsys):

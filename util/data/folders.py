@@ -9,8 +9,9 @@ from pathlib import Path
 from util.data.formats import ending_of, is_hidden, is_image
 from util.data.listing import Listing, class_by_folder, number_classes
 from util.data.sources import FileSource
-from util.data.splits import matching_names, split_kind, the_one, without_training_images
+from util.data.splits import looks_like_a_split, matching_names, split_kind, the_one, without_training_images
 from util.runtime.errors import UserError
+from util.runtime.logs import warn_once
 
 
 def find_split(root: Path, split: str, flag: str) -> Path | None:
@@ -26,6 +27,8 @@ def find_split(root: Path, split: str, flag: str) -> Path | None:
         raise without_training_images(flag, root, val.name)
     if train and not val and (beside := classes_beside(train)):
         raise train_is_a_class(flag, root, train.name, beside)
+    if train and (ignored := [name for name in unclear_folders(root) if not is_hidden(name)]):
+        warn_once(f"{flag} {root}: {', '.join(ignored)} beside {train.name} is not read")
     if split == "val" and train and not val:
         raise UserError(f"{flag} {root}: holds {train.name} but no val, name the validation images val")
     return train if split == "train" else val
@@ -48,6 +51,12 @@ def split_path(root: Path, split: str, flag: str) -> Path | None:
     if folder and tar and split_kind(folder) != split_kind(tar):  # val.tar beside test/
         folder = folder if split_kind(folder) == "val" else None
     return root / folder if folder else root / tars[tar] if tar else None
+
+
+def unclear_folders(root: Path) -> list[str]:
+    """Return the names of folders that look like a split and are not understood: train 2, val_old."""
+    names = sorted(os.listdir(root))
+    return [name for name in names if looks_like_a_split(name) and not split_kind(name) and (root / name).is_dir()]
 
 
 def classes_beside(train: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import BinaryIO, Literal
 from PIL import EpsImagePlugin, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from util.data.sources import BadImage
+from util.runtime.files import IS_LFS_POINTER, LFS_POINTER
 
 Exif = Literal["ignore", "apply"]  # what --exif says about the EXIF orientation of an image
 
@@ -20,7 +21,7 @@ _ENDINGS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
-    "AVIF": (".avif",),
+    "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
 _OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # formats that not every build of Pillow reads
@@ -92,6 +93,9 @@ def open_image(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
         check_size(*image.size, deep=is_deep(image))
     except UnidentifiedImageError as error:
+        file.seek(0)
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise BadImage(IS_LFS_POINTER) from error
         raise BadImage("no image, or of an unknown format") from error
     except (BadImage, MemoryError):
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def counts_in_words(endings: Counter[str]) -> str:
 
 
 def class_by_folder(folders: Collection[str]) -> dict[str, str]:
-    """Return the class of each folder that holds images: its name.
+    """Return the class of each folder that holds images: its name, in Unicode's composed form (macOS decomposes it).
 
     Where every folder has the same name, as in class/images/x.jpg of Tiny ImageNet, the name of the folder around it.
     """
@@ -123,7 +124,7 @@ def class_by_folder(folders: Collection[str]) -> dict[str, str]:
         and all("/" in path for path in named.values())
     ):
         named = {folder: path.rpartition("/")[0] for folder, path in named.items()}
-    return {folder: name_of(path) for folder, path in named.items()}
+    return {folder: unicodedata.normalize("NFC", name_of(path)) for folder, path in named.items()}
 
 
 def name_of(path: str) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,7 +242,7 @@ def pair_up(
     warn_of_unused_bits(source, f"{flags[0]} {images}")
     mask_of: dict[str, str] = {}
     for path in sorted(mask_files(masks)):
-        stem = os.path.splitext(path)[0]
+        stem = unicodedata.normalize("NFC", os.path.splitext(path)[0])  # macOS decomposes names
         if stem in mask_of:
             raise UserError(f"{flags[1]} {masks}: holds {mask_of[stem]} and {path}, remove one of the two")
         mask_of[stem] = path
@@ -270,7 +271,7 @@ def stem_of_mask(image: str, folder: Path, image_suffix: str, mask_suffix: str, 
     stem = os.path.splitext(os.path.relpath(image, folder))[0]
     if not stem.endswith(image_suffix):
         raise UserError(f"--image_suffix {image_suffix}: {image} does not end so, mend the flag or {flag}")
-    return stem.removesuffix(image_suffix) + mask_suffix
+    return unicodedata.normalize("NFC", stem.removesuffix(image_suffix) + mask_suffix)
 
 
 # --------------------------------------------------------------------------------------------------------

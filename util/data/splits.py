@@ -14,7 +14,7 @@ _WORDS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _KNOWN = re.compile(rf"({'|'.join(_WORDS)})[ _.-]?(set|data|split|images|imgs)?", re.IGNORECASE)
-_OTHER_WORDS = ("trainval", "dev", "holdout", "heldout", "unlabeled", "unlabelled")
+_OTHER_WORDS = ("trainval", "trn", "tst", "dev", "holdout", "heldout", "unlabeled", "unlabelled")
 # what may stand beside such a word in a split's name, and seldom does in a class's: train_clean, test-a, mini_val
 _QUALIFIERS = frozenset(
     (

@@ -14,6 +14,8 @@ from typing import BinaryIO
 from util.runtime.errors import UserError, printable
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the checkout, or of the installed copy
+LFS_POINTER = b"version https://git-lfs."  # begins the text that Git leaves in place of a large file
+IS_LFS_POINTER = "a pointer of Git LFS, not the file; git lfs pull fetches it"
 TEMPORARY = ".unfinished-"  # prefix of a file that no reader takes for a finished one
 
 

@@ -54,7 +54,8 @@ def open_labelled(config: ClassifierConfig, processes: Processes | None = None) 
     if train is not None and (train.labels is None or len(set(train.labels)) < 2):
         fix = "give train/ and val/ with a folder for each class"
         if train.class_names:
-            fix += f"; a file's class is the folder that it lies in, and all lie in {train.class_names[0]!r}"
+            folder = repr(train.class_names[0]) if train.class_names[0] else "none"
+            fix += f"; an image's class is the folder that it lies in, and all lie in {folder}"
         raise UserError(f"{where}: has no labels of two classes, {fix}")
     if config.holdout:
         train, val = hold_out_labelled(train, config.holdout, where)

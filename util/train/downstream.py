@@ -16,7 +16,7 @@ from util.config.same_run import KIND, kind_of
 from util.runtime.errors import UserError
 from util.train.resume import resumes
 from util.weights.checkpoint import load_checkpoint
-from util.weights.classes import class_permutation, mapping_remark, reorder_classes
+from util.weights.classes import HEADS, class_permutation, has_other_classes, mapping_remark, reorder_classes
 from util.weights.interop import load_weights, read_weights, resampling_note, weights_in
 from util.weights.layouts import check_shapes
 from util.weights.run_state import run_settings
@@ -71,7 +71,8 @@ def load_initial_weights(model: nn.Module, config: DownstreamConfig, class_names
     """Load the encoder of --finetune, or with --eval the whole model; return a line that says what was loaded.
 
     Args:
-        class_names: of the data; the logits of a model that is evaluated are put into their order.
+        class_names: of the data; the logits of a classifier that was trained on these names are put into their order,
+            and the head of one that was trained on others is not taken.
 
     Raises:
         UserError: the file does not fit the model, or with --eval has other classes than the data.
@@ -89,10 +90,18 @@ def load_initial_weights(model: nn.Module, config: DownstreamConfig, class_names
         return "no --finetune: from scratch"
     if resumes(config):
         return f"--finetune {config.finetune}: not read, a checkpoint of this run takes its place"
-    report = load_weights(model, Path(config.finetune), config.weights, "--finetune", num_heads=config.num_heads)
-    return (
-        f"--finetune {config.finetune}: {report}{other_normalisation(report.settings, config)}{resampling_note(report)}"
-    )
+    where = f"--finetune {config.finetune}"
+    file = read_weights(Path(config.finetune), config.weights, "--finetune")
+    remark = ""
+    if has_other_classes(file.class_names, class_names):  # of equal number, its head would be loaded all the same
+        file = file._replace(state={n: x for n, x in file.state.items() if n.split(".")[0] not in HEADS})
+        remark = "; its head, for other classes than the data has, is not used"
+    report = load_weights(model, Path(config.finetune), flag="--finetune", file=file, num_heads=config.num_heads)
+    permutation = None if remark else class_permutation(file.class_names, class_names, where)
+    if permutation and not any(name.split(".")[0] in HEADS for name in report.missing):
+        reorder_classes(model, permutation)
+        remark = mapping_remark(permutation, file.class_names)
+    return f"{where}: {report}{remark}{other_normalisation(report.settings, config)}{resampling_note(report)}"
 
 
 def other_normalisation(run: Mapping[str, Any], config: PixelConfig) -> str:

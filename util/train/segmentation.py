@@ -44,6 +44,13 @@ def check_masks(source: MaskedSource, split: str, config: SegmentConfig, process
     if counts[IGNORED] == total:
         raise UserError(f"{source.masks[0]}, ...: all pixels of the {split} masks are ignored, see --ignore_index")
     absent = [name for name, count in zip(names, counts, strict=False) if count == 0]
+    if split == "training" and len(names) - len(absent) == 1 < len(names):
+        only = next(name for name in names if name not in absent)
+        raise UserError(
+            f"{source.masks[0]}, ...: the {split} masks hold one class only, {only}, and"
+            f" {100 * counts[IGNORED] / total:.1f} % ignored pixels; save the numbers of classes (0, 1, ...) in them,"
+            " or see --ignore_index"
+        )
     missing = f"; without {', '.join(absent[:6])}{', ...' * (len(absent) > 6)}" if absent else ""
     if is_main():
         have = f"{len(names) - len(absent)} of {len(names)} classes"

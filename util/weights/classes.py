@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,17 @@ from util.runtime.errors import UserError
 from util.weights.reader import shortened
 
 SEGMENTERS = ("decode_head", "auxiliary_head")
+HEADS = ("head", *SEGMENTERS)  # the parts of a model that give logits of classes
+
+
+def has_other_classes(saved_names: Sequence[str] | None, data_names: Sequence[str] | None) -> bool:
+    """Return True if both names are known and are not the same, in whatever order."""
+    return None not in (saved_names, data_names) and sorted(composed(saved_names)) != sorted(composed(data_names))
+
+
+def composed(names: Sequence[str]) -> list[str]:
+    """Return names in Unicode's composed form; macOS writes an accent as a character of its own."""
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def class_permutation(
@@ -26,7 +38,10 @@ def class_permutation(
     Raises:
         UserError: the names differ, or are not unique and stand in another order.
     """
-    if saved_names is None or data_names is None or list(saved_names) == list(data_names):
+    if saved_names is None or data_names is None:
+        return None
+    saved_names, data_names = composed(saved_names), composed(data_names)
+    if saved_names == data_names:
         return None
     only_saved, only_data = (sorted(set(a) - set(b)) for a, b in ((saved_names, data_names), (data_names, saved_names)))
     if only_saved or only_data or len(saved_names) != len(data_names):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from util.runtime.errors import UserError, printable
+from util.runtime.files import IS_LFS_POINTER, LFS_POINTER
 
 # `args` of other programs may hold paths; Python 3.13 moved their class into pathlib._local
 PATHS = [type("PosixPath", (PurePosixPath,), {"__module__": module}) for module in ("pathlib", "pathlib._local")]
@@ -41,6 +42,9 @@ def read_checkpoint(path: Path, where: str) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, is no checkpoint, holds code, or a tensor is not what it announces.
     """
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{where}: is {IS_LFS_POINTER}")
     try:
         state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, where)
     except UserError:
