@@ -283,7 +283,7 @@ def test_pixel_statistics(channels, mean, std):
     assert (given.resolved_mean, given.resolved_std) == ((0.1,) * channels, (2.0,) * channels)
 
 
-def test_loader_processes_and_what_is_kept():
+def test_loader_workers_and_what_is_kept():
     assert PretrainConfig(num_workers=0).resolved_num_workers == 0
     assert 1 <= PretrainConfig().resolved_num_workers <= 10
     assert PretrainConfig().keep_every is None

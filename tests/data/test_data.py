@@ -1,4 +1,4 @@
-"""Samples, the order of batches, loader processes, streams."""
+"""Samples, the order of batches, data loader workers, streams."""
 
 import dataclasses
 import itertools
@@ -209,7 +209,7 @@ def equal(one, other):
 
 
 class BreaksOff(Dataset):
-    """Its loader process hands over no more memory once it is asked for a third sample, and does not end either."""
+    """Its worker hands over no more memory once it is asked for a third sample, and does not end either."""
 
     def __init__(self):
         self.broken = multiprocessing.Event()
@@ -246,13 +246,13 @@ class Unreadable(Dataset):
         raise OSError("the disk is gone")
 
 
-def test_what_a_data_set_raises_in_a_loader_process_is_no_death_of_it():
+def test_what_a_data_set_raises_in_a_loader_worker_is_no_death_of_it():
     with pytest.raises(OSError, match="the disk is gone") as raised:
         next(iter(Loader(Unreadable(), num_workers=1, loader_timeout=20.0)))
     assert loaders_death(raised.value) is None
 
 
-def test_loader_processes_outlive_the_sigterm_of_a_whole_group(tmp_path):
+def test_loader_workers_outlive_the_sigterm_of_a_whole_group(tmp_path):
     dataset = pretrain_dataset(image_files(tmp_path, set(range(14)), 14))
     batches = iter(training_loader(dataset, BatchOrder(14, 1, 1, 0, 1, 0), 2, pin_memory=False, timeout=60))
     next(batches)
@@ -278,7 +278,7 @@ sys.exit(3)
 """
 
 
-def test_a_loader_process_that_hangs_does_not_hold_up_the_exit():
+def test_a_loader_worker_that_hangs_does_not_hold_up_the_exit():
     command = [sys.executable, "-c", HANGS]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **streams) as process:
@@ -290,7 +290,7 @@ def test_a_loader_process_that_hangs_does_not_hold_up_the_exit():
             process.kill()
 
 
-def test_batches_do_not_depend_on_loader_processes(tmp_path):
+def test_batches_do_not_depend_on_loader_workers(tmp_path):
     dataset = pretrain_dataset(image_files(tmp_path, set(range(14)) - {6}, 14), skip_bad=True)
     first, second = run_epochs(dataset, num_workers=0)
     for batch in (*first, *second):
@@ -408,7 +408,7 @@ def test_stream_entered_in_mid_epoch_goes_on_with_what_it_has_not_had(num_worker
 
 
 class Drawn(Numbers):
-    """In an order that its reader draws from one generator, of the loader process's seed, as timm's of wds/ does."""
+    """A stream whose reader draws the order from one generator of the worker's seed, as timm's reader of wds/ does."""
 
     rng = None
 

@@ -213,7 +213,7 @@ def test_the_time_limit(submit, same):
 
 
 def test_preemption(submit, same):
-    job = submit(stage_flags="--num_workers 1")  # a loader process gets the signals too
+    job = submit(stage_flags="--num_workers 1")  # a data loader worker gets the signals too
     job.hold()
     run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     job.heard("SIGUSR2")

@@ -44,7 +44,7 @@ def uninterrupted_run(images, tmp_path_factory) -> Path:
 
 
 def interrupt(ranks: Ranks) -> None:
-    """Ctrl-C as a terminal sends it: to the whole group, loader processes too."""
+    """Ctrl-C as a terminal sends it: to the whole group, data loader workers too."""
     os.killpg(ranks.processes[0].pid, signal.SIGINT)
 
 

@@ -117,10 +117,10 @@ class PretrainStream(IterableDataset):
     """Samples as of `PretrainDataset`, from a stream: their number in the worker's stream takes the place of an index.
 
     `read_index` is larger than `index` by the unreadable samples that were left out just before it. Which samples come
-    in which order is up to the stream's reader: timm's shuffle wds/ by the seeds that PyTorch gives loader processes,
+    in which order is up to the stream's reader: timm's shuffle wds/ by the seeds that PyTorch gives the workers,
     and `Loader` has these follow from seed and epoch. An epoch is entered in the middle by passing over what its first
     batches had: undecoded, unless unreadable samples are left out. That is exact with the same number of processes and
-    of loader processes, between which the reader deals its parts.
+    of data loader workers, between which the reader deals its parts.
     """
 
     stream: IterableDataset
@@ -139,7 +139,7 @@ class PretrainStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         number = (self.rank << 48) | ((worker.id if worker else 0) << 32)
-        # without loader processes this one would go on where the epoch before has left a reader's generator
+        # without data loader workers this one would go on where the epoch before has left a reader's generator
         stream = self.stream if worker else copy.deepcopy(self.stream)
         if hasattr(stream, "set_epoch"):
             stream.set_epoch(self.epoch)
@@ -169,7 +169,7 @@ class PretrainStream(IterableDataset):
                 bad_in_a_row = 0
                 number += 1
             if number == begin:
-                raise UserError("--dataset: the stream holds no samples, or fewer parts than loader processes")
+                raise UserError("--dataset: the stream holds no samples, or fewer parts than data loader workers")
 
 
 @dataclass
