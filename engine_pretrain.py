@@ -1,7 +1,7 @@
 """One update of pre-training.
 
 `PretrainTrainer.update` reads like the paper: schedule, target, student, the sum of losses, backward, optimiser step,
-one momentum update. Letters: B images, C channels, H x W pixels of a view, D width, G batches of an update.
+one momentum update. Letters: B images, C channels, H x W pixels of a view, D width, G views of the target.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PretrainTrainer(Trainer):
         """Yield the targets of each batch, followed by those of the others, which are InfoNCE's further negatives."""
         with self.autocast():
             each = [self.context_targets(self.normalise(batch.views).transpose(0, 1), batch.noise) for batch in batches]
-        own = [targets.context for targets in each]  # [G, B, D]
+        own = [targets.context for targets in each]  # one [G, B, D] for each batch
         for i in range(len(own)):  # joined when needed: all at once would take the square of their number
             yield Targets(torch.cat([own[i], *own[:i], *own[i + 1 :]], dim=1), None)
 

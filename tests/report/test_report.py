@@ -116,7 +116,7 @@ def test_only_settings_that_differ_are_rows(tmp_path):
         ["", "a", "b"], ["input_size", "–", "32 64"], ["norm_pix_loss", "no", "yes"], ["alpha", "–", "0.5"]
     ]  # fmt: skip
     assert differing_settings([a, a]) == []
-    assert differing_settings([a]) == [["", "a", "default"], ["epochs", "2", "400"], ["warmup_epochs", "1", "40.0"]]
+    assert differing_settings([a]) == [["", "a", "default"], ["epochs", "2", "400"], ["warmup_epochs", "1", "–"]]
     tuned = as_dict(FinetuneConfig(epochs=3, warmup_epochs=1))  # of another stage: what only it has is no difference
     c = read_run(write_run(tmp_path / "c", [{"step": 1, "loss": 1}], tuned, stage="finetune"), "c")
     keys = [row[0] for row in differing_settings([a, c])]

@@ -126,7 +126,7 @@ def test_recipes_are_table_d_at_224_pixels(name):
 def test_every_column_of_the_papers_tables_is_a_data_set():
     tables = load_tables()
     keys = [column.key for name in ("2", "3") for column in tables[name].columns]
-    assert sorted([*keys, "aircraft_cropped"]) == sorted([*DATASETS, "avg"])
+    assert sorted(keys) == sorted([*(DATASETS.keys() - {"aircraft_cropped"}), "avg"])
     for name in ("2", "3"):  # the paper's averages are those of its numbers
         for row in tables[name].rows:
             if "avg" in row.paper:

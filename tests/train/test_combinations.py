@@ -103,7 +103,7 @@ def test_checkpoints_are_read_by_all_that_read_checkpoints(flags, tmp_path):
         is_complete = has_decoder and weights == "student"
         loaded = set(load_weights(mae, path, weights).loaded)
         assert loaded == {name for name in mae.state_dict() if is_complete or part_of(name) == "encoder"}
-    write_mae(read_weights(path), tmp_path / "mae.pth")
+    write_mae(read_weights(path), None, tmp_path / "mae.pth")
     exported = torch.load(tmp_path / "mae.pth")["model"]
     assert set(exported) == {name for name in mae.state_dict() if has_decoder or part_of(name) == "encoder"}
 

@@ -17,6 +17,7 @@ from util.runtime.logs import warn_once
 _DOCUMENTS = frozenset(
     (
         *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".md", ".rst"),
+        *(".pth", ".pt", ".ckpt", ".safetensors", ".onnx", ".lock"),  # a run's folder may lie beside the classes
         *(".html", ".htm", ".log", ".pdf", ".doc", ".docx", ".py", ".sh", ".ipynb", ".mat", ".cls", ".names"),
     )
 )
@@ -39,7 +40,7 @@ class Listing:
             may_be_image = is_image(name.lstrip("._"))
         else:
             self.others[ending] += 1
-            may_be_image = ending not in _DOCUMENTS
+            may_be_image = ending not in _DOCUMENTS and not ending[1:].isdigit()  # events.out.tfevents.N.HOST.PID.0
         if may_be_image:
             self.lost.setdefault(folder, Counter())[ending] += 1
 
@@ -82,7 +83,10 @@ class Listing:
             warn_once(f"{flag} {root}: {passed_over} are passed over")
 
     def check_lost(self, flag: str, root: Path) -> None:
-        """Refuse a folder without a single image where its siblings have images and it has files of other kinds."""
+        """Refuse a folder without a single image where its siblings have images and it has files that may be images.
+
+        Text, code, weights and logs are no images: the folder of a run may lie beside the classes.
+        """
         holding = {parent for folder in self.images for parent in parents_of(folder)}
         depths = {(parent, depth) for folder in self.images for depth, parent in enumerate(parents_of(folder))}
         for folder, endings in sorted(self.lost.items()):

@@ -83,7 +83,7 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """The number of passes over the data that these updates take; the last one may be cut short."""
+        """Passes over the data that these updates take; where a stage counts updates, the last one may be cut short."""
         return -(-self.total_updates // self.updates_per_epoch)
 
     @property
