@@ -29,13 +29,13 @@ def _one_process(monkeypatch):
 
 
 def parse(*arguments: object) -> PretrainConfig:
-    """The settings of a command line; strings are cut at spaces, paths are not."""
+    """Return the settings of a command line; strings are cut at spaces, paths are not."""
     flags = [part for a in arguments for part in (a.split() if isinstance(a, str) else [str(a)])]
     return parse_config(PretrainConfig, flags, "main_pretrain.py")
 
 
 def changed(config: PretrainConfig) -> dict:
-    """The fields that differ from their defaults."""
+    """Return the fields that differ from their defaults."""
     default = as_dict(PretrainConfig())
     return {name: value for name, value in as_dict(config).items() if value != default[name]}
 

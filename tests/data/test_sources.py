@@ -56,7 +56,7 @@ def write_folder(root, files):
 
 
 def write_tar(path, files, prefix=""):
-    """The same in a .tar."""
+    """Write the same into a .tar."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, number in files.items():

@@ -176,7 +176,7 @@ def test_a_stop_before_the_first_update_saves_nothing(pretrain, flat_folder, tmp
 
 @pytest.mark.slow
 def test_sigterm_to_the_whole_group_with_loader_workers(uninterrupted_run, tmp_path):
-    """As torchrun, SLURM and systemd end a run: every process gets it."""
+    """torchrun, SLURM and systemd end a run like this: every process gets the signal."""
     images, expected = uninterrupted_run
     run = tmp_path / "run"
     with Ranks(command(images, run, "--num_workers", "2"), own_group=True) as ranks:
@@ -321,7 +321,7 @@ ELSEWHERE = "import os; sys.argv = [part.replace('RANK', os.environ['RANK']) for
 @pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_ranks_that_find_different_checkpoints_do_not_train(two_whole, tmp_path, older):
-    """As where --output_dir lies on a disk of each node."""
+    """The ranks find different files where --output_dir lies on a disk of each node."""
     images, expected = two_whole
     shutil.copytree(expected, tmp_path / "0")
     if older:
@@ -407,7 +407,7 @@ def test_twenty_killed_workers_and_a_bit_equal_end(two_whole, tmp_path, monkeypa
 
 
 def command_of(pid: int) -> str:
-    """How a process was called; nothing for one that has ended."""
+    """Return the command line of a process; nothing for one that has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
@@ -431,7 +431,7 @@ def test_workers_end_with_torchrun_s_agent(two_whole, tmp_path):
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie."""
+    """True if there is such a process, and it is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

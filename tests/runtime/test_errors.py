@@ -121,7 +121,7 @@ def run(images: Path, output: Path, flags: str = "", before: str = "", after: st
 
 
 def one_error(end: subprocess.CompletedProcess) -> str:
-    """The one line that the run ended with."""
+    """Return the one line that the run ended with."""
     lines = [line for line in end.stderr.splitlines() if "error: " in line]
     assert end.returncode == 1, end.stderr
     assert len(lines) == 1, end.stderr
