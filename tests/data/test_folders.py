@@ -193,7 +193,7 @@ def test_sparse_members_and_wrong_sizes_are_refused_before_they_are_read(tmp_pat
         file.write(plain(0))
     command = ["tar", "--sparse", "-cf", str(tmp_path / "x.tar"), "-C", str(tmp_path), "hole.png"]
     subprocess.run(command, check=True)
-    assert "holds hole.png as a sparse file; pack it anew without --sparse" in refused(tmp_path / "x.tar")
+    assert "holds hole.png as a sparse file; pack it again without --sparse" in refused(tmp_path / "x.tar")
 
     member = tarfile.TarInfo("a.png")
     member.size = 2**40

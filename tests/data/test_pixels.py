@@ -217,7 +217,7 @@ def test_masks_of_upright_images_fit_with_apply(scenes, orientation):
     pixels, _ = WholeImages(applied, [0], (24, 32), 3, "apply")[0]
     assert torch.equal(pixels, WholeImages(applied, [0], (24, 32), 3, "apply")[0][0])
     if orientation == 6:
-        with pytest.raises(UserError, match="make the mask anew in the image's size"):
+        with pytest.raises(UserError, match="make the mask again in the image's size"):
             load_pair(applied, 0, 3, False)
 
 

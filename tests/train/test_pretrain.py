@@ -353,7 +353,7 @@ def test_a_finished_folder_is_not_begun_anew(pretrain, flat_folder, tmp_path, ca
     pretrain("--data_path", flat_folder, "--max_steps 1")
     with pytest.raises(SystemExit):
         pretrain("--data_path", flat_folder)
-    assert "add --auto_resume to go on with it" in capsys.readouterr().err
+    assert "add --auto_resume to resume it" in capsys.readouterr().err
 
 
 def test_resume_with_other_settings_names_both_values(pretrain, flat_folder, tmp_path, capsys):
