@@ -377,9 +377,8 @@ def test_a_table_that_is_stopped_half_way_goes_on(tmp_path):
 
     def start(*more: str) -> subprocess.Popen:
         command = [sys.executable, "-c", DRIVER, str(tmp_path / "own.yaml"), "run", *flags, *more]
-        return subprocess.Popen(
-            command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, **output)
 
     mae, lut = (tmp_path / "out" / "tiny" / name / "seed_0" for name in ("ablation_mae", "ablation_lut"))
     for number, stopped, begun, status in (
