@@ -327,7 +327,7 @@ class LUT(Student):
 
 
 class MomentumEncoder(Encoder):
-    """The context encoder g and its projector: a moving average of the student, never trained itself.
+    """The context encoder g and its projector: an EMA of the student, never trained itself.
 
     It is always in eval mode, without gradients, on the student's device. Its weights are fp32; the autocast around it
     chooses the precision of its products. It holds no decoder, no mask token and no predictor.

@@ -68,7 +68,7 @@ def test_a_plan_says_plainly_what_is_not_run(call):
 
 
 def finish(folder: Path, table: str, name: str, seed: int, stage: str, value: float, **other) -> Path:
-    """The results.jsonl that a run of the tiny scale would have left, as planned but for `other`."""
+    """Write the results.jsonl that a run of the tiny scale would have left, as planned but for `other`."""
     runs = plan_runs([TABLES[table]], options("tiny", folder, seeds=seed + 1))
     run = next(run for run in runs if run.title == f"{name}, seed {seed}, {stage}")
     run.folder.mkdir(parents=True, exist_ok=True)

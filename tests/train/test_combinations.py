@@ -51,7 +51,7 @@ COMBINATIONS = [*METHODS, *(f"{flags} --views symmetric" for flags in METHODS if
 
 
 def add_pico() -> None:
-    """A model that is smaller than any real one."""
+    """Add a model that is smaller than any real one."""
     models_architectures.ARCHITECTURES["vit_pico_patch8"] = models_architectures.MODELS["lut_vit_pico_patch8"] = PICO
 
 
@@ -162,7 +162,7 @@ def losses_and_gradients(flags: str, ranks: slice) -> dict[str, Tensor]:
 
 
 def shares(rank: int) -> dict[str, dict[str, Tensor]]:
-    """All that takes two processes, of every second image."""
+    """Compute all that takes two processes, from every second image."""
     add_pico()
     return {flags: losses_and_gradients(flags, slice(rank, None, 2)) for flags in TOGETHER}
 

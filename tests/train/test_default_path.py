@@ -246,7 +246,7 @@ def batch(update: int) -> Batch:
 
 
 def train(trainer_type: type[PretrainTrainer], config: PretrainConfig, state: TrainState) -> list[float]:
-    """The losses of all updates."""
+    """Train, and return the losses of all updates."""
     trainer, losses = trainer_type(config, state, state.model, CPU, None, updates_per_epoch=UPDATES // 2), []
     for update in range(UPDATES):
         trainer.update([batch(update)])

@@ -169,7 +169,7 @@ class PretrainStream(IterableDataset):
                 bad_in_a_row = 0
                 number += 1
             if number == begin:
-                raise UserError("--dataset: the stream holds no samples, or fewer parts than loader processes")
+                raise UserError("--dataset: the stream holds no samples, or fewer parts than data loader workers")
 
 
 @dataclass
