@@ -144,7 +144,7 @@ TOGETHER = [
 
 
 def losses_and_gradients(flags: str, ranks: slice) -> dict[str, Tensor]:
-    """Of these images of a batch, in fp64; the second of two passes, as a parameter left out in the first fails it."""
+    """Return those of images of a batch, in fp64, of the second pass: a parameter left out in the first fails it."""
     config = pico_config(flags)
     state, _ = build_state(config, None, CPU)
     state.model.double()
@@ -169,7 +169,7 @@ def shares(rank: int) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What each of two processes found."""
+    """Return the results of each of two processes."""
     return in_two_processes(shares, tmp_path_factory.mktemp("ranks"))
 
 
