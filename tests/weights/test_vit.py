@@ -89,7 +89,7 @@ def test_every_model_builds_as_a_classifier(name):
 
 
 def expected_scale(name: str, depth: int, decay: float) -> float:
-    """Return the scale by the rule: tokens, positions and patches lie below block 0, norm and head above the last block."""
+    """Return the scale: tokens, positions and patches lie below block 0, norm and head above the last block."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
         layer = 0
     elif name.startswith("blocks."):
