@@ -89,6 +89,11 @@ LAYOUTS = {
         lambda a, b: {"model": a.state_dict(), "args": {"model": "deit_tiny_patch16_224"}},
         "MAE encoder",
     ),
+    "timm, a tag of another version": (
+        (192, 3),
+        lambda a, b: {"arch": "vit_tiny_patch16_224.of_another_version", "state_dict": a.state_dict()},
+        "timm ViT",
+    ),
     "DeepSpeed": ((768, 12), lambda a, b: {"module": under("module.", a), "ds_version": "0.16"}, "timm ViT"),
     "compiled and wrapped": ((192, 3), lambda a, b: {"model": under("_orig_mod.module.", a)}, "MAE encoder"),
     "wrapped and compiled": ((192, 3), lambda a, b: {"model": under("module._orig_mod.", a)}, "MAE encoder"),
@@ -202,6 +207,13 @@ def test_an_export_tells_its_heads(tmp_path, monkeypatch, capsys, to):
 
 
 # ---- what is refused, by name ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_an_unknown_tag_of_timm_s_is_one_line(name):
+    with pytest.raises(UserError, match=f"timm:{name}.bogus: timm knows no such tag of {name}") as error:
+        opened(f"timm:{name}.bogus")
+    one_line(error)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def open_timm_classifier(
     origin, class_names = f"{name}: random weights", None
     if path:
         model = fill_timm(model, architecture, read_weights(Path(path), flag=flag).state, f"{flag} {name}")
-        overlay = overlay_beside(Path(path))
+        overlay = overlay_beside(Path(path), model.pretrained_cfg["input_size"][0])
         model.pretrained_cfg.update(overlay)
         class_names = overlay.get(LABEL_NAMES)
         origin = f"{path} as timm's {architecture}"

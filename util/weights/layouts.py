@@ -210,7 +210,7 @@ def heads_of_model(name: str, width: int) -> int | None:
     if not (name.startswith(("vit_", "deit_", "deit3_")) and timm.is_model(name)):
         return None
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
+        model = timm.create_model(name.partition(".")[0], pretrained=False)  # its tag may be of another version of timm
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[0], "attn", None) if blocks is not None and len(blocks) else None
     return getattr(attention, "num_heads", None) if getattr(model, "embed_dim", None) == width else None
