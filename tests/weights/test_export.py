@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
 import scripts.convert as convert
 from models_architectures import MODELS
 from models_lut import LUT, MomentumEncoder
 from models_vit import Classifier
+from shared.calls import one_line
 from shared.reference import tiny_student
-from util.runtime.errors import run_main
+from util.runtime.errors import UserError, run_main
 from util.runtime.files import ROOT
 from util.weights.checkpoint import load_checkpoint
+from util.weights.classifiers import open_classifier
 from util.weights.export import overlay_beside
 from util.weights.interop import load_weights, read_weights
 from util.weights.layouts import part_of
+from util.weights.vit import open_vit
 
 DATA = ROOT / "tests" / "files"
 RELEASE = DATA / "release_lut_tiny.pth"
@@ -42,7 +48,7 @@ def run_convert(monkeypatch, capsys):
 
 
 def timm_from(printed: str):
-    """The model that the printed call makes."""
+    """Return the model that the printed call makes."""
     call = printed.splitlines()[-1]
     assert call.startswith("timm.create_model(")
     return eval(call, {"timm": timm}).eval()
@@ -117,7 +123,7 @@ def test_logits_are_those_of_our_classifier(tmp_path, run_convert, pool, to, in_
         (in_chans, *img_size),
     )
     if to == "timm":
-        assert overlay_beside(output)["mean"] == (0.4,) * in_chans
+        assert overlay_beside(output, in_chans)["mean"] == (0.4,) * in_chans
     else:
         saved = json.loads((output / "config.json").read_text())
         assert saved["pretrained_cfg"]["mean"] == [0.4] * in_chans
@@ -280,6 +286,61 @@ def test_names_of_classes_go_into_every_export(tmp_path, run_convert, to):
     else:
         assert list(timm_from(printed).pretrained_cfg["label_names"]) == classes
     if to == "timm":
-        assert list(overlay_beside(output)["label_names"]) == classes
+        assert list(overlay_beside(output, 3)["label_names"]) == classes
     if to == "hf":
         assert json.loads((output / "config.json").read_text())["label_names"] == classes
+
+
+# ---- a damaged .json beside an export ------------------------------------------------------------------------
+
+OVERLAY = dict(
+    input_size=[3, 224, 224], interpolation="bicubic", crop_pct=0.9, mean=[0.5] * 3, std=[0.5] * 3, label_names=["cat"]
+)
+JUNK = ("x", -1, 10**30, float("nan"), None, True, [], [1, [2]], [5], ["a"] * 3, [float("inf")] * 3, {"a": {}})
+
+
+def write_overlay(folder, **changed) -> Path:
+    """Write the .json of an export with these values changed, and return the path of the weights beside it."""
+    config = {"model_args": {"pretrained_cfg_overlay": OVERLAY | changed}}
+    (folder / "x.json").write_text(json.dumps(config))
+    return folder / "x.safetensors"
+
+
+@pytest.mark.parametrize("key", OVERLAY)
+def test_wrong_image_settings_beside_an_export_are_one_line(tmp_path, key):
+    allowed = [["a"] * 3, []] if key == "label_names" else []
+    for value in (each for each in JUNK if each not in allowed):
+        with pytest.raises(UserError, match=rf"x\.json: unusable for a model of 3 channels: {key} ") as error:
+            overlay_beside(write_overlay(tmp_path, **{key: value}), 3)
+        one_line(error)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(input_size=[1, 224, 224]),
+        dict(input_size=[3, 0, 224]),
+        dict(input_size=[3, 10**6, 10**6]),
+        dict(mean=[0.5]),
+        dict(std=[0.5, 0.0, 0.5]),
+        dict(crop_pct=1.5),
+        dict(crop_pct=0),
+    ],
+)
+def test_image_settings_out_of_range_are_refused(tmp_path, changed):
+    with pytest.raises(UserError, match=next(iter(changed))):
+        overlay_beside(write_overlay(tmp_path, **changed), 3)
+
+
+@pytest.mark.parametrize("opener", [open_vit, partial(open_classifier, num_classes=1000, flag="CHECKPOINT")])
+def test_wrong_image_settings_stop_every_opener(tmp_path, opener):
+    path = write_overlay(tmp_path, std=-1)
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), path)
+    with pytest.raises(UserError, match=r"x\.json: unusable .* std -1"):
+        opener(f"timm:vit_tiny_patch16_224={path}", None, "", (), None, device=torch.device("cpu"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_beside_an_export_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    assert overlay_beside(tmp_path / "x.safetensors", 3) == {}

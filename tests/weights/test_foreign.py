@@ -27,7 +27,7 @@ SHAPE = dict(img_size=32, patch_size=16, depth=2)
 
 
 def random_vit(width: int, heads: int, seed: int = 0, **more) -> VisionTransformer:
-    """A ViT of timm's whose attention is far from uniform, so that another number of heads gives other features."""
+    """Return a ViT of timm's with attention far from uniform, so that other numbers of heads give other features."""
     torch.manual_seed(seed)
     model = VisionTransformer(**SHAPE | dict(embed_dim=width, num_heads=heads, num_classes=0) | more).eval()
     for p in model.parameters():
@@ -88,6 +88,11 @@ LAYOUTS = {
         (192, 3),
         lambda a, b: {"model": a.state_dict(), "args": {"model": "deit_tiny_patch16_224"}},
         "MAE encoder",
+    ),
+    "timm, a tag of another version": (
+        (192, 3),
+        lambda a, b: {"arch": "vit_tiny_patch16_224.of_another_version", "state_dict": a.state_dict()},
+        "timm ViT",
     ),
     "DeepSpeed": ((768, 12), lambda a, b: {"module": under("module.", a), "ds_version": "0.16"}, "timm ViT"),
     "compiled and wrapped": ((192, 3), lambda a, b: {"model": under("_orig_mod.module.", a)}, "MAE encoder"),
@@ -202,6 +207,13 @@ def test_an_export_tells_its_heads(tmp_path, monkeypatch, capsys, to):
 
 
 # ---- what is refused, by name ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_an_unknown_tag_of_timm_s_is_one_line(name):
+    with pytest.raises(UserError, match=f"timm:{name}.bogus: timm knows no such tag of {name}") as error:
+        opened(f"timm:{name}.bogus")
+    one_line(error)
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,12 @@ from models_vit import Classifier, Pool
 from util.data.views import crop_share
 from util.runtime.errors import UserError
 from util.runtime.files import write_durably
+from util.runtime.reading import read_mapping
 from util.weights.interop import WeightsFile
 from util.weights.layouts import DINOV2, PATCH_KERNEL, POSITIONS, check_shapes, depth_of, dinov2_description, part_of
 from util.weights.reader import shortened
 from util.weights.resampling import is_square
-from util.weights.run_state import CLASS_NAMES
+from util.weights.run_state import CLASS_NAMES, MOST_CLASSES, shown
 
 # width, depth, heads, patch -> timm's own name
 TIMM_NAMES = {
@@ -43,6 +44,9 @@ TIMM_NAMES = {
 }
 ANY_SHAPE = "vit_base_patch16_224"  # timm builds other shapes from it, given width, depth and heads
 IMAGE_KEYS = ("input_size", "interpolation", "crop_pct", "mean", "std")  # of timm's pretrained_cfg
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # that timm knows
+MOST_SIDE = 4096  # pixels
+MOST_OVERLAY_BYTES = 2**24  # 100,000 names of classes
 LABEL_NAMES = "label_names"  # timm's key for the names of the classes
 MOST_NAMES_PRINTED = 20
 
@@ -113,8 +117,8 @@ def img_size_of(state: Mapping[str, Tensor], size: tuple[int, ...], patch_size: 
     if not size and is_square(length):
         size = (math.isqrt(length) * patch_size,)
     if not size or min(size) < 1 or (size[0] // patch_size) * (size[-1] // patch_size) != length:
-        shown = " ".join(map(str, size))
-        raise UserError(f"--input_size {shown}: does not give the {length} patches of the file, give height and width")
+        given = " ".join(map(str, size))
+        raise UserError(f"--input_size {given}: does not give the {length} patches of the file, give height and width")
     return size[0], size[-1]
 
 
@@ -265,19 +269,49 @@ def write_timm(export: Export, output: Path) -> str:
     write_durably(output, lambda stream: stream.write(save(encoder_state(export.file.state), metadata)))
     write_durably(output.with_suffix(".json"), lambda stream: stream.write(text.encode()))
     arguments["pretrained_cfg_overlay"] = with_names if len(names) <= MOST_NAMES_PRINTED else overlay
-    shown = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    return f'timm.create_model("{name}"{shown}, checkpoint_path="{output}")'
+    keywords = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    return f'timm.create_model("{name}"{keywords}, checkpoint_path="{output}")'
 
 
-def overlay_beside(path: Path) -> dict[str, Any]:
-    """Return what `write_timm` wrote about images and classes beside its file; nothing for other files."""
+def overlay_beside(path: Path, in_chans: int) -> dict[str, Any]:
+    """Return what `write_timm` wrote about images and classes beside its file; nothing for other files.
+
+    Raises:
+        UserError: a value has the wrong type or range, or is for another number of channels than `in_chans`.
+    """
+    beside = path.with_suffix(".json")
     try:
-        config = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        config = read_mapping(beside, MOST_OVERLAY_BYTES)
         overlay = dict(config["model_args"]["pretrained_cfg_overlay"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in overlay.items()}
-    return {key: known[key] for key in (*IMAGE_KEYS, LABEL_NAMES) if key in known}
+    known = {key: known[key] for key in (*IMAGE_KEYS, LABEL_NAMES) if key in known}
+    wrong = [key for key, value in known.items() if not is_image_setting(key, value, in_chans)]
+    if wrong:
+        values = shortened([f"{key} {shown(overlay[key])}" for key in wrong])
+        raise UserError(
+            f"{beside}: unusable for a model of {in_chans} channels: {values}; write it again by convert.py --to timm"
+        )
+    return known
+
+
+def is_image_setting(key: str, value: object, in_chans: int) -> bool:
+    """True if timm's models of `in_chans` channels can take the value under this key of their pretrained_cfg."""
+    values = value if isinstance(value, tuple) else ()
+    if key == LABEL_NAMES:
+        return value == values and len(values) <= MOST_CLASSES and all(isinstance(name, str) for name in values)
+    if key == "interpolation":
+        return isinstance(value, str) and value in INTERPOLATIONS
+    numbers = (value,) if key == "crop_pct" else values
+    if not all(type(number) in (int, float) and 0 <= number <= MOST_SIDE for number in numbers):
+        return False
+    if key == "crop_pct":
+        return 0 < value <= 1
+    if key == "input_size":
+        sides_are_whole = all(type(number) is int and number > 0 for number in values)
+        return len(values) == 3 and values[0] == in_chans and sides_are_whole
+    return len(values) == in_chans and (key == "mean" or min(values) > 0)
 
 
 def write_hub_folder(export: Export, output: Path) -> str:

@@ -205,7 +205,7 @@ def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
     origin = f"{name}: random weights"
     if path:
         origin = load_timm(model, Path(path), architecture, flag)
-        model.pretrained_cfg.update(overlay_beside(Path(path)))
+        model.pretrained_cfg.update(overlay_beside(Path(path), model.patch_embed.proj.in_channels))
     patch = model.patch_embed.patch_size[0]
     own = tuple(model.patch_embed.img_size)
     if image_size(size, own, patch) != own:
@@ -215,11 +215,20 @@ def open_timm(name: str, size: Sequence[int], flag: str) -> Opened:
 
 
 def timm_name(name: str, flag: str) -> tuple[str, str]:
-    """Split `timm:NAME=FILE` into architecture and file (empty if none); UserError if timm knows no such model."""
+    """Split `timm:NAME=FILE` into architecture and file (empty if none).
+
+    Raises:
+        UserError: timm knows no such model, or no such tag of it.
+    """
     architecture, _, path = name.removeprefix(TIMM).partition("=")
     if not timm.is_model(architecture):
         known = timm.list_models()
         raise UserError(f"{flag} {name}: timm knows no model {architecture}{nearest(architecture, known)}")
+    try:
+        timm.models.get_pretrained_cfg(architecture)
+    except RuntimeError as error:
+        bare = architecture.partition(".")[0]
+        raise UserError(f"{flag} {name}: timm knows no such tag of {bare}, leave out what follows the point") from error
     return architecture, path
 
 
