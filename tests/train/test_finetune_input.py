@@ -106,6 +106,17 @@ def test_data_that_no_classifier_can_use_is_one_line(request, class_folders, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_beside_the_class_folders_is_no_class(finetune, class_folders, tmp_path, capsys, split):
+    data = shutil.copytree(class_folders, tmp_path / "data")
+    write_images(data / split, 1, seed=0)
+    with pytest.raises(SystemExit):
+        finetune("--data_path", data)
+    (message,) = capsys.readouterr().err.splitlines()
+    assert f"{data / split}/" in message
+    assert "lies in no class folder; move such images into one, or away" in message
+
+
 @pytest.mark.parametrize("flags", ["", "--compile block --checkpoint_activations"])
 @pytest.mark.parametrize("which", ["finetune", "linprobe"])
 def test_dry_run_trains_nothing(request, class_folders, tmp_path, capsys, which, flags):

@@ -54,8 +54,8 @@ def open_labelled(config: ClassifierConfig, processes: Processes | None = None) 
     if train is not None and (train.labels is None or len(set(train.labels)) < 2):
         fix = "give train/ and val/ with a folder for each class"
         if train.class_names:
-            folder = repr(train.class_names[0]) if train.class_names[0] else "none"
-            fix += f"; an image's class is the folder that it lies in, and all lie in {folder}"
+            folder = f"in {train.class_names[0]!r}" if train.class_names[0] else "in no folder"
+            fix += f"; an image's class is the folder that it lies in, and all lie {folder}"
         raise UserError(f"{where}: has no labels of two classes, {fix}")
     if config.holdout:
         train, val = hold_out_labelled(train, config.holdout, where)
@@ -64,6 +64,10 @@ def open_labelled(config: ClassifierConfig, processes: Processes | None = None) 
         val = find_validation(config.data_path, config.dataset, config.val_path)
     if val is None:
         raise UserError(f"{where}: no validation images of two classes, add val/ beside train/ or give --val_path")
+    for source in filter(None, (train, val)):
+        if "" in (source.class_names or ()):
+            stray = source.name(source.labels.index(source.class_names.index("")))
+            raise UserError(f"{where}: {stray} lies in no class folder; move such images into one, or away")
     if train is not None and train.class_names != val.class_names:
         raise UserError(f"{where}: {class_difference(train.class_names or [], val.class_names or [])}")
 
