@@ -5,7 +5,7 @@
         --data_path IMAGENET --output_dir TUNED
     python main_finetune.py --eval --resume TUNED/checkpoint-best.pth --data_path IMAGENET
 
-`--help` lists all flags, `--dry_run` shows what a command would do. To go on after an interruption, run the same
+`--help` lists all flags, `--dry_run` shows what a command would do. To resume after an interruption, run the same
 command with --auto_resume.
 """
 

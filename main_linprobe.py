@@ -7,7 +7,7 @@ The linear layer follows MAE's protocol: LARS, BatchNorm without affine paramete
         --data_path IMAGENET --output_dir PROBED
 
 The cls token is probed, with --pool avg the mean of the patch tokens, or with --pool attentive all patch tokens by
-learned queries. scripts/probe.py is the quick way: it computes the features once. `--help` lists all flags; to go on
+learned queries. scripts/probe.py is the quick way: it computes the features once. `--help` lists all flags; to resume
 after an interruption, run the same command with --auto_resume.
 """
 

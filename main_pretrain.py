@@ -3,7 +3,7 @@
     python main_pretrain.py --recipe quickstart
     torchrun --nproc_per_node=8 main_pretrain.py --recipe paper_vit_base --data_path IMAGENET --output_dir RUN
 
-`--help` lists all flags, `--dry_run` shows what a command would do. To go on after an interruption, run the same
+`--help` lists all flags, `--dry_run` shows what a command would do. To resume after an interruption, run the same
 command with --auto_resume.
 """
 

@@ -5,7 +5,7 @@
     python main_segment.py --recipe camvid_segment --finetune RUN/checkpoint-299.pth --data_path CAMVID
     python main_segment.py --eval --resume SEGMENTED/checkpoint-best.pth --data_path ADE20K
 
-`--help` lists all flags, `--dry_run` reads all masks and shows what a command would do. To go on after an
+`--help` lists all flags, `--dry_run` reads all masks and shows what a command would do. To resume after an
 interruption, run the same command with --auto_resume.
 """
 

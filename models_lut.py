@@ -69,7 +69,7 @@ class Steering:
 class Targets(NamedTuple):
     """The momentum encoder's outputs for the views; None where --supervision does not need them."""
 
-    context: Tensor | None  # [G, B, D] v̂; InfoNCE takes more rows, [G, B + M, D], the last M as negatives alone
+    context: Tensor | None  # [G, B, D] v̂; with InfoNCE and --accum_iter M more rows, of other batches: negatives
     tokens: Tensor | None  # [G, B, L, D] the same of each patch token, in image order
 
 
@@ -125,21 +125,21 @@ class Student(Encoder):
         if hasattr(self, "mask_token"):
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def add_heads(self, heads: Mapping | None, head_depth: int, predictor_depth: int, hidden_width: int) -> None:
+    def add_heads(self, heads: Mapping | None, head_depth: int, predictor_depth: int, token_width: int) -> None:
         """Add projector and predictor; last, so that a method starts from the same weights with them and without.
 
         Args:
             heads: the keywords of `mlp_head` besides widths and `depth`; None builds the method alone.
             head_depth, predictor_depth: number of linear layers in each.
-            hidden_width: of the tokens that `decode` gives.
+            token_width: width of the tokens that `decode` gives.
         """
         if heads is None:
             return
         D = self.embed_dim
-        self.head = mlp_head(D, depth=head_depth, **heads).apply(init_weights)
+        self.head = mlp_head(D, depth=head_depth, **heads).apply(init_weights)  # the projector, by its name in files
         self.predictor = mlp_head(D, depth=predictor_depth, **heads).apply(init_weights)
         if self.steering.steered_tokens == "all":
-            self.mask_head = mlp_head(hidden_width, depth=head_depth, out_dim=D, **heads).apply(init_weights)
+            self.mask_head = mlp_head(token_width, depth=head_depth, out_dim=D, **heads).apply(init_weights)
             self.mask_predictor = mlp_head(D, depth=predictor_depth, **heads).apply(init_weights)
 
     @property
@@ -168,7 +168,8 @@ class Student(Encoder):
         latents = self.encode_views(patches, masking).unflatten(0, views.shape[:2])  # [G, B, 1 + V or 1 + L, D]
         hidden = self.decode(latents[0], masking, hidden_only=True) if self.reconstructs else None
 
-        mim = self.mim_loss(hidden, patches[: views.shape[1]], masking) if self.reconstructs else views.new_zeros(())
+        own_patches = patches[: views.shape[1]]  # [B, L, P] of the first view, u
+        mim = self.mim_loss(hidden, own_patches, masking) if self.reconstructs else views.new_zeros(())
         bc = self.bc_loss(latents, hidden, targets, masking) if targets is not None else torch.zeros_like(mim)
         return Losses(mim, bc)
 
@@ -292,7 +293,7 @@ class LUT(Student):
             self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
             self.decoder_pred = nn.Linear(E, self.patch_size**2 * self.in_chans)
         self.initialise()
-        self.add_heads(heads, head_depth, predictor_depth, hidden_width=E)
+        self.add_heads(heads, head_depth, predictor_depth, token_width=E)
 
     def encode_views(self, patches: Tensor, masking: Masking) -> Tensor:
         """Encode the visible ones of the patches [G*B, L, P] to [G*B, 1 + V, D]."""
@@ -326,7 +327,7 @@ class LUT(Student):
 
 
 class MomentumEncoder(Encoder):
-    """The context encoder g and its projector: a moving average of the student, never trained itself.
+    """The context encoder g and its projector: an EMA of the student, never trained itself.
 
     It is always in eval mode, without gradients, on the student's device. Its weights are fp32; the autocast around it
     chooses the precision of its products. It holds no decoder, no mask token and no predictor.

@@ -39,7 +39,7 @@ class SimMIM(Student):
         if self.reconstructs:
             self.decoder = nn.Linear(self.embed_dim, self.patch_size**2 * self.in_chans)
         self.initialise()
-        self.add_heads(heads, head_depth, predictor_depth, hidden_width=self.embed_dim)
+        self.add_heads(heads, head_depth, predictor_depth, token_width=self.embed_dim)
 
     def encode_views(self, patches: Tensor, masking: Masking) -> Tensor:
         """Encode [G*B, L, P] to [G*B, 1 + L, D], each view in the order cls, visible patches, mask tokens.

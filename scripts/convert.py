@@ -42,7 +42,7 @@ class ConvertConfig:
     output: str
     """file or folder to write, outside of any run's folder"""
     weights: Weights | None = None
-    """which of the file's two networks; default: student, or for a classifier with --model_ema its moving average
+    """which of the file's two networks; default: student, or for a classifier with --model_ema its EMA
     (momentum)"""
     pool: Literal["avg", "token"] = "avg"
     """what the exported encoder returns: mean of the patch tokens, or cls token; a classifier knows its own"""

@@ -5,7 +5,7 @@
     python scripts/embed.py RUN/checkpoint-399.pth --data_path IMAGES --output FEATURES --query cat.jpg
 
 FEATURES holds index.csv (file name, label and class of each image) and shards of cls and mean features, with --kinds
-also of patches; docs/EVALUATION.md has five lines that read them. An interrupted call goes on with the same command.
+also of patches; docs/EVALUATION.md has five lines that read them. An interrupted call resumes with the same command.
 --query also draws the images that are nearest to an image.
 """
 

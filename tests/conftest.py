@@ -61,7 +61,7 @@ def flat_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tar_file(class_folders: Path, tmp_path: Path) -> Path:
-    """The training images of `class_folders` in a tar."""
+    """Write the training images of `class_folders` into a tar."""
     path = tmp_path / "images.tar"
     with tarfile.open(path, "w") as tar:
         tar.add(class_folders / "train", arcname=".")
@@ -70,7 +70,7 @@ def tar_file(class_folders: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB."""
+    """Mount a file system of 1 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:

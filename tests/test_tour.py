@@ -28,7 +28,7 @@ def tour():
 
 
 def check_pictures(notebook):
-    """As many as there should be, and none empty."""
+    """Check that there are as many pictures as there should be, and that none is empty."""
     images = pictures(notebook)
     assert len(images) == NUM_PICTURES
     for picture in images:

@@ -44,7 +44,7 @@ def wing_of(module: str) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of ours that a file imports, wherever in it the import stands."""
+    """Return the modules of ours that a file imports, wherever in it the import stands."""
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

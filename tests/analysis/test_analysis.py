@@ -41,7 +41,7 @@ quick = settings(max_examples=20, deadline=None)
 
 
 def shaken(model, seed=0, by=0.3):
-    """With random weights everywhere, so that no norm, bias or attention is trivial; in eval mode."""
+    """Give a model random weights everywhere, so that no norm, bias or attention is trivial; in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.data += by * torch.randn(p.shape, generator=generator)

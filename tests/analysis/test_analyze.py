@@ -37,7 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
-    """An MAE of the same shape."""
+    """Return an MAE of the same shape."""
     path = tmp_path_factory.mktemp("mae") / "checkpoint-9.pth"
     settings = PretrainConfig(**vars(SETTINGS) | {"model": "mae_vit_nano_patch4"})
     student = shaken(LUT(**settings.model_arguments), seed=2)
@@ -173,7 +173,7 @@ def test_compare_leaves_out_what_the_data_do_not_allow(run_analyze, run, other):
 
 
 class Page(HTMLParser):
-    """What a page holds and refers to; tags have to be closed in order."""
+    """The contents and references of a page; tags have to be closed in order."""
 
     def __init__(self):
         super().__init__()

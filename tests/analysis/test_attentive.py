@@ -28,7 +28,7 @@ def shaken(heads: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def slow_pool(heads: AttentiveHeads, tokens: torch.Tensor, g: int, b: int) -> list[float]:
-    """The pooled token of one head and image in loops over queries, attention heads, tokens and channels."""
+    """Pool the tokens of one head and image in loops over queries, attention heads, tokens and channels."""
     D = tokens.shape[2]
     Q, h = heads.query.shape[1], heads.num_heads
     pooled = []

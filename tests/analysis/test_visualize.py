@@ -55,7 +55,7 @@ def test_the_error_is_the_loss_of_training(run, target):
 
 
 def save_simmim(path: Path, **changes) -> Path:
-    """A checkpoint of SimMIM, hidden in squares of two by two patches, as pre-training writes it."""
+    """Save a checkpoint of SimMIM, hidden in squares of two by two patches, as pre-training writes it."""
     settings = PretrainConfig(model="lut_vit_nano_patch4", method="simmim", alpha=0, in_chans=1, **changes)
     student = shaken(SimMIM(**settings.model_arguments))
     torch.save({"model": student.state_dict(), "config": as_dict(settings)}, path)

@@ -21,7 +21,7 @@ from util.runtime.files import ROOT
 
 @pytest.fixture
 def in_job(monkeypatch):
-    """The variables of a local job; the signal handlers are put back."""
+    """Set the variables of a local job; put the signal handlers back afterwards."""
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "77")
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -31,7 +31,7 @@ def in_job(monkeypatch):
 
 
 def job_of(script: str, folder: Path, processes: int = 2, max_requeues: int = 3) -> StageJob:
-    """A job whose stage is a few lines that append to the file `said`."""
+    """Return a job whose stage is a few lines that append to the file `said`."""
     head = (
         "import os, signal, sys, time\nsay = lambda *x: print(*x, file=open('said', 'a'))\nrank = os.environ['RANK']\n"
     )

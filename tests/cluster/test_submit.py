@@ -34,7 +34,7 @@ def launch(monkeypatch, capsys, tmp_path):
 
 
 def without_tools(monkeypatch, folder: Path) -> None:
-    """A PATH on which there is no sbatch."""
+    """Set a PATH on which there is no sbatch."""
     monkeypatch.setenv("PATH", str(folder))
 
 

@@ -29,13 +29,13 @@ def _one_process(monkeypatch):
 
 
 def parse(*arguments: object) -> PretrainConfig:
-    """The settings of a command line; strings are cut at spaces, paths are not."""
+    """Return the settings of a command line; strings are cut at spaces, paths are not."""
     flags = [part for a in arguments for part in (a.split() if isinstance(a, str) else [str(a)])]
     return parse_config(PretrainConfig, flags, "main_pretrain.py")
 
 
 def changed(config: PretrainConfig) -> dict:
-    """The fields that differ from their defaults."""
+    """Return the fields that differ from their defaults."""
     default = as_dict(PretrainConfig())
     return {name: value for name, value in as_dict(config).items() if value != default[name]}
 
@@ -283,7 +283,7 @@ def test_pixel_statistics(channels, mean, std):
     assert (given.resolved_mean, given.resolved_std) == ((0.1,) * channels, (2.0,) * channels)
 
 
-def test_loader_processes_and_what_is_kept():
+def test_loader_workers_and_what_is_kept():
     assert PretrainConfig(num_workers=0).resolved_num_workers == 0
     assert 1 <= PretrainConfig().resolved_num_workers <= 10
     assert PretrainConfig().keep_every is None

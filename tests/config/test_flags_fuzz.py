@@ -75,7 +75,7 @@ def draw(rng: random.Random, hint: Any) -> list[str] | None:
 
 
 def flags_of(rng: random.Random, config_type: type) -> list[str]:
-    """One to three flags of a config."""
+    """Return one to three flags of a config."""
     hints = get_type_hints(config_type, include_extras=True)
     names = [field.name for field in dataclasses.fields(config_type) if field.name not in NOT_DRAWN]
     flags = []

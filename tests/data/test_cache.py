@@ -192,7 +192,7 @@ def test_classifiers_from_memory(finetune, class_folders, tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python's default stays")
-def test_loader_processes_are_forked_whatever_python_starts_by_default(finetune, class_folders):
+def test_loader_workers_are_forked_whatever_python_starts_by_default(finetune, class_folders):
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     try:

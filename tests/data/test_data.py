@@ -1,4 +1,4 @@
-"""Samples, the order of batches, loader processes, streams."""
+"""Samples, the order of batches, data loader workers, streams."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ SIZE, PATCHES = (16, 16), 4
 
 
 def image_files(root, good, total):
-    """A FileSource of `total` files; those in `good` are images, the others text."""
+    """Return a FileSource of `total` files; those in `good` are images, the others text."""
     root.mkdir(exist_ok=True)
     paths = [str(root / f"{n:03}.png") for n in range(total)]
     for n, path in enumerate(paths):
@@ -119,14 +119,14 @@ def test_bad_image_in_a_loader_ends_the_program_with_one_line(tmp_path, capsys, 
 
 # ---- order -------------------------------------------------------------------------------------------------
 def updates(order):
-    """The order's batches, as (epoch, index) pairs, in groups that make an update."""
+    """Return the order's batches, as (epoch, index) pairs, in groups that make an update."""
     batches = list(order)
     assert len(batches) == len(order)
     return [batches[k : k + order.accum_iter] for k in range(0, len(batches), order.accum_iter)]
 
 
 def splits(effective_batch):
-    """All (batch_size, accum_iter, world_size) of an effective batch."""
+    """Return all (batch_size, accum_iter, world_size) of an effective batch."""
     numbers = range(1, effective_batch + 1)
     return [split for split in itertools.product(numbers, repeat=3) if np.prod(split) == effective_batch]
 
@@ -190,7 +190,7 @@ def test_too_few_samples_make_no_update():
 
 # ---- loader ------------------------------------------------------------------------------------------------
 def run_epochs(dataset, num_workers, epochs=(0, 1), start=0, **order):
-    """All batches of some epochs through one loader."""
+    """Return all batches of some epochs through one loader."""
     order = BatchOrder(len(dataset.source), 4, 1, 0, 1, 0)
     loader = training_loader(dataset, order, num_workers, pin_memory=False, timeout=60)
     batches = []
@@ -202,14 +202,14 @@ def run_epochs(dataset, num_workers, epochs=(0, 1), start=0, **order):
 
 
 def equal(one, other):
-    """Whether two epochs are the same to the byte."""
+    """True if two epochs are the same to the byte."""
     assert len(one) == len(other)
     pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
 class BreaksOff(Dataset):
-    """Its loader process hands over no more memory once it is asked for a third sample, and does not end either."""
+    """Its worker hands over no more memory once it is asked for a third sample, and does not end either."""
 
     def __init__(self):
         self.broken = multiprocessing.Event()
@@ -228,7 +228,7 @@ class BreaksOff(Dataset):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems share memory in another way")
 def test_a_batch_that_breaks_off_names_the_loader():
-    """As one killed a moment ago leaves it: announced, still alive by its process number, and not to be fetched."""
+    """A worker killed a moment ago leaves its batch like this: announced, and not to be fetched."""
     dataset = BreaksOff()
     batches = iter(Loader(dataset, batch_size=1, num_workers=1, loader_timeout=60.0))
     next(batches)
@@ -246,13 +246,13 @@ class Unreadable(Dataset):
         raise OSError("the disk is gone")
 
 
-def test_what_a_data_set_raises_in_a_loader_process_is_no_death_of_it():
+def test_what_a_data_set_raises_in_a_loader_worker_is_no_death_of_it():
     with pytest.raises(OSError, match="the disk is gone") as raised:
         next(iter(Loader(Unreadable(), num_workers=1, loader_timeout=20.0)))
     assert loaders_death(raised.value) is None
 
 
-def test_loader_processes_outlive_the_sigterm_of_a_whole_group(tmp_path):
+def test_loader_workers_outlive_the_sigterm_of_a_whole_group(tmp_path):
     dataset = pretrain_dataset(image_files(tmp_path, set(range(14)), 14))
     batches = iter(training_loader(dataset, BatchOrder(14, 1, 1, 0, 1, 0), 2, pin_memory=False, timeout=60))
     next(batches)
@@ -278,7 +278,7 @@ sys.exit(3)
 """
 
 
-def test_a_loader_process_that_hangs_does_not_hold_up_the_exit():
+def test_a_loader_worker_that_hangs_does_not_hold_up_the_exit():
     command = [sys.executable, "-c", HANGS]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **streams) as process:
@@ -290,7 +290,7 @@ def test_a_loader_process_that_hangs_does_not_hold_up_the_exit():
             process.kill()
 
 
-def test_batches_do_not_depend_on_loader_processes(tmp_path):
+def test_batches_do_not_depend_on_loader_workers(tmp_path):
     dataset = pretrain_dataset(image_files(tmp_path, set(range(14)) - {6}, 14), skip_bad=True)
     first, second = run_epochs(dataset, num_workers=0)
     for batch in (*first, *second):
@@ -340,7 +340,7 @@ def test_normalise_is_of_pixels_in_0_to_1():
 
 
 def run_stream(num_workers, epochs=(0, 1), rank=0, skip_bad=False, bad=(), parts=12, start=0):
-    """Three batches of each epoch, without the first `start`."""
+    """Return three batches of each epoch, without the first `start`."""
     stream = PretrainStream(
         Numbers(bad, parts), TwoViews(SIZE), PATCHES, 3, 0, rank, skip_bad, batch_size=4, start_batch=start
     )
@@ -408,7 +408,7 @@ def test_stream_entered_in_mid_epoch_goes_on_with_what_it_has_not_had(num_worker
 
 
 class Drawn(Numbers):
-    """In an order that its reader draws from one generator, of the loader process's seed, as timm's of wds/ does."""
+    """A stream whose reader draws the order from one generator of the worker's seed, as timm's reader of wds/ does."""
 
     rng = None
 

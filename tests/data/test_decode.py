@@ -24,19 +24,19 @@ PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def chunk(kind, content):
-    """A chunk of a PNG."""
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png(width, height, depth, colour_type, rows):
-    """A PNG that Pillow does not write: 16-bit colours, or more pixels than it has."""
+    """Return a PNG that Pillow does not write: 16-bit colours, or more pixels than it has."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def wide_colours(image, alpha=False):
-    """A 16-bit PNG whose higher bytes are `image`."""
+    """Return a 16-bit PNG whose higher bytes are `image`."""
     pixels = np.asarray(image).astype(np.uint16) * 256 + 17
     if alpha:
         pixels = np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 40000, np.uint16)], -1)
@@ -149,7 +149,7 @@ def test_decode_of_pixels_and_of_pil_images(in_chans):
 
 
 def decode_or_reason(raw, in_chans=3):
-    """The pixels, or why there are none."""
+    """Return the pixels, or the reason why there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of what it can mend
@@ -159,7 +159,7 @@ def decode_or_reason(raw, in_chans=3):
 
 
 def is_bad(raw, intact):
-    """Whether `raw` is refused; if it is not, it has to give the pixels of `whole`."""
+    """True if `raw` is refused; if it is not, it has to give the pixels of `intact`."""
     decoded = decode_or_reason(raw)
     assert decoded if isinstance(decoded, str) else torch.equal(decoded, intact)
     return isinstance(decoded, str)

@@ -82,7 +82,7 @@ def test_blur_on_small_images_stays_inside():
 
 
 def stored(images: list[torch.Tensor]) -> StoredImages:
-    """One after the other."""
+    """Return the images stored one after the other."""
     lengths = torch.tensor([x.numel() for x in images])
     sizes = torch.tensor([x.shape[-2:] for x in images])
     return StoredImages(torch.cat([x.flatten() for x in images]), lengths.cumsum(0) - lengths, sizes, len(images[0]))

@@ -105,7 +105,7 @@ def test_tiny_imagenet_s_layout(tmp_path, tar):
 
 
 def write_links(path, links, files=("train/cat/1.png", "train/dog/2.png")):
-    """A .tar of images, then links: (name, "sym" or "hard", target)."""
+    """Write a .tar of images, then links: (name, "sym" or "hard", target)."""
     with tarfile.open(path, "w") as tar:
         for number, name in enumerate(files):
             member = tarfile.TarInfo(name)
@@ -193,7 +193,7 @@ def test_sparse_members_and_wrong_sizes_are_refused_before_they_are_read(tmp_pat
         file.write(plain(0))
     command = ["tar", "--sparse", "-cf", str(tmp_path / "x.tar"), "-C", str(tmp_path), "hole.png"]
     subprocess.run(command, check=True)
-    assert "holds hole.png as a sparse file; pack it anew without --sparse" in refused(tmp_path / "x.tar")
+    assert "holds hole.png as a sparse file; pack it again without --sparse" in refused(tmp_path / "x.tar")
 
     member = tarfile.TarInfo("a.png")
     member.size = 2**40
@@ -255,7 +255,7 @@ def test_tar_files_are_closed_again(tmp_path):
 
 @pytest.fixture
 def no_descriptors():
-    """A process that can open no further file."""
+    """Let the process open no further file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(int(name) for name in os.listdir("/proc/self/fd"))
     spare = []

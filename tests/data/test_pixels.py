@@ -31,7 +31,7 @@ def _each_test_is_warned_anew():
 
 
 def tiff(rows, bits, order="<", white_is_zero=False, sample_format=1):
-    """A TIFF of one strip, one channel; `rows` are its encoded bytes, 40 x 30 pixels."""
+    """Return a TIFF of one strip, one channel; `rows` are its encoded bytes, 40 x 30 pixels."""
     tags = [(256, 40), (257, 30), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 0), (277, 1)]
     tags += [(278, 30), (279, len(rows)), (339, sample_format)]
     begin = 8 + 2 + 12 * len(tags) + 4
@@ -125,7 +125,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch):
-    """A program called gs that leaves a file."""
+    """Put a program called gs on the PATH that leaves a file."""
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
@@ -217,7 +217,7 @@ def test_masks_of_upright_images_fit_with_apply(scenes, orientation):
     pixels, _ = WholeImages(applied, [0], (24, 32), 3, "apply")[0]
     assert torch.equal(pixels, WholeImages(applied, [0], (24, 32), 3, "apply")[0][0])
     if orientation == 6:
-        with pytest.raises(UserError, match="make the mask anew in the image's size"):
+        with pytest.raises(UserError, match="make the mask again in the image's size"):
             load_pair(applied, 0, 3, False)
 
 

@@ -38,7 +38,7 @@ def contents(source):
 
 
 def smooth(seed, size=(100, 70)):
-    """A picture of soft blobs, as JPEG."""
+    """Return a picture of soft blobs, as JPEG."""
     blobs = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return encode(Image.fromarray(blobs).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=98)
 

@@ -29,7 +29,7 @@ NOISY = ("--shard_mb", "0.02")
 
 
 def start(*flags):
-    """The script in a process of its own."""
+    """Start the script in a process of its own."""
     command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), *SMALL, *map(str, flags)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 

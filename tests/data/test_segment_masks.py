@@ -97,7 +97,7 @@ def test_ade20k_s_own_layout(ade20k, names):
 
 @pytest.mark.parametrize("own", ["classes.txt", "classes.json"])
 def test_ade20k_s_folders_with_classes_of_their_own(ade20k, own):
-    """As many medical sets have: numbers begin at 0, and nothing is ignored."""
+    """Many medical sets are like this: numbers begin at 0, and nothing is ignored."""
     names = ["background", *(f"organ {number}" for number in range(1, 5))]
     (ade20k / own).write_text(json.dumps(names) if own.endswith("json") else "\n".join(names))
     data = open_masked(config_of("--data_path", ade20k))
@@ -301,7 +301,7 @@ VIEW = dict(size=(24, 32), scale_range=(0.5, 2.0), most_of_a_class=0.75, hflip=0
 
 
 def numbered(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An image whose mask can be read off it: 20 times the class, in large tiles."""
+    """Return an image whose mask can be read off it: 20 times the class, in large tiles."""
     mask = (torch.arange(height)[:, None] // 8 + torch.arange(width)[None] // 8) % 11
     mask = mask.to(torch.uint8)
     return (20 * mask).expand(3, -1, -1).clone(), mask

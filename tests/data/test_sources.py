@@ -56,7 +56,7 @@ def write_folder(root, files):
 
 
 def write_tar(path, files, prefix=""):
-    """The same in a .tar."""
+    """Write the same into a .tar."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, number in files.items():
@@ -483,7 +483,7 @@ def read_all_names(source, answers):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, and forks")
 @pytest.mark.parametrize("kind", ["files", "tars"])
-def test_loader_processes_share_the_names_of_all_images(kind):
+def test_loader_workers_share_the_names_of_all_images(kind):
     paths = [f"/images/train/class-{n % 1000:03}/image-{n:08}.jpg" for n in range(100_000)]
     if kind == "files":
         source = FileSource(paths, None, None)

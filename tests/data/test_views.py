@@ -37,7 +37,7 @@ LUCK = 1e-4  # the seeds are fixed: a test that passes once passes for ever
 
 
 def picture(height, width, channels=3, seed=0):
-    """A smooth picture with noise, so that neither resizing nor blur is trivial."""
+    """Return a smooth picture with noise, so that neither resizing nor blur is trivial."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 9 + c) + np.cos(y / (5 + c)) for c in range(channels)]
@@ -46,12 +46,12 @@ def picture(height, width, channels=3, seed=0):
 
 
 def slow_resize(image, size):
-    """The whole image by torchvision."""
+    """Resize the whole image with torchvision."""
     return TF.resize(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 def slow_cover_size(image_size, size):
-    """The larger of the two scales, in fractions, rounded down."""
+    """Return the size by the larger of the two scales, in fractions, rounded down."""
     scale = max(Fraction(size[0], image_size[0]), Fraction(size[1], image_size[1]))
     return tuple(math.floor(side * scale) for side in image_size)
 
@@ -475,7 +475,7 @@ def test_centre_view_of_224_pixels_is_the_usual_256_and_224():
 
 @pytest.mark.parametrize("side", [256, 384])
 def test_centre_view_above_224_pixels_is_all_of_the_shorter_side(side):
-    """As in MAE's evaluation."""
+    """MAE's evaluation does the same."""
     image = torch.randint(0, 256, (3, side, side + 20), dtype=torch.uint8)
     assert torch.equal(centre_view(image, (side, side)), image[..., 10 : side + 10])
 

@@ -175,8 +175,8 @@ def test_a_stop_before_the_first_update_saves_nothing(pretrain, flat_folder, tmp
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_whole_group_with_loader_processes(uninterrupted_run, tmp_path):
-    """As torchrun, SLURM and systemd end a run: every process gets it."""
+def test_sigterm_to_the_whole_group_with_loader_workers(uninterrupted_run, tmp_path):
+    """torchrun, SLURM and systemd end a run like this: every process gets the signal."""
     images, expected = uninterrupted_run
     run = tmp_path / "run"
     with Ranks(command(images, run, "--num_workers", "2"), own_group=True) as ranks:
@@ -321,7 +321,7 @@ ELSEWHERE = "import os; sys.argv = [part.replace('RANK', os.environ['RANK']) for
 @pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_ranks_that_find_different_checkpoints_do_not_train(two_whole, tmp_path, older):
-    """As where --output_dir lies on a disk of each node."""
+    """The ranks find different files where --output_dir lies on a disk of each node."""
     images, expected = two_whole
     shutil.copytree(expected, tmp_path / "0")
     if older:
@@ -339,7 +339,7 @@ def test_ranks_that_find_different_checkpoints_do_not_train(two_whole, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
-def test_a_resume_in_mid_epoch_does_not_depend_on_loader_processes(pretrain, flat_folder, tmp_path, before, after):
+def test_a_resume_in_mid_epoch_does_not_depend_on_loader_workers(pretrain, flat_folder, tmp_path, before, after):
     flags, uninterrupted, parts = ("--data_path", flat_folder), tmp_path / "whole", tmp_path / "parts"
     expected = pretrain(*flags, output=uninterrupted)
     pretrain(*flags, f"--max_steps 6 --num_workers {before}", output=parts)
@@ -407,7 +407,7 @@ def test_twenty_killed_workers_and_a_bit_equal_end(two_whole, tmp_path, monkeypa
 
 
 def command_of(pid: int) -> str:
-    """How a process was called; nothing for one that has ended."""
+    """Return the command line of a process; nothing for one that has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
@@ -431,7 +431,7 @@ def test_workers_end_with_torchrun_s_agent(two_whole, tmp_path):
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie."""
+    """True if there is such a process, and it is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -441,7 +441,7 @@ def is_running(pid: int) -> bool:
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["killed", "hung"])
-def test_a_dead_or_hung_loader_process_ends_the_run(flat_folder, tmp_path, fault):
+def test_a_dead_or_hung_loader_worker_ends_the_run(flat_folder, tmp_path, fault):
     run = tmp_path / "run"
     flags = ["--num_workers", "1", "--epochs", "2000", "--loader_timeout", "5"]
     with Ranks(command(flat_folder, run, *flags)) as ranks:
@@ -452,7 +452,7 @@ def test_a_dead_or_hung_loader_process_ends_the_run(flat_folder, tmp_path, fault
         ((status, output),) = ranks.finish()
     assert time.monotonic() - begin < PATIENCE / 4
     assert status == 1
-    assert "a loader process died or hung" in output.splitlines()[-1]
+    assert "a data loader worker died or hung" in output.splitlines()[-1]
 
 
 def test_processes_of_several_nodes_may_have_equal_ids(tmp_path):

@@ -62,7 +62,7 @@ class Hostile(NamedTuple):
 
 
 def stretched(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
-    """One number under a huge shape."""
+    """Return one number under a huge shape."""
     shape = list(tensor.shape)
     shape[rng.randrange(tensor.ndim)] = rng.choice((10**9, 3 * 10**8 + 1, 10**12))
     return torch.zeros(1).as_strided(shape, [0] * len(shape))
@@ -84,7 +84,7 @@ KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def with_tensor(good: dict, name: str, tensor: torch.Tensor | None) -> dict:
-    """The checkpoint with another tensor in student and momentum encoder, or (None) without it."""
+    """Return the checkpoint with another tensor in student and momentum encoder, or (None) without it."""
     changed = dict(good)
     for key, prefix in (("model", ""), ("model_ema", "ema.")):
         changed[key] = {n: x for n, x in good[key].items() if n != prefix + name}
@@ -94,7 +94,7 @@ def with_tensor(good: dict, name: str, tensor: torch.Tensor | None) -> dict:
 
 
 def renamed(good: dict, old: str, new: object) -> dict:
-    """The checkpoint with names of the encoder that begin with `old` changed."""
+    """Return the checkpoint with names of the encoder that begin with `old` changed."""
     rename = lambda n: (new + n[len(old) :] if isinstance(new, str) else new) if n.startswith(old) else n  # noqa: E731
     return good | {"model": {rename(n): x for n, x in good["model"].items()}}
 
@@ -201,7 +201,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, data) -> list[Hostile]:
-    """All of them, from a checkpoint of a pre-training of one update."""
+    """Write all of them, from a checkpoint of a pre-training of one update."""
     folder = tmp_path_factory.mktemp("hostile")
     run = folder / "run"
     with pytest.MonkeyPatch.context() as patched:
@@ -262,7 +262,7 @@ PROGRAMS: dict[str, tuple[ModuleType, str, str]] = {
 
 @contextlib.contextmanager
 def bounded():
-    """An end to a hang, and no memory to allocate what a file announces."""
+    """End a hang, and leave no memory to allocate what a file announces."""
 
     def late(*_):
         raise TimeoutError(f"more than {SECONDS} s")

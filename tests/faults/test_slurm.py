@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0, every: fl
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory) -> Iterator[Path]:
-    """A running SLURM, which SLURM_CONF names; its folder."""
+    """Start a SLURM, which SLURM_CONF names; return its folder."""
     folder = tmp_path_factory.mktemp("slurm")
     patch = pytest.MonkeyPatch()
     patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
@@ -80,7 +80,7 @@ class Submitted:
         self.element = ""  # of an array: "_1"
 
     def field(self, name: str) -> str:
-        """A field of `scontrol show job`."""
+        """Return a field of `scontrol show job`."""
         shown = run("scontrol", "-o", "show", "job", self.number + self.element).stdout
         return re.search(rf"\b{name}=(\S*)", shown)[1]
 
@@ -112,7 +112,7 @@ class Submitted:
         return self.send(signal.SIGSTOP)
 
     def send(self, number: int) -> dict[int, int]:
-        """The signal to all ranks."""
+        """Send the signal to all ranks."""
         ranks = self.ranks()
         for process in ranks.values():
             os.kill(process, number)
@@ -124,7 +124,7 @@ class Submitted:
         wait_until(lambda: line in self.log(0) and line in self.log(1))
 
     def end(self, seconds: float = 60.0) -> str:
-        """The state in which the job ends; one that is queued again need not wait the usual two minutes."""
+        """Return the state in which the job ends; one that is queued again need not wait the usual two minutes."""
 
         def ended() -> str:
             state = self.field("JobState")
@@ -142,7 +142,7 @@ class Submitted:
         return {part: checkpoint[part] for part in ("model", "model_ema")}
 
     def resumed_at(self) -> list[int]:
-        """The updates after which the run went on."""
+        """Return the updates after which the run resumed."""
         return [int(n) for n in re.findall(r"resumed after update (\d+)", self.log())]
 
 
@@ -213,7 +213,7 @@ def test_the_time_limit(submit, same):
 
 
 def test_preemption(submit, same):
-    job = submit(stage_flags="--num_workers 1")  # a loader process gets the signals too
+    job = submit(stage_flags="--num_workers 1")  # a data loader worker gets the signals too
     job.hold()
     run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     job.heard("SIGUSR2")

@@ -22,7 +22,7 @@ def reconstruction_grid(*arguments):
 
 
 def slow_cells(images, mask, prediction, p, mean, std, norm_pix_loss):
-    """The four cells of each sample as lists of float [H, W, C] in 0..1, in loops over pixels."""
+    """Return the four cells of each sample as lists of float [H, W, C] in 0..1, in loops over pixels."""
     batch, channels, height, width = images.shape
     cells = np.zeros((batch, 4, height, width, channels))
     for b, c, y, x in np.ndindex(batch, channels, height, width):

@@ -124,7 +124,7 @@ def test_positions_are_saved_but_do_not_train():
 
 # ---- decoder and L_MIM -------------------------------------------------------------------------------------
 def slow_decode(student: LUT, latent: torch.Tensor, masking) -> torch.Tensor:
-    """As MAE: mask tokens behind the visible ones, order restored, positions, blocks; predictions [B, L, P]."""
+    """Decode like MAE, [B, L, P]: mask tokens behind the visible ones, order restored, positions, blocks."""
     x, restored = student.decoder_embed(latent), []
     for b, order in enumerate(masking.shuffle.tolist()):
         tokens = [student.mask_token[0, 0]] * len(order)
@@ -323,7 +323,7 @@ def test_initial_weights_are_mae_s():
 # ---- momentum encoder --------------------------------------------------------------------------------------
 @pytest.fixture
 def trained() -> tuple[LUT, MomentumEncoder]:
-    """A momentum encoder, and its student after it went elsewhere: weights, running statistics, positions."""
+    """Return a momentum encoder, and its student after it went elsewhere: weights, running statistics, positions."""
     student = tiny()
     momentum_encoder = MomentumEncoder(student)
     generator = torch.Generator().manual_seed(5)

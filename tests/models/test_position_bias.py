@@ -33,7 +33,7 @@ def upernet(kind: str = "none", size: tuple[int, int] = (32, 48), **more) -> Upe
 
 
 def trained(model):
-    """The model with tables as a training might leave them."""
+    """Return the model with tables as a training might leave them."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(TABLE):

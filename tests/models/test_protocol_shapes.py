@@ -47,7 +47,7 @@ BACKBONE = {
 
 
 def convolution(mmseg_name: str, own_name: str, channels: int, width: int, kernel: int) -> dict:
-    """A ConvModule: convolution without bias, BatchNorm, ReLU."""
+    """Return a ConvModule: convolution without bias, BatchNorm, ReLU."""
     return {
         f"{mmseg_name}.conv.weight": (f"{own_name}.0.weight", (width, channels, kernel, kernel)),
         f"{mmseg_name}.bn.weight": (f"{own_name}.1.weight", (width,)),

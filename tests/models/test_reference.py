@@ -18,7 +18,7 @@ ALPHA = 0.25
 
 
 def section(reference: dict, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors under `prefix`, without it."""
+    """Return the tensors under `prefix`, without it."""
     return {name[len(prefix) :]: x for name, x in reference.items() if name.startswith(prefix)}
 
 
@@ -90,7 +90,7 @@ def test_heads(models, reference):
 
 
 def losses_of(form: str, models, reference):
-    """The step of either form, as the engine takes it."""
+    """Take the step of either form as the engine does."""
     student, momentum_encoder = models
     views, noise = torch.stack([reference["view_u"], reference["view_v"]]), reference["noise"]
     if form == "paper":

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 # ---- the terms of L_BC -------------------------------------------------------------------------------------
 def models(**steering) -> tuple[LUT, MomentumEncoder]:
-    """A tiny student whose BatchNorms do something, and a momentum encoder that has gone elsewhere; fp64."""
+    """Return a tiny student whose BatchNorms do something, and a momentum encoder that has gone elsewhere; fp64."""
     torch.manual_seed(0)
     arguments = dict(reconstructs=steering.pop("reconstructs", True), mask_unit_patches=steering.pop("mask_unit", 1))
     student = LUT(**TINY_MODEL, steering=Steering(**steering), **arguments).double()
@@ -56,7 +56,7 @@ def latents(encoder, batch: Tensor, ids: list[list[int]]) -> list[Tensor]:
 
 
 def frozen_head(head: nn.Sequential, x: Tensor) -> Tensor:
-    """In eval mode: BatchNorm with its running statistics."""
+    """Apply the head in eval mode: BatchNorm with its running statistics."""
     x = x @ head[0].weight.T
     x = (x - head[1].running_mean) / (head[1].running_var + 1e-5).sqrt() * head[1].weight + head[1].bias
     return x.clamp(min=0) @ head[3].weight.T
@@ -67,7 +67,7 @@ def predicted(first: nn.Sequential, second: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def visible_and_hidden(batch: int, view: int = 0) -> tuple[list[list[int]], list[list[int]]]:
-    """Of each image, by sorting: the 6 patches that the student sees of a view, and the others."""
+    """Return, by sorting, the 6 patches of each image that the student sees of a view, and the others."""
     order = [sorted(range(24), key=row.__getitem__) for row in noise(batch).tolist()]
     visible = [row[6 * view : 6 * view + 6] for row in order]
     return visible, [[i for i in range(24) if i not in row] for row in visible]
@@ -98,7 +98,7 @@ def token_term(student, encoder, u: Tensor, v: Tensor, view=0, distance="cosine"
 
 
 def hidden_term(student, encoder, u: Tensor, v: Tensor) -> float:
-    """The mean of the decoder's tokens of hidden patches, in image order as MAE has them, against v̂."""
+    """Return the mean of the decoder's tokens of hidden patches, in image order as MAE has them, against v̂."""
     means, (ids, hidden) = [], visible_and_hidden(len(u))
     for latent, visible, unseen in zip(latents(student, u, ids), ids, hidden, strict=True):
         tokens = student.decoder_embed(latent)

@@ -110,7 +110,7 @@ TWO_BLOCKS = dict(embed_dim=24, depth=2, num_heads=3)
 
 @pytest.fixture
 def four_depths_of_two_blocks(monkeypatch):
-    """The published layouts among the tests' data have two blocks."""
+    """Take levels from two blocks: the published layouts among the tests' data have no more."""
     monkeypatch.setattr("models_upernet.feature_blocks", lambda depth: (0, 0, 0, 1))
     monkeypatch.setattr(UperNet, "pyramid", None)  # which would need four
 

@@ -53,7 +53,7 @@ def test_infonce_is_computed_in_fp32_under_autocast():
 
 # ---- two processes -----------------------------------------------------------------------------------------
 def loss_and_gradients(ranks: slice) -> dict[str, Tensor]:
-    """Of these rows, by a layer that averages its gradients over the processes there are."""
+    """Return loss and gradients of these rows, by a layer that averages its gradients over the processes there are."""
     x, y = numbers(2, 10, 6)
     layer = nn.Linear(6, 6, dtype=torch.float64)
     nn.init.eye_(layer.weight)
@@ -66,7 +66,7 @@ def loss_and_gradients(ranks: slice) -> dict[str, Tensor]:
 
 
 def share(rank: int) -> dict[str, Tensor]:
-    """Of every second row."""
+    """Compute the loss and gradients of every second row."""
     return loss_and_gradients(slice(rank, None, 2))
 
 

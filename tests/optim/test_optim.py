@@ -20,7 +20,7 @@ ENDS_OF_VECTORS = ("bias", "norm.weight", "norm1.weight", "norm2.weight", "head.
 
 
 def vit_base() -> LUT:
-    """On the meta device: names and shapes, no numbers."""
+    """Return a ViT-B on the meta device: names and shapes, no numbers."""
     with torch.device("meta"):
         return LUT(**MODELS["lut_vit_base_patch16"] | dict(img_size=(224, 224), in_chans=3, heads=dict(hidden_dim=8)))
 

@@ -75,7 +75,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage
 
 
 def enormous_png() -> bytes:
-    """Some bytes that announce 300,000 x 300,000 pixels."""
+    """Return some bytes that announce 300,000 x 300,000 pixels."""
     head = struct.pack(">IIBBBBB", 300_000, 300_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + head
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -157,7 +157,7 @@ def test_commands_repeat_the_run(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a page would load or lead to, its scripts, and its words."""
+    """The addresses that a page would load or lead to, its scripts and its texts."""
 
     VOID = ("meta", "link", "img", "input", "br")
 

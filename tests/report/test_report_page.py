@@ -67,7 +67,7 @@ class Browser:
             time.sleep(0.05)
 
     def ranges(self) -> dict[str, list[float]]:
-        """The horizontal axis of each panel."""
+        """Return the range of the horizontal axis of each panel."""
         script = (
             "return Object.fromEntries([...document.querySelectorAll('.panel')].map(p =>"
             " [p.dataset.panel, p.querySelector('.plot')._fullLayout.xaxis.range.map(Number)]))"
@@ -75,7 +75,7 @@ class Browser:
         return self.run(script)
 
     def lines(self, panel: str) -> list[str]:
-        """The paths of the curves in a panel that are seen."""
+        """Return the paths of the visible curves of a panel."""
         script = (
             "return [...document.querySelectorAll(`[data-panel=${arguments[0]}] .js-line`)]"
             ".filter(p => parseFloat(p.style.strokeWidth) > 0).map(p => p.getAttribute('d'))"
@@ -83,7 +83,7 @@ class Browser:
         return self.run(script, panel)
 
     def lengths(self, panel: str) -> list[float]:
-        """Of these paths, in pixels."""
+        """Return the lengths of these paths in pixels."""
         script = (
             "return [...document.querySelectorAll(`[data-panel=${arguments[0]}] .js-line`)]"
             ".filter(p => parseFloat(p.style.strokeWidth) > 0).map(p => p.getTotalLength())"
@@ -102,7 +102,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    """A report of two long runs with pictures, a checkpoint, and names that are no HTML."""
+    """Return a report of two long runs with pictures, a checkpoint, and names that are no HTML."""
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "lut", pretraining_lines(30, 100), pictures=(0, 10, 20, 30), finished={"knn": 49.0})
     complete(save_lut(first / "checkpoint-29.pth"), epoch=29, step=3000)
@@ -116,7 +116,7 @@ def page(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Browser]:
-    """One for all tests."""
+    """Start one browser for all tests."""
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.driver.quit()

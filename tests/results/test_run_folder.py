@@ -162,7 +162,7 @@ def test_a_folder_stands_for_the_runs_below_it_and_names_tell_them_apart(tmp_pat
 
 
 def slow_thin(curve: Curve, most: int) -> list[tuple[float, float, float, float]]:
-    """One group after the other."""
+    """Merge one group of points after the other."""
     n, points = len(curve.steps), []
     for group in range(most):
         inside = range(int(group * n / most), int((group + 1) * n / most) if group + 1 < most else n)

@@ -49,7 +49,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def all_columns(made, tmp_path_factory):
-    """What all sets came to, by one command: results by column, stdout, the folder."""
+    """Score all sets by one command: results by column, stdout, the folder."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("whole")
         outputs = []

@@ -188,24 +188,11 @@ def test_the_moving_average_of_a_run(made, tmp_path):
 # ---- wrong inputs -----------------------------------------------------------------------------------------
 
 
-def wrong_inputs(made, tmp_path):
-    """Flags -> what the line has to say."""
+def wrong_sets(made, tmp_path):
+    """Return flags with wrong sets -> what the line has to say."""
     data, tuned = made.root / "data", made.checkpoint
     v2 = data / "imagenetv2-matched-frequency-format-val"
     val = data / "imagenet" / "val"
-    other_classes = tmp_path / "ten.pth"
-    state = made.model.state_dict()
-    torch.save(
-        {"model": state | {"head.weight": state["head.weight"][:10], "head.bias": state["head.bias"][:10]}},
-        other_classes,
-    )
-    settings = PretrainConfig(model="lut_vit_nano_patch4", patch_size=8, decoder_depth=1, head_mlp_dim=16)
-    pretrained = tmp_path / "checkpoint-3.pth"
-    torch.save({"model": LUT(**settings.model_arguments).state_dict(), "config": as_dict(settings)}, pretrained)
-    no_file = tmp_path / "notes.pth"
-    no_file.write_text("no checkpoint")
-    resnet = tmp_path / "resnet.pth"
-    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), resnet)
     a = complete(tmp_path / "some", [WNIDS[c] for c in SUBSETS["a"]], 1)
     train = complete(tmp_path / "train", WNIDS[:2], 3)
     misplaced = tmp_path / "misplaced" / WNIDS[7]
@@ -238,8 +225,28 @@ def wrong_inputs(made, tmp_path):
         f"{tuned} --imagenet_v2 {v2} --columns si_lok": "--columns si_lok: unknown, did you mean si_loc?",
         f"{tuned} --imagenet_v2 {v2} --occlusion 0": "--occlusion 0.0: must lie in (0, 1]",
         f"{tuned} --imagenet_v2 {v2} --picture out.txt": "--picture out.txt: give the name of a .png",
-        f"{tuned} --imagenet_v2 {v2} --partial --output_dir {no_file}": "notes.pth: cannot be written",
         f"{tuned} --imagenet_v2 {v2} --weights momentum": "holds no momentum encoder",
+    }
+
+
+def wrong_models(made, tmp_path):
+    """Return flags with wrong checkpoints -> what the line has to say."""
+    tuned, v2 = made.checkpoint, made.root / "data" / "imagenetv2-matched-frequency-format-val"
+    other_classes = tmp_path / "ten.pth"
+    state = made.model.state_dict()
+    torch.save(
+        {"model": state | {"head.weight": state["head.weight"][:10], "head.bias": state["head.bias"][:10]}},
+        other_classes,
+    )
+    settings = PretrainConfig(model="lut_vit_nano_patch4", patch_size=8, decoder_depth=1, head_mlp_dim=16)
+    pretrained = tmp_path / "checkpoint-3.pth"
+    torch.save({"model": LUT(**settings.model_arguments).state_dict(), "config": as_dict(settings)}, pretrained)
+    no_file = tmp_path / "notes.pth"
+    no_file.write_text("no checkpoint")
+    resnet = tmp_path / "resnet.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), resnet)
+    return {
+        f"{tuned} --imagenet_v2 {v2} --partial --output_dir {no_file}": "notes.pth: cannot be written",
         f"{other_classes} --imagenet_v2 {v2}": "has 10 classes, give a classifier of ImageNet-1k's 1000",
         f"{pretrained} --imagenet_v2 {v2}": "holds an encoder without a classifier, fine-tune it first",
         f"{no_file} --imagenet_v2 {v2}": "cannot be read as a checkpoint",
@@ -255,7 +262,7 @@ def wrong_inputs(made, tmp_path):
 
 def test_wrong_inputs_are_one_line(made, call, tmp_path):
     unlike = {}
-    for flags, message in wrong_inputs(made, tmp_path).items():
+    for flags, message in (wrong_sets(made, tmp_path) | wrong_models(made, tmp_path)).items():
         status, _, error = call(f"{flags} {FLAGS}")
         one_line = error.startswith("robustness.py: error: ") and error.count("\n") == 1
         if not (status == 2 and one_line and message in error):

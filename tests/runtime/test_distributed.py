@@ -40,7 +40,7 @@ def batch_norm(affine: bool = True) -> nn.BatchNorm1d:
 
 
 def synced(affine: bool = True) -> SyncBatchNorm:
-    """The same, with the class under test."""
+    """Return the same layer, of the class under test."""
     norm = SyncBatchNorm(WIDTH, momentum=0.3, affine=affine).double()
     norm.load_state_dict(batch_norm(affine).state_dict())
     return norm
@@ -54,7 +54,7 @@ def batches(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def steps(norm: nn.Module, ranks: slice | int) -> list[dict[str, torch.Tensor]]:
-    """What `norm` computes from the inputs of these ranks, step by step."""
+    """Return what `norm` computes from the inputs of these ranks, step by step."""
     results = []
     for step in range(STEPS):
         x, grad = (z[ranks].reshape(-1, WIDTH).clone() for z in batches(step))
@@ -69,7 +69,7 @@ def steps(norm: nn.Module, ranks: slice | int) -> list[dict[str, torch.Tensor]]:
 
 
 def drifted_layer(rank: int) -> nn.Linear:
-    """The same on both ranks but for the last bit of one number."""
+    """Return a layer that is the same on both ranks but for the last bit of one number."""
     layer = nn.Linear(100, 100)
     for p in layer.parameters():
         nn.init.ones_(p)
@@ -78,7 +78,7 @@ def drifted_layer(rank: int) -> nn.Linear:
 
 
 def complaint(call, *arguments) -> str:
-    """The message of what it raises, or nothing."""
+    """Return the message of the error that the call raises, or nothing."""
     try:
         call(*arguments)
     except RuntimeError as error:
@@ -97,7 +97,7 @@ def maps_norm(kind: type[nn.Module]) -> nn.Module:
 
 
 def maps(form: tuple[int, ...], seed: int = 1) -> torch.Tensor:
-    """Of both ranks, not centred."""
+    """Return feature maps of both ranks, not centred."""
     return 2 * torch.randn(2, *form, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3
 
 
@@ -111,7 +111,7 @@ def under_autocast(norm: nn.Module) -> None:
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    """All that takes two processes; the tests below look at what it saves."""
+    """Compute all that takes two processes; the tests below read what it saves."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
@@ -141,7 +141,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What each of two processes found."""
+    """Return the results of each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(one_of_two, args=(str(folder),), nprocs=2)
@@ -283,7 +283,7 @@ SAME = {"images": 9, "names of the images": "1f", "seed": 0, "peak lr": 1e-3, "b
 
 
 def compare(rank: int) -> list[tuple[str, float]]:
-    """The message about each fact that differs on rank 1, and the seconds until it came."""
+    """Return the message about each fact that differs on rank 1, and the seconds until it came."""
     check_same_on_all_ranks(SAME)
     messages = []
     for name in SAME:
@@ -378,7 +378,7 @@ def test_a_device_that_is_not_there(monkeypatch, gpus, name, local_rank, message
 
 
 def pretend(monkeypatch, gpus: int, local_rank: int) -> None:
-    """A machine with so many GPUs."""
+    """Pretend that the machine has so many GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])

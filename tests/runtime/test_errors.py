@@ -59,7 +59,7 @@ def end_of(error: BaseException | str, capsys) -> tuple[int, str]:
             "make /dev/shm larger",
         ),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. out of shared memory"), 1, "/dev/shm"),
-        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), 1, "a loader process died or hung"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), 1, "data loader worker died or hung"),
         (
             RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4"),
             1,
@@ -121,7 +121,7 @@ def run(images: Path, output: Path, flags: str = "", before: str = "", after: st
 
 
 def one_error(end: subprocess.CompletedProcess) -> str:
-    """The one line that the run ended with."""
+    """Return the one line that the run ended with."""
     lines = [line for line in end.stderr.splitlines() if "error: " in line]
     assert end.returncode == 1, end.stderr
     assert len(lines) == 1, end.stderr

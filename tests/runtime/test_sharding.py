@@ -71,7 +71,7 @@ def student() -> LUT:
 
 
 def one_of_two(rank: int, root: Path, ports: list[int]) -> None:
-    """All runs, by one of two processes; how each of them ended goes into a file."""
+    """Make all runs as one of two processes; write the end of each into a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     ends = []
     for (folder, program, flags), port in zip(RUNS, ports, strict=False):
@@ -119,7 +119,7 @@ def poisoned(rank: int) -> Iterator[None]:
 
 
 def share_held(rank: int) -> dict:
-    """One step of a sharded and a whole model with the same gradients: what this rank holds, and what comes out."""
+    """Step a sharded and a whole model with the same gradients; return what this rank holds, and the weights."""
     model, plain = student(), student()
     follower = MomentumEncoder(model)
     skeleton = shard(model, follower, CPU)
@@ -144,7 +144,7 @@ def share_held(rank: int) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The folder of all runs, each ended as its rank's file says."""
+    """Return the folder of all runs, each ended as its rank's file says."""
     root = tmp_path_factory.mktemp("sharded")
     for split, numbers in (("train", (16, 16)), ("val", (7, 6))):  # 13: no two halves
         for i, number in enumerate(numbers):
@@ -155,7 +155,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def ends(runs: Path, folder: str) -> list[tuple[int, str]]:
-    """How the runs in a folder ended, on rank 0 and then on rank 1."""
+    """Return how the runs in a folder ended, on rank 0 and then on rank 1."""
     return [
         end
         for rank in range(2)
@@ -183,7 +183,7 @@ def same_files(a: Path, b: Path) -> None:
 
 
 def leaves(state: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """All that is in nested dicts and lists, with the way to it."""
+    """Yield each value in nested dicts and lists with its path."""
     if isinstance(state, dict | list | tuple):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             yield from leaves(value, f"{name}/{key}")

@@ -36,7 +36,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted_run(images, tmp_path_factory) -> Path:
-    """A run that nothing interrupts."""
+    """Return a run that nothing interrupts."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with Ranks(command(images, run)) as ranks:
         assert ranks.finish()[0][0] == 0
@@ -44,7 +44,7 @@ def uninterrupted_run(images, tmp_path_factory) -> Path:
 
 
 def interrupt(ranks: Ranks) -> None:
-    """Ctrl-C as a terminal sends it: to the whole group, loader processes too."""
+    """Ctrl-C as a terminal sends it: to the whole group, data loader workers too."""
     os.killpg(ranks.processes[0].pid, signal.SIGINT)
 
 

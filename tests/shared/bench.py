@@ -16,5 +16,5 @@ CPU = torch.device("cpu")
 
 
 def variants(more: str = "", *axes: str) -> list[Variant]:
-    """The rows of a tiny `step`."""
+    """Return the rows of a tiny `step`."""
     return step_variants(vary(StepConfig, [*TINY_STEP.split(), *more.split()], axes, "bench.py step"))

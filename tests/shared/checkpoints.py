@@ -24,7 +24,7 @@ def shaken(model, seed=0):
 
 
 def save_lut(path: Path) -> Path:
-    """A checkpoint as pre-training writes it, of a LUT and its momentum encoder with other weights."""
+    """Save a checkpoint as pre-training writes it, of a LUT and its momentum encoder with other weights."""
     student = shaken(LUT(**SETTINGS.model_arguments))
     followed = shaken(MomentumEncoder(student), seed=1)
     ema = {f"ema.{name}": x for name, x in followed.state_dict().items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# the smallest run: nano model at patch 8, one block of decoder, narrow heads, no loader processes
+# the smallest run: nano model at patch 8, one block of decoder, narrow heads, no data loader workers
 TINY = (
     "--model lut_vit_nano_patch4 --patch_size 8 --decoder_depth 1 --head_mlp_dim 16 --batch_size 8 --epochs 2"
     " --warmup_epochs 1 --blr 1e-2 --num_workers 0 --print_freq 1 --monitor_freq 0 --device cpu"

@@ -20,7 +20,7 @@ def encode(image, image_format="PNG", **options):
 
 
 def colours(height=30, width=45, seed=0):
-    """An RGB picture that compresses badly."""
+    """Return an RGB picture that compresses badly."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([5 * x, 8 * y, 3 * (x + y)], -1) + rng.integers(0, 25, (height, width, 3))
@@ -28,12 +28,12 @@ def colours(height=30, width=45, seed=0):
 
 
 def plain(number):
-    """A PNG of one colour that tells which image it is."""
+    """Return a PNG of one colour that tells which image it is."""
     return encode(Image.new("RGB", (6, 5), (number, number, number)))
 
 
 def write_plain(path: Path, names: list[str]) -> Path:
-    """A folder, or a .tar by its ending, of files that hold images of one colour each, whatever they are called."""
+    """Write a folder, or a .tar by its ending, of files that hold images of one colour each, whatever their names."""
     for number, name in enumerate(names):
         content = plain(number % 256)
         if path.suffix != ".tar":
@@ -86,5 +86,5 @@ def tree(folder):
 
 
 def noise_png(seed, size=(60, 50)):
-    """A picture that no format makes small."""
+    """Return a picture that no format makes small."""
     return encode(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)))

@@ -74,18 +74,18 @@ class Made:
         self.make_all()
 
     def take(self, number):
-        """Other images than before."""
+        """Return other images than before."""
         taken, self.free = self.free[:number], self.free[number:]
         return taken
 
     def split(self, classes, number):
-        """Some images whose answer is among the classes, and as many whose answer is not."""
+        """Return some images whose answer is among the classes, and as many whose answer is not."""
         among = [image for image in range(POOL) if self.predicted[image] in classes]
         others = [image for image in range(POOL) if self.predicted[image] not in classes]
         return among[:number], others[:number]
 
     def best(self, image, among=range(1000), logits=None):
-        """The classes by their logits, in plain Python."""
+        """Return the classes by their logits, in plain Python."""
         row = (self.logits if logits is None else logits)[image].tolist()
         return sorted(among, key=lambda c: -row[c])
 
@@ -137,7 +137,7 @@ class Made:
             self.scored["v2"].append((image, [label]))
 
     def make_wnids(self, key, folder, classes):
-        """Two of three are right among the classes that compete."""
+        """Save images of which two of three are right among the classes that compete."""
         self.scored[key] = []
         for turn, image in enumerate(self.take(30)):
             label = self.best(image, classes)[0 if turn % 3 else 2]
@@ -145,7 +145,7 @@ class Made:
             self.scored[key].append((image, [label]))
 
     def make_objectnet(self):
-        """In a red border of two pixels, in folders with one class and several, and in one that does not count."""
+        """Save images with a red border of two pixels, in folders of one class, of several, and of none that counts."""
         self.scored["objnet"] = []
         folder_of_class = {c: folder for folder, classes in OBJECTNET.items() for c in classes}
         among, others = self.split(folder_of_class, 40)
@@ -170,7 +170,7 @@ class Made:
             self.scored[f"si_{key}"].append((image, [SI_SCORE[label]]))
 
     def make_outliers(self):
-        """In folders of the classes that ImageNet's images have here, and against which they stand."""
+        """Save ImageNet-O's outliers in folders of classes of ImageNet's images; those images are the inliers."""
         classes = {right[0] for _, right in self.scored["in1k"]} & set(SUBSETS["o"])
         self.outliers = self.take(25)
         for turn, image in enumerate(self.outliers):
@@ -179,7 +179,7 @@ class Made:
         self.inliers = [image for image, right in self.scored["in1k"] if right[0] in classes]
 
     def expected(self, key):
-        """The column's metrics, in plain Python."""
+        """Return the column's metrics, in plain Python."""
         if key == "o":
             scores = [(-self.confidence(image), True) for image in self.outliers]
             scores += [(-self.confidence(image), False) for image in self.inliers]
@@ -194,7 +194,7 @@ class Made:
         return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "images": total, "bad_images": 0}
 
     def confidence(self, image):
-        """The largest softmax probability among the 200 classes of ImageNet-O."""
+        """Return the largest softmax probability among the 200 classes of ImageNet-O."""
         row = self.logits[image].tolist()
         powers = [math.exp(row[c]) for c in SUBSETS["o"]]
         return max(powers) / sum(powers)
@@ -211,5 +211,5 @@ def average_precision(scores):
 
 
 def everything(made):
-    """The flags for all of them."""
+    """Return the flags for all of them."""
     return f"--data_root {made.root}/data --partial {FLAGS}"

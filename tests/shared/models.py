@@ -20,7 +20,7 @@ def noise(batch: int, patches: int = 24) -> torch.Tensor:
 
 
 def head_by_hand(head: nn.Sequential, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two linear layers with BatchNorm (statistics of this batch) and ReLU between; also the batch's mean."""
+    """Return two linear layers with BatchNorm (statistics of this batch) and ReLU between; also the batch's mean."""
     x = x @ head[0].weight.T
     mean, var = x.mean(0), (x - x.mean(0)).square().mean(0)
     return ((x - mean) / (var + 1e-5).sqrt() * head[1].weight + head[1].bias).clamp(min=0) @ head[3].weight.T, mean

@@ -17,7 +17,7 @@ from util.train.state import TrainState
 
 # ---- one update -----------------------------------------------------------------------------------------
 def trainer_of(*flags: str) -> PretrainTrainer:
-    """A trainer without data, and weights from seed 0."""
+    """Return a trainer without data, and weights from seed 0."""
     config = parse_config(PretrainConfig, [*TINY.split(), *flags], "main_pretrain.py")
     torch.manual_seed(0)
     student = LUT(**config.model_arguments)

@@ -56,7 +56,7 @@ def write_run(
     command: str | None = None,
     **facts: object,
 ) -> Path:
-    """A run's folder; `finished`: metrics of its result, None: it is still training; `facts`: more for run.json."""
+    """Write a run's folder; `finished`: metrics of its result, None: still training; `facts`: more for run.json."""
     config = as_dict(PretrainConfig(epochs=2, warmup_epochs=1)) if config is None else config
     command = f"/usr/bin/python3 main_{stage}.py --output_dir {folder}" if command is None else command
     facts = {"stage": stage, "recipe": config.get("recipe", ""), "command": command} | facts

@@ -7,7 +7,7 @@ from shared.images import colours, encode
 
 # ---- streams -----------------------------------------------------------------------------------------------
 class Numbers(IterableDataset):
-    """Twelve images, or text in the place of some, dealt to the loader processes."""
+    """Twelve images, or text in the place of some, dealt to the data loader workers."""
 
     def __init__(self, bad=(), parts=12):
         self.bad, self.parts, self.epoch = bad, parts, None

@@ -20,7 +20,7 @@ from util.tables.schema import Key, check_mapping, one_of
 
 @pytest.fixture
 def run(tmp_path):
-    """A planned pre-training of 16 epochs, with an empty folder."""
+    """Return a planned pre-training of 16 epochs, with an empty folder."""
     run, *_ = plan_runs([TABLES["C"]], options("tiny", tmp_path))
     assert run.config.epochs == 16
     run.folder.mkdir(parents=True)

@@ -68,7 +68,7 @@ def test_a_plan_says_plainly_what_is_not_run(call):
 
 
 def finish(folder: Path, table: str, name: str, seed: int, stage: str, value: float, **other) -> Path:
-    """The results.jsonl that a run of the tiny scale would have left, as planned but for `other`."""
+    """Write the results.jsonl that a run of the tiny scale would have left, as planned but for `other`."""
     runs = plan_runs([TABLES[table]], options("tiny", folder, seeds=seed + 1))
     run = next(run for run in runs if run.title == f"{name}, seed {seed}, {stage}")
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -377,9 +377,8 @@ def test_a_table_that_is_stopped_half_way_goes_on(tmp_path):
 
     def start(*more: str) -> subprocess.Popen:
         command = [sys.executable, "-c", DRIVER, str(tmp_path / "own.yaml"), "run", *flags, *more]
-        return subprocess.Popen(
-            command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, **output)
 
     mae, lut = (tmp_path / "out" / "tiny" / name / "seed_0" for name in ("ablation_mae", "ablation_lut"))
     for number, stopped, begun, status in (

@@ -179,14 +179,14 @@ def test_headers_of_recipes_expect_what_the_tables_have():
 
 
 def keys_of(config) -> dict:
-    """The settings that say what is trained."""
+    """Return the settings that say what is trained."""
     free = ("recipe", "output_dir", "seed", "data_path", "auto_resume")
     return {name: value for name, value in as_dict(config).items() if name not in free}
 
 
 @pytest.mark.parametrize("scale", ["small", "cpu", "tiny"])
 def test_a_smaller_scale_changes_a_row_in_the_same_way(scale):
-    """What tells a row from its base is the same at every scale."""
+    """A row differs from its base in the same settings at every scale."""
     compared = 0
     for row, column in [(row, column) for table, row in OURS for column in table.columns if column.stage]:
         if recipe := row.recipes.get(column.key):
@@ -211,7 +211,7 @@ def test_a_smaller_scale_changes_a_row_in_the_same_way(scale):
 
 
 def script_flags(settings: dict) -> list[str]:
-    """As a scale's settings become flags, written down anew."""
+    """Return a scale's settings as flags, written down anew."""
     flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -314,7 +314,7 @@ def test_a_mistake_in_a_recipe_names_the_row(monkeypatch, tmp_path):
 
 
 def load_with(folder: Path, text: str):
-    """The table X of a file with this text."""
+    """Return the table X of a file with this text."""
     (folder / "study.yaml").write_text("{}")
     (folder / "paper.yaml").write_text(text)
     return load_tables(folder)["X"]

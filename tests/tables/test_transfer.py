@@ -189,7 +189,7 @@ def test_a_limit_of_updates_limits_the_cost(tmp_path, class_folders):
 
 # ---- results -------------------------------------------------------------------------------------------------------
 def finish(grid: Path, lr: float, decay: float, *values: float, **other) -> None:
-    """What runs of a cell leave, one per seed."""
+    """Write what runs of a cell leave, one per seed."""
     for seed, value in enumerate(values):
         folder = grid / f"lr_{lr!r}-wd_{decay!r}" / f"seed_{seed}"
         folder.mkdir(parents=True)

@@ -21,7 +21,7 @@ from util.tables.transfer import read_grid
 
 
 def start(folder: Path, flags: str) -> subprocess.Popen:
-    """The script in a process of its own."""
+    """Start the script in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "transfer.py"), *shlex.split(flags)],
         cwd=folder,

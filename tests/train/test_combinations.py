@@ -51,7 +51,7 @@ COMBINATIONS = [*METHODS, *(f"{flags} --views symmetric" for flags in METHODS if
 
 
 def add_pico() -> None:
-    """A model that is smaller than any real one."""
+    """Add a model that is smaller than any real one."""
     models_architectures.ARCHITECTURES["vit_pico_patch8"] = models_architectures.MODELS["lut_vit_pico_patch8"] = PICO
 
 
@@ -144,7 +144,7 @@ TOGETHER = [
 
 
 def losses_and_gradients(flags: str, ranks: slice) -> dict[str, Tensor]:
-    """Of these images of a batch, in fp64; the second of two passes, as a parameter left out in the first fails it."""
+    """Return those of images of a batch, in fp64, of the second pass: a parameter left out in the first fails it."""
     config = pico_config(flags)
     state, _ = build_state(config, None, CPU)
     state.model.double()
@@ -162,14 +162,14 @@ def losses_and_gradients(flags: str, ranks: slice) -> dict[str, Tensor]:
 
 
 def shares(rank: int) -> dict[str, dict[str, Tensor]]:
-    """All that takes two processes, of every second image."""
+    """Compute all that takes two processes, from every second image."""
     add_pico()
     return {flags: losses_and_gradients(flags, slice(rank, None, 2)) for flags in TOGETHER}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What each of two processes found."""
+    """Return the results of each of two processes."""
     return in_two_processes(shares, tmp_path_factory.mktemp("ranks"))
 
 

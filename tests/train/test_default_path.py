@@ -162,7 +162,7 @@ class FrozenStudent(FrozenEncoder):
         return F.mse_loss(self.decoder_pred(self.decoder_norm(x)).float(), target.float())
 
     def last_block(self, layer: Block, x: Tensor, last: int) -> Tensor:
-        """What it makes of the last tokens, which see all."""
+        """Return the last tokens, which attend to all."""
         weight, bias, heads = layer.attn.qkv.weight, layer.attn.qkv.bias, layer.attn.num_heads
         normed = layer.norm1(x)
         q = F.linear(normed[:, -last:], weight[: self.E], bias[: self.E]).unflatten(-1, (heads, -1))
@@ -246,7 +246,7 @@ def batch(update: int) -> Batch:
 
 
 def train(trainer_type: type[PretrainTrainer], config: PretrainConfig, state: TrainState) -> list[float]:
-    """The losses of all updates."""
+    """Train, and return the losses of all updates."""
     trainer, losses = trainer_type(config, state, state.model, CPU, None, updates_per_epoch=UPDATES // 2), []
     for update in range(UPDATES):
         trainer.update([batch(update)])

@@ -34,7 +34,7 @@ def one_device(monkeypatch):
 
 
 def update(trainer, batches):
-    """One update; every tensor of the models lies on the GPU."""
+    """Make one update; every tensor of the models lies on the GPU."""
     for model in filter(None, (trainer.state.model, trainer.state.model_ema)):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
     trainer.update([trainer.batch_to_device(batch) for batch in batches])

@@ -51,7 +51,7 @@ def test_non_square_images_of_one_channel(pretrain, flat_folder, tmp_path):
 
 
 def test_a_checkpoint_is_laid_out_as_mae_s_and_the_release_s(pretrain, flat_folder, tmp_path):
-    """What other programs read: plain torch.load, the names of the release, `epoch` as MAE means it."""
+    """Other programs can read it: plain torch.load, the names of the release, `epoch` as MAE means it."""
     pretrain("--data_path", flat_folder)
     saved = torch.load(tmp_path / "run" / "checkpoint-1.pth")
     assert {"model", "optimizer", "scaler", "model_ema", "epoch"} <= set(saved)
@@ -106,7 +106,7 @@ def test_accumulation_over_four_is_one_batch_of_four_times_the_size(views, dista
 
 
 def test_after_an_overflow_neither_encoder_moves():
-    """With the scaler of fp16: the step is left out, the scale falls, and the next one is taken."""
+    """The scaler of fp16 leaves the step out, the scale falls, and the next step is taken."""
     trainer = trainer_of()
     trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     student, momentum_encoder = trainer.state.model, trainer.state.model_ema
@@ -353,7 +353,7 @@ def test_a_finished_folder_is_not_begun_anew(pretrain, flat_folder, tmp_path, ca
     pretrain("--data_path", flat_folder, "--max_steps 1")
     with pytest.raises(SystemExit):
         pretrain("--data_path", flat_folder)
-    assert "add --auto_resume to go on with it" in capsys.readouterr().err
+    assert "add --auto_resume to resume it" in capsys.readouterr().err
 
 
 def test_resume_with_other_settings_names_both_values(pretrain, flat_folder, tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_a_resumed_run_ends_bit_equal(segment, scenes, tmp_path, stop_after):
     assert all(torch.equal(moments[0][p]["exp_avg_sq"], moments[1][p]["exp_avg_sq"]) for p in moments[0])
 
 
-def test_loader_processes_change_nothing(segment, scenes, tmp_path):
+def test_loader_workers_change_nothing(segment, scenes, tmp_path):
     logs = [segment("--data_path", scenes, "--num_workers", n, output=tmp_path / str(n)) for n in (0, 2)]
     assert values(logs[0], "loss") == values(logs[1], "loss")
     assert values(logs[0], "miou") == values(logs[1], "miou")
@@ -252,7 +252,7 @@ def test_a_wrong_mask_is_found_before_anything_is_trained(segment, scenes, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_from_a_loader_process_it_is_one_line_too(segment, scenes, capsys):
+def test_from_a_loader_worker_it_is_one_line_too(segment, scenes, capsys):
     damage(scenes / "masks" / "train" / "scene-003.png", "out of range")
     for flags in ("--num_workers 1", "--num_workers 1 --no_check_data"):
         with pytest.raises(SystemExit) as stop:

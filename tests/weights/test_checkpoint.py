@@ -127,7 +127,7 @@ def test_a_newer_file_without_manifest_is_named_and_the_newest_is_told_by_name(t
     assert store(tmp_path).load_latest()[0]["updates"] == 1
     output = capsys.readouterr().err
     assert "checkpoint-10.pth has no manifest" in output
-    assert "going on from checkpoint-0.pth" in output
+    assert "resuming from checkpoint-0.pth" in output
     manifest_path(tmp_path / "checkpoint-0.pth").unlink()
     assert store(tmp_path).load_latest()[0]["updates"] == 2
     with pytest.raises(UserError, match=r"is a folder, give a checkpoint: .*checkpoint-10\.pth$"):

@@ -75,7 +75,7 @@ def class_tree(root, names, contents):
 
 
 def scores_of(capsys, folder):
-    """The metrics of the last line of results.jsonl, and what was printed."""
+    """Return the metrics of the last line of results.jsonl, and what was printed."""
     lines = (folder / "results.jsonl").read_text().splitlines()
     return json.loads(lines[-1])["metrics"], capsys.readouterr().out
 

@@ -48,7 +48,7 @@ def run_convert(monkeypatch, capsys):
 
 
 def timm_from(printed: str):
-    """The model that the printed call makes."""
+    """Return the model that the printed call makes."""
     call = printed.splitlines()[-1]
     assert call.startswith("timm.create_model(")
     return eval(call, {"timm": timm}).eval()

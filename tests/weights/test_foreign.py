@@ -27,7 +27,7 @@ SHAPE = dict(img_size=32, patch_size=16, depth=2)
 
 
 def random_vit(width: int, heads: int, seed: int = 0, **more) -> VisionTransformer:
-    """A ViT of timm's whose attention is far from uniform, so that another number of heads gives other features."""
+    """Return a ViT of timm's with attention far from uniform, so that other numbers of heads give other features."""
     torch.manual_seed(seed)
     model = VisionTransformer(**SHAPE | dict(embed_dim=width, num_heads=heads, num_classes=0) | more).eval()
     for p in model.parameters():

@@ -89,7 +89,7 @@ def test_every_model_builds_as_a_classifier(name):
 
 
 def expected_scale(name: str, depth: int, decay: float) -> float:
-    """By the rule: tokens, positions and patches lie below block 0, norm and head above the last block."""
+    """Return the scale: tokens, positions and patches lie below block 0, norm and head above the last block."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
         layer = 0
     elif name.startswith("blocks."):
@@ -174,7 +174,7 @@ def test_lars_against_a_slow_version(weight_decay):
 
 
 def test_lars_goes_on_from_a_state_of_timm_s():
-    """Which earlier versions of this code saved; the two agree without weight decay."""
+    """Earlier versions of this code saved it; the two agree without weight decay."""
     layers = [nn.Linear(5, 3).double() for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     groups = [

@@ -3,7 +3,7 @@
 A folder of embeddings holds `embeddings.json` (how they were made), `index.csv` (file name, label and class of each
 image, in the order of the features) and shards of `shard_size` images, `shard-00000.safetensors`, or with format npy
 one array per kind, `shard-00000-mean.npy`. A shard is written whole or not at all and follows from the settings alone,
-so that an interrupted call goes on behind its last shard, and several processes share the shards.
+so that an interrupted call resumes after its last shard, and several processes share the shards.
 
 Letters: n images of a shard, L patches, D width.
 """

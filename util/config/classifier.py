@@ -109,9 +109,9 @@ class FinetuneConfig(ClassifierConfig):
     rel_pos_bias: RelativeBias = "none"
     """relative position bias in attention, 0 at first: a table for each block, or one that all blocks share"""
     model_ema: bool = False
-    """evaluate, and keep as `model_ema`, a moving average of the weights"""
+    """evaluate, and keep as `model_ema`, the exponential moving average (EMA) of the weights"""
     model_ema_decay: float = 0.9999
-    """decay of the moving average, per update"""
+    """decay of the EMA, per update"""
 
     # augmentation
     color_jitter: float | None = None

@@ -87,11 +87,11 @@ class PixelConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     """an unreadable image stops the run, or the next readable one takes its place and it is counted"""
     num_workers: int | None = None
-    """loader processes per rank, 0: none; default: 10, or the processors there are"""
+    """data loader workers per rank, 0: none; default: 10, or the processors there are"""
     pin_mem: bool = True
     """page-locked memory for copies to a GPU; no effect on CPU"""
     loader_timeout: float = 600.0
-    """seconds to wait for a batch before a hung or dead loader process ends the run"""
+    """seconds to wait for a batch before a hung or dead data loader worker ends the run"""
 
     def __post_init__(self) -> None:
         check(self.in_chans in (1, 3, 4), "in_chans", self.in_chans, "images have 1, 3 or 4 channels")

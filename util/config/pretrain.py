@@ -89,7 +89,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
     photometric: bool = True
     """colour jitter and one of greyscale, solarise, blur on view v"""
     augment_on: Literal["worker", "device"] = "worker"
-    """where colours are changed: image by image in the loader processes, or a batch at a time on the device"""
+    """where colours are changed: image by image in the data loader workers, or a batch at a time on the device"""
 
     # start and monitors
     init_from: str = ""

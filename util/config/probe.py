@@ -80,7 +80,7 @@ class ProbeConfig:
     attentive_batch_size: int = 256
     """images per update"""
     attentive_augment: bool = False
-    """random crops and flips of the training images, encoded anew in every epoch"""
+    """random crops and flips of the training images, encoded again in every epoch"""
     dense: bool = False
     """only kNN and logistic regression of patch tokens on masks, in % mIoU; --data_path is a folder with images/ and
     masks/ as for main_segment.py"""
@@ -97,7 +97,7 @@ class ProbeConfig:
     mask_suffix: str = ""
     """--dense: end of a mask's name beyond its image's: _gtFine_labelTrainIds"""
     token_memory: float = 4.0
-    """GiB for tokens of --attentive; tokens that do not fit are encoded anew in every epoch"""
+    """GiB for tokens of --attentive; tokens that do not fit are encoded again in every epoch"""
     attentive_seed: int = 0
     """seed of --attentive: held-out images, first weights, order of the batches"""
     most_images: int = 50_000

@@ -174,7 +174,7 @@ class MaskedSource(FileSource):
         """Raise UserError unless both (width, height) are equal."""
         if mask != image:
             sizes = f"is {mask[0]} x {mask[1]} pixels, its image {self.paths[index]} {image[0]} x {image[1]}"
-            raise UserError(f"{self.masks[index]}: {sizes}; make the mask anew in the image's size")
+            raise UserError(f"{self.masks[index]}: {sizes}; make the mask again in the image's size")
 
     def to_classes(self, path: str, numbers: np.ndarray) -> Tensor:
         """Return the classes, uint8 [h, w], of a mask's numbers [h, w]; UserError where one is no class."""

@@ -114,13 +114,13 @@ class DrawnDataset(Dataset):
 
 @dataclass
 class PretrainStream(IterableDataset):
-    """Samples as of `PretrainDataset`, from a stream: their number in the worker's stream takes the place of an index.
+    """The samples of `PretrainDataset` from a stream, numbered in the order in which a worker reads them.
 
-    `read_index` is larger than `index` by the unreadable samples that were left out just before it. Which samples come
-    in which order is up to the stream's reader: timm's shuffle wds/ by the seeds that PyTorch gives loader processes,
-    and `Loader` has these follow from seed and epoch. An epoch is entered in the middle by passing over what its first
-    batches had: undecoded, unless unreadable samples are left out. That is exact with the same number of processes and
-    of loader processes, between which the reader deals its parts.
+    `read_index` is larger than `index` by the number of unreadable samples that were skipped just before. The stream's
+    reader decides the order: timm's readers shuffle wds/ by the seeds that PyTorch gives the data loader workers, which
+    `Loader` derives from seed and epoch. To resume within an epoch, the samples that were used already are skipped;
+    they are decoded only where unreadable ones must be told from good ones. This is exact with the same number of ranks
+    and of workers, among which the reader shares the stream.
     """
 
     stream: IterableDataset
@@ -139,12 +139,12 @@ class PretrainStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         number = (self.rank << 48) | ((worker.id if worker else 0) << 32)
-        # without loader processes this one would go on where the epoch before has left a reader's generator
+        # without workers the reader's generator would carry on from the last epoch, so the stream is copied
         stream = self.stream if worker else copy.deepcopy(self.stream)
         if hasattr(stream, "set_epoch"):
             stream.set_epoch(self.epoch)
         bad_in_a_row = 0
-        # of each process alike; `Loader` passes over the rest, less than one batch for each
+        # every worker skips as many whole batches; `Loader` skips the rest, less than one batch per worker
         start = number + self.start_batch // (worker.num_workers if worker else 1) * self.batch_size
         while True:  # the order of batches ends the epoch, at the same step on every rank
             begin = number
@@ -169,7 +169,7 @@ class PretrainStream(IterableDataset):
                 bad_in_a_row = 0
                 number += 1
             if number == begin:
-                raise UserError("--dataset: the stream holds no samples, or fewer parts than loader processes")
+                raise UserError("--dataset: the stream holds no samples, or fewer parts than data loader workers")
 
 
 @dataclass

@@ -176,7 +176,7 @@ class Contents:
 
     def error(self, path: str, reason: str) -> UserError:
         """Return the error for a link that cannot be followed."""
-        return UserError(f"{self.flag} {self.tar}: its link {path} {reason}; pack it anew with --dereference")
+        return UserError(f"{self.flag} {self.tar}: its link {path} {reason}; pack it again with --dereference")
 
 
 def read_headers(tar: Path, flag: str) -> Contents:
@@ -219,7 +219,7 @@ def add_member(contents: Contents, member: tarfile.TarInfo) -> None:
     for kind in (contents.members, contents.links, contents.hard_links):
         kind.pop(path, None)
     if member.issparse():
-        fix = "pack it anew without --sparse"
+        fix = "pack it again without --sparse"
         raise UserError(f"{contents.flag} {contents.tar}: holds {path} as a sparse file; {fix}")
     if member.isreg():
         contents.members[path] = (member.name, member.offset_data, member.size)
@@ -228,7 +228,7 @@ def add_member(contents: Contents, member: tarfile.TarInfo) -> None:
     elif member.islnk():
         contents.hard_links[path] = plain_path(member.linkname)
     elif member.isdev() and is_image(path):
-        raise UserError(f"{contents.flag} {contents.tar}: holds {path} as a device or pipe; pack it anew without it")
+        raise UserError(f"{contents.flag} {contents.tar}: holds {path} as a device or pipe; pack it again without it")
 
 
 def resolve_hard_links(contents: Contents) -> None:

@@ -41,7 +41,7 @@ class Meter:
             self._counts[name] += 1
 
     def drain(self, reduce: bool = False) -> dict[str, float]:
-        """Return the mean of each value since the last drain, and start anew.
+        """Return the mean of each value since the last drain, and start again.
 
         Args:
             reduce: average over all processes' observations, if torch.distributed is initialised. It is a

@@ -71,7 +71,7 @@ class PassImages(Dataset):
         try:
             return self.view(image)
         except ValueError as error:
-            raise UserError(f"{self.source.name(index)}: cannot be used ({error}); or --on_bad_image skip") from error
+            raise UserError(f"{self.source.name(index)}: cannot be used ({error}); add --on_bad_image skip") from error
 
 
 @dataclass(frozen=True)

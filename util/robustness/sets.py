@@ -220,7 +220,7 @@ def validation_set(source: ImageSource, numbers: list[int], where: str, partial:
             name, wnid = source.name(misplaced[0]), wnids[answers[misplaced[0]][0]]
             raise UserError(
                 f"{where}: {len(misplaced)} of {len(numbers)} images lie in another folder than their class's, first"
-                f" {name}, whose class is {wnid}; sort them anew, or give them in one flat folder"
+                f" {name}, whose class is {wnid}; sort them again, or give them in one flat folder"
             )
     present = {wnids[answer[0]] for answer in answers}
     lacking = missing_parts(IMAGE_SETS["imagenet"], present, len(numbers), where, partial)

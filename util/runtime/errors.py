@@ -104,12 +104,12 @@ CURES = {
     errno.EROFS: "the file system is read-only; choose another place",
 }
 
-LOADERS_DEATH = "DataLoader"  # the start of our own messages about a loader process that died or hung
+LOADERS_DEATH = "DataLoader"  # the start of our own messages about a data loader worker that died or hung
 _LOADERS_DEATH = re.compile(rf"{LOADERS_DEATH}: |DataLoader worker \(pid|DataLoader timed out")  # and of torch's
 
 
 def loaders_death(error: BaseException) -> BaseException | None:
-    """Return the error about a DataLoader process that died or hung, if `error` is one or follows from one.
+    """Return the error about a data loader worker that died or hung, if `error` is one or follows from one.
 
     torch raises it wherever the program happens to be, so other errors may lie over it, such as an unfinished file.
     """
@@ -127,12 +127,12 @@ def explain(error: BaseException) -> str | None:
     elif not isinstance(error, OSError | MemoryError | RuntimeError):
         return None
     text = f"{type(error).__name__}: {error}" if death is None else str(death)
-    detail = text.strip().splitlines()[-1]  # an error of a loader worker ends with its own message
+    detail = text.strip().splitlines()[-1]  # an error of a data loader worker ends with its own message
     for pattern, cure in CAUSES.items():
         if re.search(pattern, text):
             return f"{cure} ({detail})"
     if death is not None:
-        return f"a loader process died or hung: {death}; see --loader_timeout"
+        return f"a data loader worker died or hung: {death}; see --loader_timeout"
     if isinstance(error, OSError) and error.errno is not None:
         place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
         return f"{error.strerror}{place}: {CURES.get(error.errno, 'check the disk or the network behind it')}"
@@ -187,7 +187,7 @@ def call_main(program: str, main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()  # else a closed pipe would be met while Python shuts down
     except UserError as error:
-        # from a loader process it comes wrapped in that process's traceback, its own message last
+        # from a data loader worker it comes wrapped in that process's traceback, its own message last
         exit_with_error(program, str(error).rpartition(f"{UserError.__name__}: ")[2], USER_ERROR_STATUS)
     except RunError as error:
         exit_with_error(program, str(error), RUN_ERROR_STATUS)
@@ -226,7 +226,7 @@ def end_at_once(end: SystemExit) -> NoReturn:
     if isinstance(status, str):
         print(status, file=sys.stderr)
         status = RUN_ERROR_STATUS
-    atexit._run_exitfuncs()  # loader processes are ended, files closed
+    atexit._run_exitfuncs()  # data loader workers are ended, files closed
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)

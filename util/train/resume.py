@@ -87,7 +87,7 @@ def find_checkpoint(config: Any, store: CheckpointStore) -> dict[str, Any] | Non
     if not config.auto_resume:
         raise UserError(
             f"--output_dir {config.output_dir}: holds {path.name} of an earlier run;"
-            " add --auto_resume to go on with it, or choose another folder"
+            " add --auto_resume to resume it, or choose another folder"
         )
     check_resumable(checkpoint, f"--auto_resume {path}", start_flag)
     return checkpoint

@@ -236,7 +236,7 @@ class Stopwatch:
 
 
 def in_groups(loader: Iterable[Batch], size: int, number: int) -> Iterator[list[Batch]]:
-    """Yield `number` lists of `size` batches; a stream would go on for ever."""
+    """Yield `number` lists of `size` batches; a stream never ends."""
     batches = iter(loader)
     for _ in range(number):
         yield [next(batches) for _ in range(size)]

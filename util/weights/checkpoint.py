@@ -190,7 +190,7 @@ class CheckpointStore:
         others = [path for path in reversed(checkpoints_in(self.folder)) if path not in complete]
         if complete and others and order_by_name(others[0]) > order_by_name(complete[0]):
             print(
-                f"WARNING: {others[0]} has no manifest, it may be incomplete: going on from {complete[0].name};"
+                f"WARNING: {others[0]} has no manifest, it may be incomplete: resuming from {complete[0].name};"
                 f" --resume {others[0]} would take it",
                 file=sys.stderr,
             )

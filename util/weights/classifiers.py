@@ -65,7 +65,7 @@ def open_classifier(
     Ours see images as fine-tuning evaluates them, timm's as timm does. Nothing is downloaded, no code in a file is run.
 
     Args:
-        weights: the trained ones, or their moving average (main_finetune.py --model_ema); None: see `read_weights`.
+        weights: the trained ones, or their EMA (main_finetune.py --model_ema); None: see `read_weights`.
         label: name of the model in tables; empty: made from the file's.
         size: of the images in pixels, one number or height and width; empty: the model's own.
         num_heads: attention heads of a ViT; None: as the file or its layout tells.

@@ -94,7 +94,7 @@ def read_weights(path: Path, weights: Weights | None = "student", flag: str = "-
     """Read the weights in a checkpoint of ours, MAE, LUT's release, timm, DINO, iBOT or MoCo v3; code is refused.
 
     Args:
-        weights: None: those by which the run was judged, which for a classifier with --model_ema is its moving average.
+        weights: None: those by which the run was judged, which for a classifier with --model_ema is its EMA.
 
     Raises:
         UserError: the file is unreadable, holds no weights or unusable ones, or no momentum encoder if that is asked
@@ -123,7 +123,7 @@ def weights_in(checkpoint: dict[str, Any], weights: Weights | None, where: str) 
     num_heads = heads_of(checkpoint, state, layout, config)
     check_parameters(state, where)
     if key == "model_ema":
-        layout = "ViT, moving average" if layout == CLASSIFIER else "LUT, momentum encoder"
+        layout = "ViT, EMA" if layout == CLASSIFIER else "LUT, momentum encoder"
     elif key in ("teacher", "momentum_encoder", "state_dict_ema") or "state_dict_ema" in others:
         unused = [other for other in others if other in ("student", "state_dict", "state_dict_ema", "teacher")]
         layout += f" ({key}" + (f"; {', '.join(unused)} not used" if unused else "") + ")"

@@ -21,7 +21,7 @@ PATCH_KERNEL, POSITIONS, DECODER_POSITIONS = "patch_embed.proj.weight", "pos_emb
 CLASSIFIER, MOCO, DINO, DINOV2 = "ViT classifier", "MoCo v3", "DINO or iBOT", "DINOv2"
 
 # where programs put the weights that were trained (of DINO's and iBOT's two the teacher, which they evaluate;
-# `module` is DeepSpeed's), and the moving average of them (`state_dict_ema` is timm's)
+# `module` is DeepSpeed's), and their EMA (`state_dict_ema` is timm's)
 TRAINED_KEYS = ("model", "state_dict", "teacher", "student", "module")
 AVERAGE_KEYS = ("model_ema", "state_dict_ema", "teacher")
 # left in names by DistributedDataParallel, torch.compile, activation checkpointing, FSDP, Lightning, DINO, MoCo v3
@@ -68,12 +68,12 @@ def is_linear_probe(state: Mapping[str, Tensor]) -> bool:
 def choose_network(
     checkpoint: Mapping[str, Any], weights: Weights, where: str
 ) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Return the tensors of the trained network or of its moving average, without prefixes of wrappers.
+    """Return the tensors of the trained network or of its EMA, without prefixes of wrappers.
 
     Returns: the tensors, the key under which they lay (empty: at the top), and the keys of other networks.
 
     Raises:
-        UserError: no moving average is there, or two tensors have the same name without their prefixes.
+        UserError: no EMA is there, or two tensors have the same name without their prefixes.
     """
     present = [key for key in dict.fromkeys(TRAINED_KEYS + AVERAGE_KEYS) if isinstance(checkpoint.get(key), dict)]
     trained = next((key for key in TRAINED_KEYS if key in present), "")

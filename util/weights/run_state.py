@@ -59,7 +59,7 @@ def check_run_state(state: Mapping[str, Any], where: str) -> None:
 
 
 def check_resumable(state: Mapping[str, Any], where: str, start_flag: str) -> None:
-    """Raise UserError unless a run can go on from the checkpoint.
+    """Raise UserError unless a run can resume from the checkpoint.
 
     Args:
         start_flag: takes the weights alone, `--init_from` or `--finetune`.
