@@ -116,6 +116,7 @@ def drawn(rng: random.Random, good: dict) -> Iterator[tuple[str, object, str]]:
     for kind, make in KINDS.items():
         name = rng.choice(encoder)
         yield f"kind-{kind.replace(' ', '_')}", with_tensor(good, name, make(good["model"][name])), "all"
+    yield "patch-0", with_tensor(good, "patch_embed.proj.weight", torch.zeros(96, 1, 0, 0)), "all"
     for side in (65, 3000):
         kernel = torch.zeros(1).as_strided((96, 1, side, side), (0, 0, 0, 0))
         kernel = torch.zeros(1, 1, side, side).expand(96, -1, -1, -1).contiguous() if side < 100 else kernel
@@ -248,6 +249,13 @@ PROGRAMS: dict[str, tuple[ModuleType, str, str]] = {
     ),
     "convert timm": (convert, "FILE --to timm --output OUT/x.safetensors", "works"),
     "convert mae": (convert, "FILE --to mae --output OUT/x.pth", "works"),
+    "analyze timm": (
+        analyze, "attention --checkpoint timm:vit_tiny_patch16_224=FILE --dataset digits --show 1 --most_images 2"
+        " --device cpu --output_dir OUT", "refuses",
+    ),
+    "robustness timm": (
+        robustness, "timm:vit_tiny_patch16_224=FILE --data_root CLASSES --device cpu --output_dir OUT", "refuses",
+    ),
     "robustness": (robustness, "FILE --data_root CLASSES --device cpu --output_dir OUT", "refuses"),
 }  # fmt: skip
 

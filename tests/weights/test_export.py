@@ -340,6 +340,24 @@ def test_wrong_image_settings_stop_every_opener(tmp_path, opener):
         opener(f"timm:vit_tiny_patch16_224={path}", None, "", (), None, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("opener", [open_vit, partial(open_classifier, num_classes=1000, flag="CHECKPOINT")])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((192, 3, 0, 0), "patch_embed.proj.weight has the shape"),
+        ((1, 1, 1000, 1000), "patch_embed.proj.weight has the shape"),  # resampling it would take hours
+        ((1, 3, 16, 16), "does not fit|lacks"),
+    ],
+)
+def test_patches_that_no_vit_has_reach_no_resampling_of_timm_s(tmp_path, opener, shape, message):
+    path = tmp_path / "x.safetensors"
+    state = timm.create_model("vit_tiny_patch16_224").state_dict()
+    save_file(state | {"patch_embed.proj.weight": torch.zeros(shape)}, path)
+    with pytest.raises(UserError, match=message) as error:
+        opener(f"timm:vit_tiny_patch16_224={path}", None, "", (), None, device=torch.device("cpu"))
+    one_line(error)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 def test_a_pipe_beside_an_export_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.json")

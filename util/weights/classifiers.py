@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_transform, resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -19,8 +20,17 @@ from util.data.views import Size, centre_view
 from util.runtime.errors import UserError
 from util.weights.export import LABEL_NAMES, overlay_beside
 from util.weights.interop import read_weights
-from util.weights.layouts import Weights
-from util.weights.vit import TIMM, default_label, image_size, is_classifier, open_vit, random_timm, timm_name
+from util.weights.layouts import Weights, check_shapes
+from util.weights.vit import (
+    CONVERSION_ERRORS,
+    TIMM,
+    default_label,
+    image_size,
+    is_classifier,
+    open_vit,
+    random_timm,
+    timm_name,
+)
 
 View = Callable[[Tensor], Tensor]  # uint8 image [C, h, w] to the uint8 input of the model, [C, H, W]
 
@@ -127,10 +137,12 @@ def fill_timm(model: nn.Module, architecture: str, state: dict[str, Tensor], whe
     for head in (heads,) if isinstance(heads, str) else heads:
         if f"{head}.weight" in state:
             check_classes(len(state[f"{head}.weight"]), model.num_classes, where)
+    if isinstance(model, VisionTransformer):
+        check_shapes(state, where)
     overlay: dict[str, Any] = dict(state_dict=dict(state), num_classes=model.num_classes)
     try:
         return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError, ValueError, AttributeError) as error:  # each model reads files in its own way
+    except CONVERSION_ERRORS as error:  # each model reads files in its own way
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else f"{reason[:300]} ..."
         raise UserError(f"{where}: does not fit timm's {architecture} ({type(error).__name__}: {reason})") from error

@@ -24,11 +24,16 @@ from util.data.views import Size
 from util.runtime.errors import UserError, nearest
 from util.weights.export import LABEL_NAMES, ViTShape, depth_remark, overlay_beside, shape_of
 from util.weights.interop import WeightsFile, load_weights, read_weights
-from util.weights.layouts import Weights, is_linear_probe
+from util.weights.layouts import Weights, check_shapes, is_linear_probe
 from util.weights.reader import shortened
 
 TIMM = "timm:"  # timm:NAME or timm:NAME=FILE
 AnyViT = Encoder | VisionTransformer
+# what timm raises for a file of another model
+CONVERSION_ERRORS = (
+    *(RuntimeError, ValueError, LookupError, ArithmeticError),
+    *(AttributeError, TypeError, AssertionError),
+)
 
 # --------------------------------------------------------------------------------------------------------
 # Tokens, logits and shape of a model
@@ -245,9 +250,10 @@ def load_timm(model: VisionTransformer, path: Path, architecture: str, flag: str
     A head for other classes is left out, and the model then has none.
     """
     file, own = read_weights(path, flag=flag), model.state_dict()
+    check_shapes(file.state, f"{flag} {path}")
     try:
         state = checkpoint_filter_fn(file.state, model)
-    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError) as error:
+    except CONVERSION_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{flag} {path}: does not fit timm's {architecture} ({reason})") from error
     fitting = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
