@@ -14,8 +14,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from util.data.device_views import Normalise
-from util.data.views import Size, centre_view
+from util.data.views import Normalise, Size, centre_view
 from util.runtime.errors import UserError
 from util.weights.export import LABEL_NAMES, overlay_beside
 from util.weights.interop import read_weights
