@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from util.config.classifier import ClassifierConfig
-from util.data.device_views import Normalise
 from util.data.labelled import LabelledBatch, LabelledDataset, seed_generators
+from util.data.views import Normalise
 from util.runtime.distributed import Processes, rank, sum_over_ranks
 from util.runtime.sharding import local
 from util.train.classification import LabelledImages, cached, predict, train_dataset

@@ -15,11 +15,12 @@ from torch import Tensor
 from models_lut import Targets
 from util.config.pretrain import PretrainConfig
 from util.data.cache import CachedImages
-from util.data.device_views import Normalise, apply_photometry_rows, cut_resized, cut_simple
+from util.data.device_views import apply_photometry_rows, cut_resized, cut_simple
 from util.data.samples import Batch, DrawnBatch
+from util.data.views import Normalise
 from util.optim.schedules import momentum_decay
-from util.train.state import TrainState, data_parallel
-from util.train.trainer import Trainer
+from util.train.state import data_parallel
+from util.train.trainer import Trainer, TrainState
 
 
 @dataclass

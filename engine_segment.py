@@ -18,12 +18,11 @@ from torch import Tensor
 from models_upernet import UperNet, resized
 from util.config.segment import SegmentConfig
 from util.data.decode import MUST_BE_READ
-from util.data.device_views import Normalise
 from util.data.joint_views import resized_image, scaled_size
 from util.data.labelled import seed_generators
 from util.data.masked_samples import MaskedBatch, WholeImages, load_pair
 from util.data.masks import IGNORED
-from util.data.views import Size
+from util.data.views import Normalise, Size
 from util.figures.figure import save_figure
 from util.figures.pictures import drawable
 from util.figures.segment_pictures import Predicted, as_array, segmentation_figure

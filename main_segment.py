@@ -21,7 +21,7 @@ import torch
 from engine_segment import SegmenterTrainer, run_segmenter
 from models_upernet import UperNet
 from util.config.segment import SegmentConfig
-from util.data.device_views import Normalise
+from util.data.views import Normalise
 from util.runtime.distributed import stop_processes, synchronise_batch_norm
 from util.runtime.errors import run_main
 from util.train.downstream import load_initial_weights, parse_downstream

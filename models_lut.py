@@ -2,7 +2,7 @@
 
 Read downwards: `Student` (views -> losses), `LUT` (the student with MAE's decoder), `MomentumEncoder` (the context
 encoder g of the paper). MAE (He et al., 2022) is `LUT` without heads. Beside it: the ViT with patchify and positions in
-models_encoder.py, masks in models_masking.py, sizes in models_architectures.py, SimMIM in models_simmim.py.
+models_encoder.py with the masks, sizes in models_architectures.py, SimMIM in models_simmim.py.
 
 Letters: B images, C channels, H x W pixels, p patch side, L = (H/p)(W/p) patches, V visible patches,
 P = p*p*C numbers in a patch, D encoder width, E decoder width, G views that the student sees (1 or 2).
@@ -22,8 +22,20 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from models_encoder import Encoder, fixed_positions, init_weights, patch_statistics, patchify, take, vit_block
-from models_masking import Masking, independent_noise, mask_from_noise, mask_squares, num_visible_patches
+from models_encoder import (
+    Encoder,
+    Masking,
+    fixed_positions,
+    independent_noise,
+    init_weights,
+    mask_from_noise,
+    mask_squares,
+    num_visible_patches,
+    patch_statistics,
+    patchify,
+    take,
+    vit_block,
+)
 from util.optim.losses import DISTANCES
 from util.runtime.sharding import local
 

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models_encoder import take
+from models_encoder import Masking, take
 from models_lut import LUT, Student
-from models_masking import Masking
 
 
 class SimMIM(Student):

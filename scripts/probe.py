@@ -44,12 +44,11 @@ from util.config.groups import config_from_dict
 from util.config.pretrain import PretrainConfig
 from util.config.probe import ProbeConfig
 from util.data.datasets import find_validation, hold_out_labelled, open_images
-from util.data.device_views import Normalise
 from util.data.labelled import drawn, labelled_loader
 from util.data.loader import Loader
 from util.data.masks import MaskedSource, find_classes, find_layout, pair_up
 from util.data.sources import ImageSource, same_classes
-from util.data.views import TwoViews
+from util.data.views import Normalise, TwoViews
 from util.results.results import append_result, hardware_info
 from util.runtime.distributed import choose_device
 from util.runtime.errors import UserError, run_main

@@ -231,7 +231,7 @@ def evaluate(config: RobustnessConfig, processes: Processes) -> tuple[Mapping[st
 
 def with_normalisation(classifier: NamedClassifier, config: RobustnessConfig, device: torch.device) -> NamedClassifier:
     """Return the classifier with --mean and --std, where they are given."""
-    from util.data.device_views import Normalise
+    from util.data.views import Normalise
 
     for flag in ("mean", "std"):
         values, chans = getattr(config, flag), classifier.in_chans

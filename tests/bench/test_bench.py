@@ -30,8 +30,8 @@ from util.bench.step import Stepper, StepperProcess
 from util.bench.timing import Spread, named_spreads
 from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
-from util.data.device_views import Normalise
 from util.data.sources import ArraySource
+from util.data.views import Normalise
 from util.figures.figure import number_log_axis
 from util.runtime.errors import RunError
 from util.train.pretraining import build_state

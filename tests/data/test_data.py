@@ -24,12 +24,11 @@ from shared.ranks import ROOT
 from shared.streams import Numbers
 from util.config.pretrain import PretrainConfig
 from util.data.decode import decode
-from util.data.device_views import Normalise
 from util.data.labelled import LabelledDataset
 from util.data.loader import Loader, training_loader
 from util.data.samples import BatchOrder, PretrainDataset, PretrainStream
 from util.data.sources import ArraySource, FileSource
-from util.data.views import TwoViews, centre_view, sample_generator
+from util.data.views import Normalise, TwoViews, centre_view, sample_generator
 from util.runtime.errors import UserError, loaders_death, run_main
 from util.runtime.logs import RunLog
 from util.train.pretraining import build_loader

@@ -38,7 +38,7 @@ from util.runtime.files import writable_folder
 from util.runtime.logs import RunLog
 from util.runtime.stop import SCHEDULER_SIGNALS, StopRequest
 from util.train.monitor import Monitor, MonitorScores
-from util.train.state import TrainState
+from util.train.trainer import TrainState
 from util.weights.checkpoint import CheckpointStore, load_checkpoint
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")

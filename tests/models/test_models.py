@@ -16,9 +16,8 @@ from scipy import stats
 from torch import nn
 
 from models_architectures import MODELS
-from models_encoder import fixed_positions, patchify, take, unpatchify
+from models_encoder import fixed_positions, mask_from_noise, num_visible_patches, patchify, take, unpatchify
 from models_lut import LUT, MomentumEncoder, Targets, mlp_head
-from models_masking import mask_from_noise, num_visible_patches
 from shared.models import TINY_MODEL, head_by_hand, images, noise
 from util.optim.losses import cosine_distance
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models_encoder import patchify
+from models_encoder import mask_from_noise, patchify
 from models_lut import LUT, MomentumEncoder
-from models_masking import mask_from_noise
 from shared.reference import CONFIG, DATA, tiny_student
 from util.optim.losses import cosine_distance
 from util.optim.optimizer import build_optimizer

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import main_pretrain
-from models_encoder import patchify
+from models_encoder import mask_squares, patchify
 from models_lut import LUT, MomentumEncoder, Steering
-from models_masking import mask_squares
 from models_simmim import SimMIM
 from shared.calls import caller
 from shared.flags import TINY

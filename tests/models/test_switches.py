@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models_encoder import patchify
+from models_encoder import independent_noise, mask_from_noise, mask_squares, patchify
 from models_lut import LUT, MomentumEncoder, Steering
-from models_masking import independent_noise, mask_from_noise, mask_squares
 from shared.calls import one_line
 from shared.flags import TINY
 from shared.models import TINY_MODEL, head_by_hand, images, noise

@@ -12,7 +12,7 @@ from util.config.command_line import parse_config
 from util.data.labelled import LabelledBatch
 from util.optim.optimizer import build_optimizer
 from util.runtime.amp import grad_scaler
-from util.train.state import TrainState
+from util.train.trainer import TrainState
 
 
 def config_of(*flags: str, kind=FinetuneConfig):

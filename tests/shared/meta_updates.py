@@ -20,15 +20,14 @@ from util.config.command_line import parse_config
 from util.config.pretrain import PretrainConfig
 from util.config.segment import SegmentConfig
 from util.data.cache import CachedImages
-from util.data.device_views import Normalise
 from util.data.labelled import LabelledBatch
 from util.data.masked_samples import MaskedBatch
 from util.data.samples import Batch, DrawnBatch
+from util.data.views import Normalise
 from util.optim import optimizer as optim
 from util.optim.optimizer import build_lars, build_optimizer
 from util.train.pretraining import build_state
-from util.train.state import TrainState
-from util.train.trainer import Trainer
+from util.train.trainer import Trainer, TrainState
 
 GPU = torch.device("meta")
 

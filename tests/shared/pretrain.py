@@ -12,7 +12,7 @@ from util.config.pretrain import PretrainConfig
 from util.data.samples import Batch
 from util.optim.optimizer import build_optimizer
 from util.runtime.amp import grad_scaler
-from util.train.state import TrainState
+from util.train.trainer import TrainState
 
 
 # ---- one update -----------------------------------------------------------------------------------------

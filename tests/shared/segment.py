@@ -14,12 +14,12 @@ from models_upernet import UperNet
 from shared.flags import TINY_SEGMENTER
 from util.config.command_line import parse_config
 from util.config.segment import SegmentConfig
-from util.data.device_views import Normalise
 from util.data.masked_samples import MaskedBatch
 from util.data.masks import IGNORED
+from util.data.views import Normalise
 from util.optim.optimizer import build_optimizer
 from util.runtime.amp import grad_scaler
-from util.train.state import TrainState
+from util.train.trainer import TrainState
 
 
 def config_of(*flags: object) -> SegmentConfig:

@@ -26,7 +26,7 @@ from util.optim.optimizer import build_optimizer
 from util.optim.schedules import momentum_decay
 from util.runtime.amp import grad_scaler
 from util.train.pretraining import build_state
-from util.train.state import TrainState
+from util.train.trainer import TrainState
 
 CPU = torch.device("cpu")
 UPDATES = 12

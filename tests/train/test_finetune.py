@@ -23,8 +23,8 @@ from shared.finetune import config_of, random_batch, trainer_of
 from shared.flags import TINY_CLASSIFIER
 from shared.images import write_images
 from util.data.datasets import open_images
-from util.data.device_views import Normalise
 from util.data.labelled import LabelledBatch
+from util.data.views import Normalise
 from util.results.results import read_results
 from util.runtime.files import ROOT
 from util.runtime.logs import processor_name

@@ -22,8 +22,8 @@ from engine_segment import (
     window_starts,
 )
 from shared.segment import config_of
-from util.data.device_views import Normalise
 from util.data.masks import IGNORED
+from util.data.views import Normalise
 from util.figures.segment_pictures import Predicted, as_array, oklab, overlay, palette, segmentation_figure
 
 CPU = torch.device("cpu")

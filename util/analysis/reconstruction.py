@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from models_architectures import ARCHITECTURES
-from models_encoder import patch_statistics, patchify
+from models_encoder import num_visible_patches, patch_statistics, patchify
 from models_lut import LUT, Student
-from models_masking import num_visible_patches
 from models_simmim import SimMIM
 from util.analysis.images import Images, wrap_name
 from util.config.checks import check
 from util.config.groups import DataConfig, config_from_dict
 from util.config.pretrain import PretrainConfig
-from util.data.device_views import Normalise
+from util.data.views import Normalise
 from util.figures.figure import Cell, picture_grid
 from util.figures.pictures import RECONSTRUCTION_COLUMNS, reconstruction_cells
 from util.runtime.errors import UserError

@@ -19,9 +19,9 @@ from util.bench.variant import step_variants
 from util.config.classifier import FinetuneConfig, LinprobeConfig
 from util.config.command_line import parse_config
 from util.config.segment import SegmentConfig
-from util.data.device_views import Normalise
 from util.data.labelled import LabelledBatch
 from util.data.masked_samples import MaskedBatch
+from util.data.views import Normalise
 from util.optim.optimizer import build_lars
 from util.runtime.amp import autocast_dtype
 from util.train.state import adamw, initial_state

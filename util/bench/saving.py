@@ -26,7 +26,7 @@ from util.optim.optimizer import build_optimizer
 from util.runtime.amp import grad_scaler
 from util.runtime.distributed import choose_device
 from util.runtime.errors import RunError
-from util.train.state import TrainState
+from util.train.trainer import TrainState
 from util.weights.checkpoint import CheckpointStore
 
 

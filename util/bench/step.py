@@ -22,9 +22,9 @@ from util.bench.counting import count_flops, count_traffic
 from util.bench.profile import Profile, profile_updates
 from util.bench.timing import PartTimer, compiled_graphs, patched, synchronise
 from util.bench.variant import Variant
-from util.data.device_views import Normalise
 from util.data.samples import Batch, BatchOrder, DrawnBatch
 from util.data.sources import ArraySource, ImageSource
+from util.data.views import Normalise
 from util.runtime.errors import RunError, UserError
 from util.runtime.logs import peak_memory_bytes
 from util.runtime.stop import end_with_parent

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from tyro.conf import arg
 
 from models_architectures import MODELS
+from models_encoder import num_visible_patches
 from models_lut import HEAD_ACTIVATIONS, HEAD_NORMS, Steering, Student
-from models_masking import num_visible_patches
 from models_simmim import METHODS
 from util.config.checks import check, check_choice
 from util.config.groups import DataConfig, ModelConfig, OptimConfig, RunConfig

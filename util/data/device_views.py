@@ -18,10 +18,6 @@ from torch import Tensor
 
 from util.data.views import BLUR_RADIUS, REFLECT_PAD, SOLARISE_THRESHOLD, Photometry, Size, ViewParams
 
-# --------------------------------------------------------------------------------------------------------
-# Photometry
-# --------------------------------------------------------------------------------------------------------
-
 BRANCHES = ("grey", "solarise", "blur")
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # places in a row, and numbers of the steps
 _UNCHANGED = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0)
@@ -118,10 +114,6 @@ def blur(x: Tensor, radius: Tensor) -> Tensor:
     return x.view(B, C, H, W).round_()
 
 
-# --------------------------------------------------------------------------------------------------------
-# Geometry, of images that lie on the device already
-# --------------------------------------------------------------------------------------------------------
-
 CROP_LENGTH = 5
 
 
@@ -209,16 +201,3 @@ def reflect(place: Tensor, length: Tensor) -> Tensor:
     """Mirror places beyond 0..length - 1 at the edge, which is not repeated."""
     place = place.abs()
     return torch.where(place >= length, 2 * (length - 1) - place, place)
-
-
-class Normalise:
-    """uint8 [..., C, H, W] to float32 with the mean and deviation of pixels in [0, 1], on `device`."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
-        self.mean, self.std = mean, std
-        # made once: a tensor made of Python numbers in each step would wait for the GPU
-        self.shift = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
-        self.scale = torch.tensor(std, device=device).view(-1, 1, 1) * 255
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self.shift) / self.scale

@@ -245,3 +245,16 @@ def centre_view(image: Tensor, size: Size) -> Tensor:
     larger = tuple(int(n / crop_share(size)) for n in size)  # as MAE and timm: 160 gives 182
     image = resize(image, cover_size(tuple(image.shape[-2:]), larger))
     return TF.center_crop_image(image, list(size))
+
+
+class Normalise:
+    """uint8 [..., C, H, W] to float32 with the mean and deviation of pixels in [0, 1], on `device`."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+        self.mean, self.std = mean, std
+        # made once: a tensor made of Python numbers in each step would wait for the GPU
+        self.shift = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
+        self.scale = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() - self.shift) / self.scale

@@ -136,3 +136,21 @@ def write_report(report: Mapping[str, Any], folder: Path, settings: Mapping[str,
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(dict(settings) | dict(report)) + "\n")
     return path
+
+
+def describe_report(report: Mapping[str, Any], lr: float, scale: float, path: Path) -> str:
+    """Return a report in one line: update, losses, learning rate, loss scale, and the layers at fault.
+
+    Args:
+        path: the file that holds the whole report.
+    """
+    losses_by_rank = [rank["losses"] for rank in report["ranks"]]
+    not_finite = [any(isinstance(value, str) for value in losses.values()) for losses in losses_by_rank]
+    rank = not_finite.index(True) if any(not_finite) else 0  # a loss may be finite and its gradient not
+    losses = ", ".join(f"{name} {value}" for name, value in losses_by_rank[rank].items())
+    layers = [name for name, norm in report["gradient_norms"].items() if isinstance(norm, str)]
+    gradients = f"; gradients not finite in {', '.join(layers[:4])}{', ...' * (len(layers) > 4)}" if layers else ""
+    return (
+        f"update {report['update']} ({losses} on rank {rank}; lr {lr:.3g}, loss scale now {scale:g}{gradients});"
+        f" its samples and gradient norms are in {path}"
+    )

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 
 from util.config.groups import DataConfig
 from util.data.decode import load_image
-from util.data.device_views import Normalise
 from util.data.formats import Exif
 from util.data.loader import Loader
 from util.data.sources import ImageSource
+from util.data.views import Normalise
 from util.figures.pictures import colours, drawable
 from util.robustness.imagenet import NUM_CLASSES, Answer
 from util.robustness.sets import Task

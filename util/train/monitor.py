@@ -14,9 +14,9 @@ from models_lut import Student
 from util.analysis.probe import extract_features, knn_accuracy, rankme, ridge_probe_accuracy
 from util.config.pretrain import PretrainConfig
 from util.data.datasets import find_validation
-from util.data.device_views import Normalise
 from util.data.labelled import labelled_loader
 from util.data.sources import ImageSource, same_classes
+from util.data.views import Normalise
 from util.figures.pictures import RECONSTRUCTION_COLUMNS, as_grid, reconstruction_cells, save_png
 from util.runtime.distributed import is_main
 from util.runtime.logs import RunLog

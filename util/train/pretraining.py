@@ -22,7 +22,8 @@ from util.runtime.distributed import Processes, broadcast_module, synchronise_ba
 from util.runtime.errors import UserError
 from util.train.cost import pretrain_cost
 from util.train.resume import resumes
-from util.train.state import TrainState, initial_state
+from util.train.state import initial_state
+from util.train.trainer import TrainState
 from util.weights.interop import load_weights, resampling_note
 
 

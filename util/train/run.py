@@ -26,7 +26,6 @@ from util.runtime.compile_cache import use_compile_cache
 from util.runtime.distributed import (
     Processes,
     barrier,
-    check_in_sync,
     check_same_on_all_ranks,
     is_main,
     main_says,
@@ -283,21 +282,11 @@ def evaluate_and_save(run: Run, trainer: Trainer, evaluation: Evaluation, epochs
 
 
 def save(run: Run, trainer: Trainer, metric: float | None) -> None:
-    """Write a checkpoint of this moment from rank 0, once all ranks are known to hold the same weights."""
-    state, store = trainer.state, run.store
-    check_in_sync(state.model, "model")
-    if state.model_ema is not None:
-        check_in_sync(state.model_ema, "EMA of the model")
-    tensors = state.state_dict()  # on all ranks: what is sharded is gathered
-    if is_main():
-        epoch, rest = divmod(state.updates, trainer.updates_per_epoch)
-        settings = {"epoch": epoch - 1, "config": as_dict(run.config), "binding_settings": run.shared_settings}
-        class_names = None if run.stage == "pretrain" else run.data.class_names
-        settings |= {} if class_names is None else {CLASS_NAMES: list(class_names)}
-        epoch_in_name = epoch if rest else epoch - 1  # the epoch under way, or the last one finished
-        write = store.save_in_background if run.config.save_in_background else store.save
-        write(tensors | settings, epoch=epoch_in_name, step=state.updates, metric=metric, mid_epoch=rest > 0)
-    barrier()
+    """Write a checkpoint with what a run that resumes from it must share, and the names of the classes."""
+    class_names = None if run.stage == "pretrain" else run.data.class_names
+    facts = {"binding_settings": run.shared_settings}
+    facts |= {} if class_names is None else {CLASS_NAMES: list(class_names)}
+    trainer.save(run.store, facts, metric)
 
 
 def save_and_stop(run: Run, trainer: Trainer) -> None:

@@ -1,11 +1,9 @@
-"""A model as its run begins: what training changes, sharding, compilation, and gradients averaged over processes."""
+"""A model as its run begins: sharded, compiled, with its optimiser, its gradients averaged over processes."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,66 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from util.optim.optimizer import build_optimizer
 from util.runtime.amp import choose_attention, grad_scaler
-from util.runtime.distributed import is_main
-from util.runtime.sharding import cut_moments, cut_weights, gathered, is_sharded, shard, unsharded
-
-EMA_PREFIX = "ema."  # of the names in a checkpoint's `model_ema`, as LUT's release writes them
-
-
-@dataclass
-class TrainState:
-    """Everything that training changes, and so everything that a checkpoint must hold.
-
-    There is no generator state: every random draw is a function of (seed, epoch, sample) or of (seed, update, rank).
-    """
-
-    model: nn.Module
-    model_ema: nn.Module | None  # EMA of the model: the momentum encoder, or the average of a classifier's weights
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    updates: int = 0  # optimiser steps of the whole run so far
-    best_metric: float | None = None  # the highest metric of all evaluations; known to rank 0
-    skeleton: nn.Module | None = None  # with --parallel fsdp: the model on the meta device, see `gathered`
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return MAE's layout: `model`, `model_ema` with keys prefixed `ema.`, `optimizer`, `scaler`.
-
-        A collective: all ranks call it, and sharded tensors are gathered on rank 0.
-        """
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "updates": self.updates,
-            "best_metric": self.best_metric,
-        }
-        if self.model_ema is not None:
-            state["model_ema"] = {EMA_PREFIX + name: x for name, x in self.model_ema.state_dict().items()}
-        return state if self.skeleton is None else unsharded(state, keep=is_main())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned. Missing and unexpected names raise an error."""
-        self.model.load_state_dict(cut_weights(state["model"], self.model))
-        self.optimizer.load_state_dict(cut_moments(state["optimizer"], self.optimizer))
-        if bool(state["scaler"]) == self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        elif is_main():  # --amp auto on another kind of device
-            now, before = ("fp16", "another precision") if self.scaler.is_enabled() else ("another precision", "fp16")
-            print(f"WARNING: --amp: the run used {before} until now and uses {now} from here on", file=sys.stderr)
-        self.updates = state["updates"]
-        self.best_metric = state.get("best_metric")
-        if self.model_ema is not None:
-            averages = {name.removeprefix(EMA_PREFIX): x for name, x in state["model_ema"].items()}
-            self.model_ema.load_state_dict(cut_weights(averages, self.model_ema))
-
-    def record_metric(self, metric: float | None) -> None:
-        """Keep the highest metric, by which the best checkpoint is chosen."""
-        if metric is not None:
-            self.best_metric = metric if self.best_metric is None else max(self.best_metric, metric)
-
-    def unsharded(self, module: nn.Module, device: torch.device, keep: bool = True) -> nn.Module | None:
-        """Return the model or its EMA with whole weights, for any method and for one rank alone; see `gathered`."""
-        return gathered(module, self.skeleton, device, keep)
+from util.runtime.sharding import is_sharded, shard
+from util.train.trainer import TrainState
 
 
 def adamw(model: nn.Module, config: Any) -> Optimizer:

@@ -15,27 +15,86 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
+from util.config.groups import as_dict
 from util.data.samples import Batch
 from util.data.sources import ImageSource
 from util.optim.metrics import NON_FINITE, Meter
 from util.optim.nonfinite import FILE as NONFINITE_FILE
-from util.optim.nonfinite import NonFiniteWatch, write_report
+from util.optim.nonfinite import NonFiniteWatch, describe_report, write_report
 from util.optim.optimizer import set_learning_rate
 from util.optim.schedules import learning_rate
-from util.runtime.distributed import any_rank, is_main, sum_over_ranks
+from util.runtime.distributed import any_rank, barrier, check_in_sync, is_main, sum_over_ranks
 from util.runtime.errors import RunError
 from util.runtime.logs import RunLog, peak_memory_bytes
+from util.runtime.sharding import cut_moments, cut_weights, gathered, unsharded
 from util.runtime.stop import StopRequest
-from util.train.state import TrainState
 from util.weights.checkpoint import CheckpointStore
 
 MOST_SKIPPED_IN_A_ROW = 10
+EMA_PREFIX = "ema."  # of the names in a checkpoint's `model_ema`, as LUT's release writes them
 
 
 class NonFiniteError(RunError):
     """The loss became NaN or infinite. All ranks raise it together."""
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes, and so everything that a checkpoint must hold.
+
+    There is no generator state: every random draw is a function of (seed, epoch, sample) or of (seed, update, rank).
+    """
+
+    model: nn.Module
+    model_ema: nn.Module | None  # EMA of the model: the momentum encoder, or the average of a classifier's weights
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    updates: int = 0  # optimiser steps of the whole run so far
+    best_metric: float | None = None  # the highest metric of all evaluations; known to rank 0
+    skeleton: nn.Module | None = None  # with --parallel fsdp: the model on the meta device, see `gathered`
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return MAE's layout: `model`, `model_ema` with keys prefixed `ema.`, `optimizer`, `scaler`.
+
+        A collective: all ranks call it, and sharded tensors are gathered on rank 0.
+        """
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "updates": self.updates,
+            "best_metric": self.best_metric,
+        }
+        if self.model_ema is not None:
+            state["model_ema"] = {EMA_PREFIX + name: x for name, x in self.model_ema.state_dict().items()}
+        return state if self.skeleton is None else unsharded(state, keep=is_main())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. Missing and unexpected names raise an error."""
+        self.model.load_state_dict(cut_weights(state["model"], self.model))
+        self.optimizer.load_state_dict(cut_moments(state["optimizer"], self.optimizer))
+        if bool(state["scaler"]) == self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        elif is_main():  # --amp auto on another kind of device
+            now, before = ("fp16", "another precision") if self.scaler.is_enabled() else ("another precision", "fp16")
+            print(f"WARNING: --amp: the run used {before} until now and uses {now} from here on", file=sys.stderr)
+        self.updates = state["updates"]
+        self.best_metric = state.get("best_metric")
+        if self.model_ema is not None:
+            averages = {name.removeprefix(EMA_PREFIX): x for name, x in state["model_ema"].items()}
+            self.model_ema.load_state_dict(cut_weights(averages, self.model_ema))
+
+    def record_metric(self, metric: float | None) -> None:
+        """Keep the highest metric, by which the best checkpoint is chosen."""
+        if metric is not None:
+            self.best_metric = metric if self.best_metric is None else max(self.best_metric, metric)
+
+    def unsharded(self, module: nn.Module, device: torch.device, keep: bool = True) -> nn.Module | None:
+        """Return the model or its EMA with whole weights, for any method and for one rank alone; see `gathered`."""
+        return gathered(module, self.skeleton, device, keep)
 
 
 @dataclass
@@ -159,6 +218,21 @@ class Trainer:
         parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
         return self.model.no_sync() if parallel and not unless else contextlib.nullcontext()
 
+    def save(self, store: CheckpointStore, facts: dict[str, Any], metric: float | None) -> None:
+        """Write a checkpoint with further `facts` from rank 0, once all ranks are known to hold the same weights."""
+        state = self.state
+        check_in_sync(state.model, "model")
+        if state.model_ema is not None:
+            check_in_sync(state.model_ema, "EMA of the model")
+        tensors = state.state_dict()  # on all ranks: what is sharded is gathered
+        if is_main():
+            epoch, rest = divmod(state.updates, self.updates_per_epoch)
+            entries = tensors | facts | {"epoch": epoch - 1, "config": as_dict(self.config)}
+            epoch_in_name = epoch if rest else epoch - 1  # the epoch under way, or the last one finished
+            write = store.save_in_background if self.config.save_in_background else store.save
+            write(entries, epoch=epoch_in_name, step=state.updates, metric=metric, mid_epoch=rest > 0)
+        barrier()
+
     # ---- losses that are not finite ------------------------------------------------------------------------
 
     def skip_update(self) -> None:
@@ -195,16 +269,7 @@ class Trainer:
         path = Path(self.config.output_dir) / NONFINITE_FILE
         if is_main():
             write_report(report, path.parent, {"lr": lr, "scale_now": scale})
-        losses_by_rank = [rank["losses"] for rank in report["ranks"]]
-        not_finite = [any(isinstance(value, str) for value in losses.values()) for losses in losses_by_rank]
-        rank = not_finite.index(True) if any(not_finite) else 0  # a loss may be finite and its gradient not
-        losses = ", ".join(f"{name} {value}" for name, value in losses_by_rank[rank].items())
-        layers = [name for name, norm in report["gradient_norms"].items() if isinstance(norm, str)]
-        gradients = f"; gradients not finite in {', '.join(layers[:4])}{', ...' * (len(layers) > 4)}" if layers else ""
-        return (
-            f"update {report['update']} ({losses} on rank {rank}; lr {lr:.3g}, loss scale now {scale:g}{gradients});"
-            f" its samples and gradient norms are in {path}"
-        )
+        return describe_report(report, lr, scale, path)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from util.data.device_views import Normalise
-from util.data.views import Size, centre_view
+from util.data.views import Normalise, Size, centre_view
 from util.runtime.errors import UserError
 from util.weights.export import LABEL_NAMES, overlay_beside
 from util.weights.interop import read_weights

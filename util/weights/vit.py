@@ -19,8 +19,7 @@ from models_lut import Encoder, patchify
 from models_position_bias import added_layers
 from models_vit import Classifier, LinearProbe, Pool
 from util.config.groups import DataConfig
-from util.data.device_views import Normalise
-from util.data.views import Size
+from util.data.views import Normalise, Size
 from util.runtime.errors import UserError, nearest
 from util.weights.export import LABEL_NAMES, ViTShape, depth_remark, overlay_beside, shape_of
 from util.weights.interop import WeightsFile, load_weights, read_weights
