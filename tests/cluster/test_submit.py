@@ -239,7 +239,7 @@ def test_without_git_the_same_files_are_found(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_local_job_of_two_processes_requeues_itself_and_ends(launch, flat_folder, tmp_path):
     flags = f"pretrain --cluster local --ngpus 0 --tasks_per_node 2 --follow --job_dir RUN --prologue true -- {TINY}"
-    status, shown, error = launch(f"{flags} --data_path flat --max_minutes 1e-6")  # one update a start
+    status, shown, error = launch(f"{flags} --data_path flat --max_minutes 1e-4")  # one update a start
     assert status == 0, shown + error
     assert re.search(r"^job +\d+: pretrain, 1 x 2 processes$", shown, re.M)
     assert "requeue: after 0 restarts" in shown

@@ -147,9 +147,11 @@ class FinetuneConfig(ClassifierConfig):
             check(0 <= getattr(self, flag) < 1, flag, getattr(self, flag), "must lie in [0, 1)")
         for flag in ("reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
             check(0 <= getattr(self, flag) <= 1, flag, getattr(self, flag), "must lie in [0, 1]")
-        for flag in ("mixup", "cutmix", "color_jitter"):
+        for flag in ("mixup", "cutmix"):
             value = getattr(self, flag)
             check(value is None or 0 <= value < math.inf, flag, value, "must be 0 or more, and finite")
+        jitter = self.color_jitter
+        check(jitter is None or 0 <= jitter <= 10, "color_jitter", jitter, "must lie in [0, 10]")
         check(self.recount >= 1, "recount", self.recount, "must be 1 or more")
         if self.cutmix_minmax is not None:
             low, high = self.cutmix_minmax

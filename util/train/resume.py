@@ -18,15 +18,18 @@ from util.weights.run_state import check_resumable
 
 
 def store_of(config: Any) -> CheckpointStore:
-    """Return the checkpoints in --output_dir. A folder that does not exist yet is not made.
+    """Return the checkpoints in --output_dir, locked against other runs. A folder that does not exist is not made.
 
     Raises:
-        UserError: a folder that exists cannot be written.
+        UserError: a folder that exists cannot be written, or another run writes there.
     """
     path = Path(config.output_dir)
+    store = CheckpointStore(path, config.keep_last, config.keep_every, "best" in config.save_periods)
     if path.exists():
         writable_folder(path, "output_dir")
-    return CheckpointStore(path, config.keep_last, config.keep_every, "best" in config.save_periods)
+        if is_main():
+            store.lock()
+    return store
 
 
 def lock_output(config: Any, store: CheckpointStore) -> None:

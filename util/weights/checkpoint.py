@@ -65,7 +65,8 @@ class CheckpointStore:
 
     def lock(self) -> None:
         """Keep other runs out of the folder until this process ends, for whatever reason; see `lock_folder`."""
-        self._lock = lock_folder(self.folder)
+        if self._lock is None:
+            self._lock = lock_folder(self.folder)
 
     def unlock(self) -> None:
         """Wait for a save in the background, then let other runs into the folder."""
