@@ -54,6 +54,9 @@ class Loader(DataLoader):
         try:
             with self._watch():  # persistent workers are asked here whether they are ready
                 batches = super().__iter__()
+        except OSError:  # no descriptor or memory is left for all of them: Python would wait for those that started
+            kill_loaders()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         atexit.unregister(kill_loaders)
