@@ -185,6 +185,7 @@ def test_format_progress():
         "epoch 3/100  left 1:02:03  1234 images/s  loss 0.6124  data wait 3%  step 250/8000  mim 0.5000  bc 0.1124"
         "  lr 1.50e-04  memory 1.5 GiB"
     )
+    assert "  loss 0.5000  data wait" in format_progress(**FIELDS | {"losses": {"bc": 0.1, "loss": 0.5}})
     week = FIELDS | {"epoch": 1600, "epochs": 1600, "seconds_left": 12 * 86400, "images_per_second": 10234}
     assert len(format_progress(**week)) < 80
     slow = FIELDS | {"images_per_second": 3.14, "seconds_left": math.inf, "losses": {"loss": math.nan}}

@@ -188,7 +188,8 @@ def format_progress(
         memory_bytes: see `peak_memory_bytes`.
         seconds_left: NaN or infinite where it is not known yet.
     """
-    loss, *other_losses = [f"{name} {value:.4f}" for name, value in losses.items()] or [""]
+    names = sorted(losses, key=lambda name: name != "loss")  # the sum first, the others in their order
+    loss, *other_losses = [f"{name} {losses[name]:.4f}" for name in names] or [""]
     parts = [
         f"epoch {epoch}/{epochs}",
         f"left {format_duration(seconds_left)}",
