@@ -21,7 +21,7 @@ from util.runtime.distributed import Processes, rank, sum_over_ranks
 from util.runtime.sharding import local
 from util.train.classification import LabelledImages, cached, predict, train_dataset
 from util.train.evaluation import Evaluation, evaluation_loader, share_of_images, write_class_files
-from util.train.plan import model_cost, show_plan
+from util.train.plan import show_downstream_plan
 from util.train.run import Run, train_and_evaluate
 from util.train.trainer import Trainer
 
@@ -133,9 +133,7 @@ def run_classifier(run: Run, trainer: ClassifierTrainer, origin: str) -> None:
     config, data = run.config, run.data
     if config.dry_run:
         dataset = None if data.train is None else train_dataset(config, data.train)
-        images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
-        cost = model_cost(trainer.state.model, run) | {"weights": origin}
-        show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, cost, dataset)
+        show_downstream_plan(run, trainer, dataset, origin)
         return
     dataset = None if data.train is None else train_dataset(config, cached(config, data.train))
     train_and_evaluate(run, trainer, dataset, ClassifierEvaluation(trainer, data, run.processes), origin)

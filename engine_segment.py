@@ -31,7 +31,7 @@ from util.runtime.distributed import Processes, is_main, rank, sum_over_ranks
 from util.runtime.logs import RunLog
 from util.runtime.progress import progress
 from util.train.evaluation import Evaluation, evaluation_loader, share_of_images, write_class_files
-from util.train.plan import model_cost, show_plan
+from util.train.plan import show_downstream_plan
 from util.train.run import Run, train_and_evaluate
 from util.train.segmentation import MaskedImages, train_dataset
 from util.train.trainer import Trainer
@@ -245,9 +245,7 @@ def run_segmenter(run: Run, trainer: SegmenterTrainer, origin: str) -> None:
     config, data = run.config, run.data
     dataset = None if data.train is None else train_dataset(config, data.train)
     if config.dry_run:
-        images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
-        cost = model_cost(trainer.state.model, run) | {"weights": origin}
-        show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, cost, dataset)
+        show_downstream_plan(run, trainer, dataset, origin)
         return
     train_and_evaluate(run, trainer, dataset, SegmentEvaluation(trainer, data, run.processes), origin)
 

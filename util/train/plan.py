@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 
 import yaml
-from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from util.config.groups import as_dict
@@ -14,15 +13,20 @@ from util.data.loader import training_loader
 from util.runtime.distributed import is_main
 from util.train.cost import classifier_flops, count_parameters
 from util.train.run import Run
+from util.train.trainer import Trainer
 
 
-def model_cost(model: nn.Module, run: Run) -> dict[str, str]:
-    """Return parameters and FLOPs of a model that has been built, for `show_plan`."""
+def show_downstream_plan(run: Run, trainer: Trainer, dataset: Dataset | None, origin: str) -> None:
+    """Print the plan of a classifier or segmenter that has been built, and where its weights came from."""
+    data, model = run.data, trainer.state.model
     flops = classifier_flops(model, (run.config.in_chans, *run.config.resolved_input_size))
-    return {
+    facts = {
         "parameters": f"{count_parameters(model) / 1e6:.2f} M",
         "GFLOP": f"{flops / 1e9:.2f} per image, forward and backward",
+        "weights": origin,
     }
+    images = f"{0 if data.train is None else len(data.train)} training, {len(data.val)} validation"
+    show_plan(run, f"{images}, {data.num_classes} classes", trainer.total_updates, facts, dataset)
 
 
 def show_plan(run: Run, images: str, total_updates: int, cost: Mapping[str, str], dataset: Dataset | None) -> None:

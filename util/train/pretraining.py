@@ -122,7 +122,7 @@ def check_inputs(config: PretrainConfig, data: TrainingImages) -> dict[str, str]
         UserError: the weights do not fit the model, or the validation images cannot be read.
     """
     facts = {}
-    if config.init_from:
+    if config.init_from and not resumes(config):
         with torch.device("meta"):
             student = config.student_type(**config.model_arguments)
         with warnings.catch_warnings():
