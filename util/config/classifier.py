@@ -83,6 +83,7 @@ class ClassifierConfig(DownstreamConfig, ModelConfig, DataConfig, OptimConfig, R
         """Return the settings that a resumed run must share with its checkpoint, defaults filled in."""
         free = DOWNSTREAM_MAY_CHANGE | {"nb_classes", "global_pool", "cls_token"}
         resolved = {"model": self.architecture_name, "patch_size": self.resolved_patch_size, "pool": self.resolved_pool}
+        resolved["warmup_epochs"] = self.resolved_warmup_epochs
         return resume_settings(self, num_images, self.resolved_input_size, may_change=free) | resolved
 
 

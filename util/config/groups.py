@@ -156,6 +156,8 @@ class DataConfig(PixelConfig):
 class UpdateConfig:
     """One update: batch and AdamW."""
 
+    warmup_note: ClassVar[str] = ""  # a line for the log on a warm-up in epochs, see OptimConfig
+
     batch_size: int = 64
     """images per process and forward pass"""
     accum_iter: int = 1
@@ -217,6 +219,14 @@ class OptimConfig(UpdateConfig):
         if self.warmup_epochs is not None:
             return self.warmup_epochs
         return self.default_warmup if self.default_warmup <= self.epochs else self.warmup_share * self.epochs
+
+    @property
+    def warmup_note(self) -> str:
+        """A line for the log where the default warm-up did not fit; else empty."""
+        warmup, default = self.resolved_warmup_epochs, self.default_warmup
+        if self.warmup_epochs is not None or warmup == default:
+            return ""
+        return f"--warmup_epochs: {warmup:g}, since the default of {default:g} does not fit --epochs {self.epochs}"
 
     @property
     def resolved_blr(self) -> float:

@@ -278,6 +278,7 @@ class PretrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
         own = {"monitor_freq", "monitor_images", "init_from", "init_weights"}
         resolved = {
             "alpha": self.resolved_alpha,
+            "warmup_epochs": self.resolved_warmup_epochs,
             "crop": self.resolved_crop,
             "patch_size": self.resolved_patch_size,
             "mask_ratio": self.resolved_mask_ratio,

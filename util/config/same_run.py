@@ -42,7 +42,6 @@ def resume_settings(
         "accum_iter": config.accum_iter,
         "peak lr": config.peak_lr,
         "input_size": list(image_size),
-        **({"warmup_epochs": config.resolved_warmup_epochs} if hasattr(config, "warmup_epochs") else {}),
         "mean": list(config.resolved_mean),
         "std": list(config.resolved_std),
     }

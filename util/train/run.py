@@ -209,9 +209,8 @@ def open_log(run: Run, trainer: Trainer) -> RunLog:
         f" {count_parameters(state.model) / 1e6:.1f} M parameters on {run.processes.world_size} x"
         f" {run.device.type}, {name_of(run.dtype)}; peak lr {config.peak_lr:.3g}"
     )
-    if getattr(config, "warmup_epochs", 0.0) is None and config.resolved_warmup_epochs != config.default_warmup:
-        warmup, default = config.resolved_warmup_epochs, config.default_warmup
-        log.text(f"--warmup_epochs: {warmup:g}, since the default of {default:g} does not fit --epochs {config.epochs}")
+    if config.warmup_note:
+        log.text(config.warmup_note)
     if state.updates:
         log.text(f"resumed after update {state.updates}")
     return log
