@@ -1,4 +1,4 @@
-"""What frozen features know: kNN, linear and attentive probes of a checkpoint beside a random network.
+"""Probe frozen features: kNN, linear and attentive probes of a checkpoint beside a random network.
 
     python scripts/probe.py RUN/checkpoint-59.pth
     python scripts/probe.py RUN/checkpoint-59.pth --attentive

@@ -1,4 +1,4 @@
-"""What a resumed run must share with its checkpoint, and what may change."""
+"""Name the settings that a resumed run must share with its checkpoint, and those that may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no data in folders and .tar files: hidden files, other kinds, lost classes; links, pipes, descriptors."""
+"""Files in folders and .tar files that are not data: hidden files, other kinds, lost classes; links, pipes."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Whether all tensors of an update lie on the GPU, seen without one: device `meta`, whose tensors hold no numbers."""
+"""Check without a GPU that all tensors of an update lie on it: on device `meta`, whose tensors hold no numbers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What features hold; never trains. Imports weights, figures, data, config, models, runtime."""
+"""Analyse features; never train. Imports weights, figures, data, config, models, runtime."""
